@@ -1,0 +1,110 @@
+"""The seam between the local trainer and whatever runs the graphs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.manifest import Manifest
+
+Vector = npt.NDArray[np.float32]
+"""A flat float32 vector in manifest order, [num_parameters]."""
+
+Half = npt.NDArray[np.generic] | tuple[npt.NDArray[np.generic], ...] | Mapping[str, npt.NDArray[np.generic]]
+"""The inputs or the targets of a batch, in the structure of the example batch."""
+
+Batch = tuple[Half, Half]
+"""`(inputs, targets)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Weighted sums over one micro-batch. Divide by `weight_sum` after adding as many as you like."""
+
+    loss_sum: float
+    weight_sum: float
+    # Weighted sums too, by name; a float or a small vector (e.g. per-class counts).
+    metrics: dict[str, npt.NDArray[np.float32]]
+    # [num_parameters]. A view that the next `step` overwrites: add it up or copy it.
+    gradients: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Weighted sums over one micro-batch, without gradients."""
+
+    loss_sum: float
+    weight_sum: float
+    metrics: dict[str, npt.NDArray[np.float32]]
+
+
+class Session(Protocol):
+    """One bundle, loaded on one runtime. Not thread-safe."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        ...
+
+    @property
+    def runtime(self) -> str:
+        """Name of the runtime."""
+        ...
+
+    def step(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
+        """Loss and gradients of one micro-batch.
+
+        Args:
+            parameters: float32 [num_parameters].
+            batch: numpy in the example batch's structure; dimension 0 is at most the micro-batch. A smaller
+                one is padded with weight 0.
+            weights: float32 [B] or, for losses per token, [B, T] (a [B] is then broadcast); ones if left out.
+
+        Raises:
+            DataError: a wrong structure, shape, dtype, or a value that is not finite.
+        """
+        ...
+
+    def evaluate(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> EvalResult:
+        """Loss and metrics of one micro-batch. Arguments and errors as in `step`."""
+        ...
+
+    def infer(self, parameters: Vector, inputs: Half) -> dict[str, npt.NDArray[np.generic]]:
+        """The module's outputs for one micro-batch of inputs, by output name."""
+        ...
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """A backend. Registered under the entry-point group `edgetrain.runtimes` by a class without arguments."""
+
+    @property
+    def name(self) -> str:
+        """As in the manifest's programs."""
+        ...
+
+    def available(self) -> str | None:
+        """None if it can run here, else the reason and the remedy, e.g. the pip line."""
+        ...
+
+    def open(self, bundle: Bundle, *, threads: int) -> Session:
+        """Loads the bundle's program for this runtime.
+
+        Args:
+            bundle: opened and of a known version; the files are verified when read.
+            threads: number of threads of one step; 0 lets the runtime choose.
+
+        Raises:
+            SessionError: not installed, too old, or the program does not load.
+            BundleError: no program for this runtime, or a corrupt file.
+        """
+        ...
+
+
+BundlePath = str | os.PathLike[str]

@@ -1,0 +1,28 @@
+"""What both ends share: manifest, messages, topics, codecs, chunks, signatures, transport.
+
+Imports no torch and nothing of the other packages.
+"""
+
+from edgetrain.protocol.errors import (
+    BlobError,
+    BundleError,
+    CodecError,
+    ConfigError,
+    EdgetrainError,
+    MessageError,
+    SignatureError,
+    TransportError,
+)
+from edgetrain.protocol.manifest import Manifest
+
+__all__ = [
+    "BlobError",
+    "BundleError",
+    "CodecError",
+    "ConfigError",
+    "EdgetrainError",
+    "Manifest",
+    "MessageError",
+    "SignatureError",
+    "TransportError",
+]

@@ -1,0 +1,166 @@
+"""Reading and writing bundles: a directory, or the same as one uncompressed zip (`.edge`).
+
+Readers trust nothing: every file is checked against the manifest's SHA-256 and size before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from edgetrain.protocol.errors import BundleError
+from edgetrain.protocol.files import write_atomically
+from edgetrain.protocol.manifest import (
+    MANIFEST_FILE,
+    FileEntry,
+    Manifest,
+    decode_manifest,
+    encode_manifest,
+)
+
+ARCHIVE_SUFFIX = ".edge"
+# A manifest names each parameter once; 16 MiB is two orders of magnitude above the largest we write.
+MAX_MANIFEST_BYTES = 16 << 20
+
+
+class Bundle:
+    """An opened bundle.
+
+    Args:
+        path: a bundle directory or an `.edge` archive.
+
+    Raises:
+        BundleError: nothing there, or not a bundle, or a version that this reader does not know.
+    """
+
+    manifest: Manifest
+    # SHA-256 of manifest.json: names the whole bundle, since the manifest names every file by hash.
+    digest: bytes
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.is_dir():
+            self._archive = None
+        elif self.path.is_file():
+            try:
+                self._archive = zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise BundleError(f"{self.path}: not a bundle directory and not an {ARCHIVE_SUFFIX} archive: {error}") from error
+        else:
+            raise BundleError(f"{self.path}: no such bundle. `edgetrain export MODEL -o {self.path}` writes one.")
+        data = self._read(MANIFEST_FILE, MAX_MANIFEST_BYTES)
+        try:
+            self.manifest = decode_manifest(data)
+        except BundleError as error:
+            raise BundleError(f"{self.path}: {error}") from error
+        self.digest = hashlib.sha256(data).digest()
+
+    def read(self, entry: FileEntry) -> bytes:
+        """The contents of one file, verified.
+
+        Raises:
+            BundleError: missing, or its size or hash differ from the manifest.
+        """
+        data = self._read(entry.file, entry.size)
+        if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise BundleError(
+                f"{self.path}: {entry.file} is corrupt: its size or SHA-256 is not the manifest's. "
+                "Copy or export the bundle again."
+            )
+        return data
+
+    def initial_parameters(self) -> np.ndarray:
+        """The flat float32 vector to start from, a fresh writable copy."""
+        return np.frombuffer(self.read(self.manifest.initial_parameters), dtype="<f4").astype(np.float32)
+
+    def verify_files(self, runtime: str | None = None) -> None:
+        """Checks every file of one runtime, or of all.
+
+        Raises:
+            BundleError: the first file that is missing or corrupt.
+        """
+        for entry in self.manifest.files(runtime):
+            self.read(entry)
+
+    def _read(self, name: str, limit: int) -> bytes:
+        """At most `limit` + 1 bytes, so that a file larger than declared costs nothing."""
+        try:
+            if self._archive is None:
+                path = self.path / name
+                if not path.resolve().is_relative_to(self.path.resolve()):
+                    raise BundleError(f"{self.path}: {name} points outside the bundle")
+                with path.open("rb") as file:
+                    return file.read(limit + 1)
+            with self._archive.open(name) as member:
+                return member.read(limit + 1)
+        except (FileNotFoundError, KeyError, IsADirectoryError) as error:
+            raise BundleError(f"{self.path}: {name} is missing: not a bundle, or not a whole one") from error
+        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            raise BundleError(f"{self.path}: {name} cannot be read: {error}") from error
+
+
+def file_entry(name: str, data: bytes) -> FileEntry:
+    """The manifest entry of a file with these contents."""
+    return FileEntry(file=name, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+
+
+def write_bundle(out: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> Path:
+    """Writes a bundle atomically: `out` is whole or not there.
+
+    Args:
+        out: target directory, or an archive if it ends in `.edge`. An older bundle there is replaced;
+            a directory that holds anything else is left alone.
+        manifest: names exactly `files`.
+        files: contents by path relative to the bundle.
+
+    Raises:
+        BundleError: `out` exists and is no bundle, or cannot be written.
+    """
+    out = Path(out)
+    contents = {MANIFEST_FILE: encode_manifest(manifest), **files}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ARCHIVE_SUFFIX:
+            _write_archive(out, contents)
+        else:
+            _write_directory(out, contents)
+    except OSError as error:
+        raise BundleError(f"{out}: cannot write the bundle: {error}") from error
+    return out
+
+
+def _write_archive(out: Path, contents: Mapping[str, bytes]) -> None:
+    if out.is_dir():
+        raise BundleError(f"{out}: is a directory; choose another name for the archive")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in contents.items():
+                # A fixed date: the same bundle gives the same bytes.
+                archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_directory(out: Path, contents: Mapping[str, bytes]) -> None:
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())):
+        raise BundleError(f"{out}: exists and is not a bundle; choose another -o or remove it")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    try:
+        for name, data in contents.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(temporary / name, data)
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,4 @@
+"""The `edgetrain` command."""
+
+def main() -> None:
+    """Entry point."""
