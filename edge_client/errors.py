@@ -1,11 +1,11 @@
 """The exceptions of `edgetrain.edge_client`.
 
-    EdgetrainError
-    └── ClientError
-        ├── SessionError   a runtime is missing, or a bundle does not run on it
-        ├── DataError      local data that does not fit the bundle
-        ├── StateError     the client's own directory cannot be read or written
-        └── RefusedError   the coordinator will not have this client
+EdgetrainError
+└── ClientError
+    ├── SessionError   a runtime is missing, or a bundle does not run on it
+    ├── DataError      local data that does not fit the bundle
+    ├── StateError     the client's own directory cannot be read or written
+    └── RefusedError   the coordinator will not have this client
 """
 
 from edgetrain.protocol.errors import EdgetrainError

@@ -51,9 +51,13 @@ class Bundle:
             try:
                 self._archive = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
-                raise BundleError(f"{self.path}: not a bundle directory and not an {ARCHIVE_SUFFIX} archive: {error}") from error
+                raise BundleError(
+                    f"{self.path}: not a bundle directory and not an {ARCHIVE_SUFFIX} archive: {error}"
+                ) from error
         else:
-            raise BundleError(f"{self.path}: no such bundle. `edgetrain export MODEL -o {self.path}` writes one.")
+            raise BundleError(
+                f"{self.path}: no such bundle. `edgetrain export MODEL -o {self.path}` writes one."
+            )
         data = self._read(MANIFEST_FILE, MAX_MANIFEST_BYTES)
         try:
             self.manifest = decode_manifest(data)

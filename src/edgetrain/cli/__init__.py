@@ -1,4 +1,5 @@
 """The `edgetrain` command."""
 
+
 def main() -> None:
     """Entry point."""
