@@ -1,1 +1,1 @@
-"""edgetrain.edge_client"""
+"""The edge_client package."""

@@ -1,1 +1,1 @@
-"""edgetrain.export"""
+"""The export package."""

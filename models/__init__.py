@@ -1,1 +1,1 @@
-"""edgetrain.models"""
+"""The models package."""
