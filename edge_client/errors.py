@@ -4,6 +4,7 @@ EdgetrainError
 └── ClientError
     ├── SessionError   a runtime is missing, or a bundle does not run on it
     ├── DataError      local data that does not fit the bundle
+    ├── TrainingError  a loss or gradient that is not finite
     ├── StateError     the client's own directory cannot be read or written
     └── RefusedError   the coordinator will not have this client
 """
@@ -21,6 +22,10 @@ class SessionError(ClientError):
 
 class DataError(ClientError, ValueError):
     """Local data, or a batch, that does not fit the bundle: shape, dtype, NaN, nothing at all."""
+
+
+class TrainingError(ClientError):
+    """Training went astray: a loss or a gradient is not finite."""
 
 
 class StateError(ClientError):

@@ -1,0 +1,236 @@
+"""Local training: one loop around `Session.step`, everything else pure functions on flat vectors.
+
+Accumulation is exact: the weighted sums of the micro-batches are added and divided once by the sum of the
+weights, so a batch of any size gives the gradient of one big batch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.edge_client.dataset import Dataset
+from edgetrain.edge_client.errors import TrainingError
+from edgetrain.edge_client.optimizers import clip_by_global_norm, sgd
+from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult, Vector
+from edgetrain.edge_client.runtimes.staging import check_vector
+from edgetrain.edge_client.schedules import learning_rate_factor
+from edgetrain.protocol.training import TrainingConfig
+
+Metrics = dict[str, npt.NDArray[np.float64]]
+"""Weighted means by name: shape [] or a small vector."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgress:
+    """One optimizer step, as told to `on_step`."""
+
+    # Steps done so far, this one included, and planned in all.
+    step: int
+    total_steps: int
+    # Mean loss of this step's batch, before the step.
+    loss: float
+    learning_rate: float
+    # Norm of the mean gradient, before clipping.
+    gradient_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What a local training gives."""
+
+    # [num_parameters], fresh memory.
+    parameters: Vector
+    # Samples in the data set: the weight of FedAvg.
+    num_examples: int
+    # Optimizer steps done.
+    steps: int
+    # Weighted means over all samples of the steps done; NaN if there were none.
+    loss: float
+    metrics: Metrics
+    seconds: float
+    # Why it ended early, or None.
+    stopped: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSummary:
+    """Weighted means over a data set."""
+
+    num_examples: int
+    loss: float
+    metrics: Metrics
+
+
+def train(
+    session: Session,
+    parameters: Vector,
+    dataset: Dataset,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    gradient_correction: Vector | None = None,
+    on_step: Callable[[StepProgress], None] | None = None,
+    may_continue: Callable[[], bool | str] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> TrainingResult:
+    """Trains on local data.
+
+    Each optimizer step takes the mean gradient of its batch, clips it (`max_grad_norm`), adds the SCAFFOLD
+    correction and the FedProx term, and hands it to SGD, which adds the weight decay. A batch whose weights
+    are all 0 takes no step.
+
+    Args:
+        session: an open bundle.
+        parameters: float32 [num_parameters], where to start; left as it is.
+        dataset: samples in the bundle's structure.
+        config: how to train.
+        seed: of the shuffling; the same seed gives the same batches on every machine.
+        gradient_correction: float32 [num_parameters], added to each step's mean gradient: c - c_i of
+            SCAFFOLD (Karimireddy et al. 2020).
+        on_step: called after every optimizer step.
+        may_continue: asked before every micro-batch; False, or a reason, ends the training after the last
+            whole step.
+        clock: seconds, for `TrainingResult.seconds`.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite.
+        DataError: `parameters` or a batch does not fit the bundle.
+    """
+    started = clock()
+    length = session.manifest.num_parameters
+    check_vector(parameters, length)
+    if gradient_correction is not None:
+        check_vector(gradient_correction, length, "gradient_correction")
+    optimizer = sgd(momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
+    state = optimizer.init()
+    received, current = parameters, parameters.copy()
+    total_steps = count_steps(len(dataset), config)
+    sums, means = _Sums(np.zeros(length, np.float32)), _Sums(None)
+    stopped: str | None = None
+    step = 0
+    for indices in batches(len(dataset), config, seed):
+        sums.clear()
+        for start in range(0, len(indices), session.manifest.micro_batch):
+            stopped = _stopped(may_continue)
+            if stopped is not None:
+                break
+            chunk = indices[start : start + session.manifest.micro_batch]
+            result = session.step(current, *dataset.take(chunk))
+            if not math.isfinite(result.loss_sum):
+                raise TrainingError(_astray("loss", step, config, means))
+            sums.add(result)
+        if stopped is not None:
+            break
+        if sums.weight_sum == 0:
+            continue
+        gradient, norm = clip_by_global_norm(sums.mean_gradient(), config.max_grad_norm)
+        if not math.isfinite(norm):
+            raise TrainingError(_astray("gradient", step, config, means))
+        if gradient_correction is not None:
+            gradient = gradient + gradient_correction
+        if config.proximal_mu:
+            gradient = gradient + np.float32(config.proximal_mu) * (current - received)
+        rate = config.learning_rate * learning_rate_factor(config.schedule, step, total_steps)
+        current, state = optimizer.apply(current, gradient, state, rate)
+        means.add(sums)
+        step += 1
+        if on_step is not None:
+            on_step(StepProgress(step, total_steps, sums.mean_loss(), rate, norm))
+    return TrainingResult(
+        parameters=current,
+        num_examples=len(dataset),
+        steps=step,
+        loss=means.mean_loss(),
+        metrics=means.mean_metrics(),
+        seconds=clock() - started,
+        stopped=stopped,
+    )
+
+
+def evaluate(session: Session, parameters: Vector, dataset: Dataset) -> EvalSummary:
+    """Mean loss and metrics over a data set, in its order.
+
+    Raises:
+        DataError: `parameters` or a batch does not fit the bundle.
+    """
+    sums = _Sums(None)
+    size = session.manifest.micro_batch
+    for start in range(0, len(dataset), size):
+        chunk = np.arange(start, min(start + size, len(dataset)))
+        sums.add(session.evaluate(parameters, *dataset.take(chunk)))
+    return EvalSummary(num_examples=len(dataset), loss=sums.mean_loss(), metrics=sums.mean_metrics())
+
+
+def count_steps(num_examples: int, config: TrainingConfig) -> int:
+    """Optimizer steps of a whole local training."""
+    steps = config.epochs * math.ceil(num_examples / config.batch_size)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def batches(num_examples: int, config: TrainingConfig, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """The sample indices of each optimizer step: a fresh permutation per epoch, the last batch ragged."""
+    # Named in full: numpy promises the stream of PCG64, not that default_rng stays PCG64.
+    rng = np.random.Generator(np.random.PCG64(seed))
+    left = count_steps(num_examples, config)
+    while left > 0:
+        order = rng.permutation(num_examples)
+        for start in range(0, num_examples, config.batch_size):
+            if left > 0:
+                yield order[start : start + config.batch_size]
+            left -= 1
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Weighted sums, added up in float64 but for the gradient, which as float32 costs half the memory."""
+
+    gradient: Vector | None
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+    metrics: Metrics = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.loss_sum = self.weight_sum = 0.0
+        self.metrics = {}
+        if self.gradient is not None:
+            self.gradient.fill(0)
+
+    def add(self, result: StepResult | EvalResult | _Sums) -> None:
+        self.loss_sum += result.loss_sum
+        self.weight_sum += result.weight_sum
+        for name, value in result.metrics.items():
+            self.metrics[name] = self.metrics.get(name, np.zeros(())) + value.astype(np.float64)
+        if self.gradient is not None and isinstance(result, StepResult):
+            self.gradient += result.gradients
+
+    def mean_gradient(self) -> Vector:
+        assert self.gradient is not None
+        return self.gradient / np.float32(self.weight_sum)
+
+    def mean_loss(self) -> float:
+        return self.loss_sum / self.weight_sum if self.weight_sum else math.nan
+
+    def mean_metrics(self) -> Metrics:
+        return {name: value / self.weight_sum for name, value in self.metrics.items() if self.weight_sum}
+
+
+def _stopped(may_continue: Callable[[], bool | str] | None) -> str | None:
+    answer = True if may_continue is None else may_continue()
+    if answer is True:
+        return None
+    return answer or "stopped"
+
+
+def _astray(what: str, step: int, config: TrainingConfig, means: _Sums) -> str:
+    so_far = f"; the mean loss until then was {means.mean_loss():.4g}" if means.weight_sum else ""
+    return (
+        f"the {what} of optimizer step {step + 1} is not finite (learning rate {config.learning_rate:g})"
+        f"{so_far}. "
+        "Lower learning_rate, or set max_grad_norm (1.0 is usual)."
+    )
