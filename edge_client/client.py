@@ -206,11 +206,9 @@ class Client:
         self._state.store_file(digest, MANIFEST_FILE, data)
         bundle = Bundle(self._state.bundle_directory(digest))
         session = open_session(bundle, runtime, threads=self._config.threads)
-        report = run_self_test(session, bundle)
-        if not report.ok:
-            raise BundleError(f"bundle {manifest.name!r} fails its self-test on this device: {report.summary()}")
+        run_self_test(bundle, session).raise_if_wrong()
         logger.info("bundle %s runs on %s; self-test passed", manifest.name, runtime)
-        dataset = load_dataset(self._config.data, manifest.batch)
+        dataset = load_dataset(self._config.data, manifest)
         self._train_data, self._validation_data = split_validation(
             dataset, self._config.validation_fraction, self._config.name
         )
