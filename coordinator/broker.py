@@ -31,6 +31,9 @@ BrokerKind = Literal["mosquitto", "embedded"]
 class LocalBroker(Protocol):
     """A broker that we started."""
 
+    # What it speaks at best; "auto" where clients can find out quickly.
+    mqtt_version: Literal["auto", "3.1.1"]
+
     @property
     def port(self) -> int:
         """Its port on the loopback interface."""
@@ -78,6 +81,8 @@ class Mosquitto:
         settings: further lines for mosquitto.conf.
     """
 
+    mqtt_version: Literal["auto", "3.1.1"] = "auto"
+
     def __init__(self, port: int, *, settings: str = "") -> None:
         self.port = port
         program = find_mosquitto()
@@ -114,7 +119,12 @@ class Mosquitto:
 
 
 class EmbeddedBroker:
-    """aMQTT (MQTT 3.1.1) in a thread of this process."""
+    """aMQTT in a thread of this process.
+
+    It speaks MQTT 3.1.1 only and leaves an MQTT 5 CONNECT unanswered, so say so to those who connect.
+    """
+
+    mqtt_version: Literal["auto", "3.1.1"] = "3.1.1"
 
     def __init__(self, port: int) -> None:
         self.port = port

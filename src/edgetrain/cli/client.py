@@ -9,7 +9,7 @@ from typing import Any
 import click
 import msgspec
 
-from edgetrain.cli.settings import flags, load_settings
+from edgetrain.cli.settings import flags, load_settings, setting
 from edgetrain.edge_client.config import ClientConfig
 
 
@@ -25,7 +25,7 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
     from edgetrain.protocol.transport.mqtt import MqttTransport, parse_broker
 
     if broker:
-        given["setting:broker.host"], given["setting:broker.port"] = parse_broker(broker)
+        given[setting("broker.host")], given[setting("broker.port")] = parse_broker(broker)
     settings = load_settings(ClientConfig, config, given)
     check_name(settings.name, "client")
     check_name(settings.federation, "federation")

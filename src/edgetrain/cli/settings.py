@@ -12,6 +12,9 @@ from edgetrain.protocol.config import convert, read_toml, set_dotted
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+# Names of click's parameters: identifiers only.
+_PREFIX, _DOT = "setting_", "__"
+
 
 def flags(kind: type[msgspec.Struct]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """One flag per field: `--data`, and `--broker-host` for `broker.host`. Values are checked by the struct."""
@@ -24,7 +27,7 @@ def flags(kind: type[msgspec.Struct]) -> Callable[[Callable[..., Any]], Callable
                 description = f"{description} [default: {default}]"
             negatable = f"/--no-{flag[2:]}" if python_type is bool else ""
             function = click.option(
-                flag + negatable, "setting:" + dotted, default=None, help=_sentence(description), type=_click_type(python_type)
+                flag + negatable, setting(dotted), default=None, help=_sentence(description), type=_click_type(python_type)
             )(function)
         return function
 
@@ -37,16 +40,21 @@ def load_settings(kind: type[T], path: str | None, given: dict[str, Any]) -> T:
     Args:
         kind: the configuration struct.
         path: TOML file, or None.
-        given: click's parameters; those named "setting:…" count.
+        given: click's parameters; those that `flags` made count.
 
     Raises:
         ConfigError: see `edgetrain.protocol.config.convert`.
     """
     tables = read_toml(path) if path else {}
     for name, value in given.items():
-        if name.startswith("setting:") and value is not None:
-            set_dotted(tables, name.removeprefix("setting:"), value)
+        if name.startswith(_PREFIX) and value is not None:
+            set_dotted(tables, name.removeprefix(_PREFIX).replace(_DOT, "."), value)
     return convert(tables, kind, where=path or "flags")
+
+
+def setting(dotted: str) -> str:
+    """The click parameter of a setting, e.g. of "broker.host"."""
+    return _PREFIX + dotted.replace(".", _DOT)
 
 
 def _fields(kind: type[msgspec.Struct], prefix: str) -> Any:
