@@ -17,8 +17,8 @@ GATHER_SECONDS = 0.05
 class _Blob:
     ref: BlobRef
     data: bytes
-    # Number of clients expected to ask; when so many have, there is no reason to wait.
-    audience: int
+    # Number of clients expected to ask; 0 if unknown.
+    audience: int = 0
     waiting: set[str] = field(default_factory=set)
     due: float = 0.0
 
@@ -40,11 +40,15 @@ class BlobServer:
         self._chunk_bytes = chunk_bytes
         self._blobs: dict[bytes, _Blob] = {}
 
-    def add(self, data: bytes, *, audience: int = 0) -> BlobRef:
+    def add(self, data: bytes) -> BlobRef:
         """Makes a blob available."""
         ref = blob_ref(data)
-        self._blobs.setdefault(ref.digest, _Blob(ref, data, audience)).audience = audience
+        self._blobs.setdefault(ref.digest, _Blob(ref, data))
         return ref
+
+    def expect(self, ref: BlobRef, *, audience: int) -> None:
+        """Says how many clients will ask for a blob: when so many have, it goes out without further wait."""
+        self._blobs[ref.digest].audience = audience
 
     def remove(self, ref: BlobRef) -> None:
         """Forgets a blob."""

@@ -63,7 +63,9 @@ def start_broker(kind: BrokerKind | None = None, *, port: int = 0) -> LocalBroke
 
 def find_mosquitto() -> str | None:
     """Path of the mosquitto program; Debian puts it where users' PATH does not look."""
-    return shutil.which("mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
+    return shutil.which(
+        "mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    )
 
 
 def free_port() -> int:
@@ -99,7 +101,9 @@ class Mosquitto:
             encoding="ascii",
         )
         with log.open("wb") as output:
-            self._process = spawn([program, "-c", str(config)], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+            self._process = spawn(
+                [program, "-c", str(config)], stdout=output, stderr=output, stdin=subprocess.DEVNULL
+            )
         try:
             _wait_until_open(port, alive=lambda: self._process.poll() is None)
         except BrokerError as error:
@@ -149,16 +153,18 @@ class EmbeddedBroker:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._serve())
-        except Exception as error:  # noqa: BLE001  told to whoever waits for the port
+        except Exception as error:
             self._failure = error
         finally:
             self._loop.close()
 
     async def _serve(self) -> None:
         try:
-            from amqtt.broker import Broker  # noqa: PLC0415  optional
+            from amqtt.broker import Broker
         except ImportError as error:
-            raise BrokerError("the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'") from error
+            raise BrokerError(
+                "the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'"
+            ) from error
         self._end = asyncio.Event()
         for name in ("amqtt", "transitions"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -181,7 +187,9 @@ def _check_free(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise BrokerError(f"port {port} on {HOST} is taken ({error}); stop what runs there or choose another") from error
+            raise BrokerError(
+                f"port {port} on {HOST} is taken ({error}); stop what runs there or choose another"
+            ) from error
 
 
 def _wait_until_open(port: int, *, alive: Callable[[], bool]) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from edgetrain.coordinator.errors import RunError, UpdateRefused
 from edgetrain.coordinator.journal import Journal, RoundOpened, UpdateAccepted, read_journal
-from edgetrain.coordinator.run_directory import ClientRow, RunDirectory
+from edgetrain.coordinator.records import ClientRow
+from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Contribution, ServerState, Strategy
 from edgetrain.protocol import CodecError
 from edgetrain.protocol.codecs import Limits, decode
@@ -98,7 +99,9 @@ class Collection:
         if client in self.digests:
             raise UpdateRefused("an update of this client is already in the round")
         if not 1 <= offer.num_examples <= self._max_examples:
-            raise UpdateRefused(f"claims {offer.num_examples} examples, allowed are 1 to {self._max_examples}")
+            raise UpdateRefused(
+                f"claims {offer.num_examples} examples, allowed are 1 to {self._max_examples}"
+            )
         try:
             update = decode(data, self._limits)
         except CodecError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgetrain.coordinator.run_directory import RoundRecord, Summary
+from edgetrain.coordinator.records import RoundRecord, Summary
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,9 +69,7 @@ class Journal:
             good = 0 if fresh else _good_length(path)
             self._file = path.open("ab", buffering=0)
             if not fresh and path.stat().st_size > good:
-                logger.warning(
-                    "%s: cutting %d bytes of a torn record", path, path.stat().st_size - good
-                )
+                logger.warning("%s: cutting %d bytes of a torn record", path, path.stat().st_size - good)
                 self._file.truncate(good)
             if fresh:
                 sync_directory(path.parent)
@@ -121,7 +119,7 @@ def read_journal(path: Path) -> Iterator[tuple[Meta, bytes]]:
 
 def _good_length(path: Path) -> int:
     end = 0
-    for _meta, _payload, end in _records(path):  # noqa: B007  the last end is what counts
+    for _meta, _payload, end in _records(path):
         pass
     return end
 
@@ -132,7 +130,12 @@ def _records(path: Path) -> Iterator[tuple[Meta, bytes, int]]:
     with path.open("rb") as file:
         while len(header := file.read(_HEADER.size)) == _HEADER.size:
             magic, version, _, meta_length, payload_length, crc = _HEADER.unpack(header)
-            if magic != _MAGIC or version != _VERSION or meta_length > _MAX_META or payload_length > _MAX_PAYLOAD:
+            if (
+                magic != _MAGIC
+                or version != _VERSION
+                or meta_length > _MAX_META
+                or payload_length > _MAX_PAYLOAD
+            ):
                 return
             encoded, payload = file.read(meta_length), file.read(payload_length)
             if len(payload) != payload_length or zlib.crc32(payload, zlib.crc32(encoded)) != crc:

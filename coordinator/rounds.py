@@ -47,7 +47,6 @@ class Round:
     # Close at the deadline with at least so many.
     minimum: int
     # On the caller's monotonic clock, in seconds.
-    opened_at: float
     deadline_at: float
     attempt: int = 1
     parts: dict[str, Part] = field(default_factory=dict)

@@ -1,37 +1,35 @@
 """The run directory: everything that a run leaves behind, and what it needs to go on after a stop.
 
-    run.json                       which run this is
-    config.toml                    the settings in force
-    coordinator.key                the signing key, mode 0600
-    clients.json                   names and their keys
-    journal/round-00001.journal    accepted updates of the rounds that are not yet closed
-    parameters/round-00001.safetensors   named tensors after a round
-    parameters.safetensors         the latest
-    rounds.jsonl                   one line per closed round: the commit record
-    clients.csv                    one line per client and round
-    summary.json                   at the end
+run.json                       which run this is
+config.toml                    the settings in force
+coordinator.key                the signing key, mode 0600
+clients.json                   names and their keys
+journal/round-00001.journal    accepted updates of the rounds that are not yet closed
+parameters/round-00001.safetensors   named tensors after a round
+parameters.safetensors         the latest
+rounds.jsonl                   one line per closed round: the commit record
+clients.csv                    one line per client and round
+summary.json                   at the end
 """
 
 from __future__ import annotations
 
 import csv
 import fcntl
-import hashlib
 import io
 import os
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import safetensors
-import safetensors.numpy
 import tomli_w
 
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.journal import Journal
+from edgetrain.coordinator.parameters import decode_parameters, encode_parameters, vector_sha256
+from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
 from edgetrain.protocol.files import sync_directory, write_atomically
 from edgetrain.protocol.manifest import Manifest
 from edgetrain.protocol.signing import SigningKey
@@ -40,70 +38,6 @@ Vector = npt.NDArray[np.float32]
 
 # Parameters of older rounds are removed, but for the best.
 KEEP_PARAMETERS = 3
-
-
-class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of rounds.jsonl."""
-
-    round: int
-    attempts: int
-    seconds: float
-    invited: int
-    accepted: int
-    declined: int
-    refused: int
-    lost: int
-    # After the round, on the coordinator's held-out data, where evaluated.
-    loss: float | None = None
-    accuracy: float | None = None
-    # Mean of the clients' own training loss, weighted by examples.
-    train_loss: float | None = None
-    num_examples: int = 0
-    bytes_up: int = 0
-    bytes_up_float32: int = 0
-    bytes_down: int = 0
-    # SHA-256 of the float32 vector after the round, little-endian.
-    parameters_sha256: str
-
-
-class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of clients.csv."""
-
-    round: int
-    client: str
-    status: str
-    num_examples: int = 0
-    steps: int = 0
-    loss: float | None = None
-    accuracy: float | None = None
-    update_bytes: int = 0
-    seconds: float = 0.0
-    peak_memory_mb: float = 0.0
-
-
-class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """summary.json."""
-
-    federation: str
-    status: str
-    reason: str
-    rounds: int
-    clients: int
-    final_accuracy: float | None
-    final_loss: float | None
-    best_accuracy: float | None
-    # Everything that clients published, in payload bytes, and what dense float32 updates would have been.
-    bytes_up: int
-    bytes_up_float32: int
-    bytes_down: int
-    # Bytes of the updates alone, per client and round, and float32 divided by that.
-    update_bytes_mean: float
-    reduction: float
-    seconds: float
-    seconds_per_round: float
-    # The largest peak RSS that any client reported, in MB.
-    client_peak_mb: float
-    accuracy_by_client: dict[str, float]
 
 
 class _RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,14 +89,20 @@ class RunDirectory:
     def _load_or_create_info(self, config: FederationConfig, bundle_digest: bytes) -> bytes:
         path = self.path / "run.json"
         if not path.exists():
-            info = _RunInfo(run=os.urandom(16).hex(), federation=config.federation, bundle=bundle_digest.hex())
+            info = _RunInfo(
+                run=os.urandom(16).hex(), federation=config.federation, bundle=bundle_digest.hex()
+            )
             write_atomically(path, msgspec.json.encode(info))
         try:
             info = msgspec.json.decode(path.read_bytes(), type=_RunInfo)
             run = bytes.fromhex(info.run)
         except (msgspec.DecodeError, ValueError) as error:
             raise RunError(f"{path}: damaged: {error}") from error
-        if info.format_version != 1 or info.federation != config.federation or info.bundle != bundle_digest.hex():
+        if (
+            info.format_version != 1
+            or info.federation != config.federation
+            or info.bundle != bundle_digest.hex()
+        ):
             raise RunError(
                 f"{self.path}: holds a run of federation {info.federation!r} with bundle {info.bundle[:12]}…, not "
                 f"{config.federation!r} with {bundle_digest.hex()[:12]}…; choose another `out`"
@@ -199,24 +139,21 @@ class RunDirectory:
         record = self.records[-1]
         path = self._parameters_path(record.round)
         try:
-            tensors = safetensors.numpy.load_file(path)
-            vector = np.concatenate([tensors[entry.name].reshape(-1) for entry in self._manifest.parameters])
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            vector = decode_parameters(path.read_bytes(), self._manifest)
+        except (OSError, ValueError) as error:
             raise RunError(f"{path}: cannot read the parameters of round {record.round}: {error}") from error
         if vector_sha256(vector) != record.parameters_sha256:
             raise RunError(f"{path}: is not what round {record.round} wrote; restore it from a copy")
         return record.round, vector
 
-    def close_round(
-        self, record: RoundRecord, parameters: Vector, rows: list[ClientRow], *, best: int | None
-    ) -> None:
+    def close_round(self, record: RoundRecord, parameters: Vector, rows: list[ClientRow]) -> None:
         """Writes the parameters, then the line that makes the round count, then removes what is not needed.
 
         Raises:
             RunError: not writable; then the round has not closed and its journal is still there.
         """
         try:
-            data = self._encode_parameters(parameters, record.round)
+            data = encode_parameters(parameters, self._manifest, record.round)
             write_atomically(self._parameters_path(record.round), data)
             self._append("rounds.jsonl", msgspec.json.encode(record) + b"\n")
             self.records.append(record)
@@ -225,17 +162,15 @@ class RunDirectory:
             self.journal_path(record.round).unlink(missing_ok=True)
             for old in (self.path / "parameters").glob("round-*.safetensors"):
                 number = int(old.stem.removeprefix("round-"))
-                if number <= record.round - KEEP_PARAMETERS and number != best:
+                if number <= record.round - KEEP_PARAMETERS and number != self._best_round():
                     old.unlink()
         except OSError as error:
             raise RunError(f"{self.path}: cannot write round {record.round}: {error}") from error
 
-    def _encode_parameters(self, parameters: Vector, number: int) -> bytes:
-        tensors = {
-            entry.name: parameters[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
-            for entry in self._manifest.parameters
-        }
-        return safetensors.numpy.save(tensors, metadata={"round": str(number), "bundle": self._manifest.name})
+    def _best_round(self) -> int | None:
+        """The round with the lowest held-out loss."""
+        losses = [(record.loss, record.round) for record in self.records if record.loss is not None]
+        return min(losses)[1] if losses else None
 
     def _parameters_path(self, number: int) -> Path:
         return self.path / "parameters" / f"round-{number:05d}.safetensors"
@@ -261,7 +196,9 @@ class RunDirectory:
                 (
                     entry.name,
                     bytes.fromhex(entry.public_key),
-                    None if entry.last_round is None else (entry.last_round, bytes.fromhex(entry.last_digest or "")),
+                    None
+                    if entry.last_round is None
+                    else (entry.last_round, bytes.fromhex(entry.last_digest or "")),
                 )
                 for entry in pinned
             ]
@@ -317,10 +254,3 @@ class RunDirectory:
             os.fsync(file.fileno())
         if fresh:
             sync_directory(self.path)
-
-
-def vector_sha256(vector: Vector) -> str:
-    """SHA-256 of a vector's little-endian float32 bytes, in hex."""
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import numpy.typing as npt
 
@@ -10,7 +9,8 @@ from edgetrain.coordinator.broker import start_broker
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.coordinator import Coordinator, Evaluation
 from edgetrain.coordinator.events import Observer
-from edgetrain.coordinator.run_directory import RunDirectory, Summary
+from edgetrain.coordinator.records import Summary
+from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session
 from edgetrain.edge_client.trainer import evaluate

@@ -66,7 +66,7 @@ VERDICT_SECONDS = 10.0
 POLL_SECONDS = 0.5
 
 
-class _RunOver(Exception):  # noqa: N818  not an error: it unwinds to the main loop
+class _RunOver(Exception):
     """The run was paused or has ended, or another one has begun."""
 
 
@@ -489,7 +489,9 @@ class Client:
         assert self._bundle_digest, "joined"
         assert self._train_data, "joined"
         self._send(
-            Ready(bundle=self._bundle_digest, runtime=self._session.runtime, num_examples=len(self._train_data))
+            Ready(
+                bundle=self._bundle_digest, runtime=self._session.runtime, num_examples=len(self._train_data)
+            )
         )
 
     def _resources(self, seconds: float) -> Resources:

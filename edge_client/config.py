@@ -22,7 +22,9 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     runtime: Annotated[
         str, Meta(description="runtime to train on [default: the first of the bundle's that is here]")
     ] = ""
-    threads: Annotated[int, Meta(description="threads of one training step; 0 lets the runtime choose", ge=0)] = 1
+    threads: Annotated[
+        int, Meta(description="threads of one training step; 0 lets the runtime choose", ge=0)
+    ] = 1
     validation_fraction: Annotated[
         float, Meta(description="share of the local data kept for validation", ge=0, lt=1)
     ] = 0.1

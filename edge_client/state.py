@@ -1,9 +1,9 @@
 """The client's own directory: key, pinned coordinator, bundles, residual.
 
-    identity.key         signing key, mode 0600
-    coordinator.pub      the coordinator's public key, pinned when it was first seen
-    bundles/DIGEST/      bundles by the SHA-256 of their manifest
-    residual.bin         see `error_feedback`
+identity.key         signing key, mode 0600
+coordinator.pub      the coordinator's public key, pinned when it was first seen
+bundles/DIGEST/      bundles by the SHA-256 of their manifest
+residual.bin         see `error_feedback`
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class ClientState:
         path = self.bundle_directory(digest) / entry.file
         try:
             return (
-                path.stat().st_size == entry.size and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256
+                path.stat().st_size == entry.size
+                and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256
             )
         except OSError:
             return False
@@ -93,7 +94,9 @@ class ClientState:
 
     def error_feedback(self, *, bundle: bytes, run: bytes, num_parameters: int) -> ErrorFeedback:
         """The residual for a run."""
-        return ErrorFeedback(self.path / "residual.bin", bundle=bundle, run=run, num_parameters=num_parameters)
+        return ErrorFeedback(
+            self.path / "residual.bin", bundle=bundle, run=run, num_parameters=num_parameters
+        )
 
     def close(self) -> None:
         """Lets go of the lock."""

@@ -122,7 +122,7 @@ class MqttTransport:
             return
         self._closed = True
         deadline = time.monotonic() + 5
-        while self._client.is_connected() and self._client._out_messages and time.monotonic() < deadline:  # noqa: SLF001
+        while self._client.is_connected() and self._client._out_messages and time.monotonic() < deadline:
             time.sleep(0.005)
         self._client.disconnect()
         self._client.loop_stop()

@@ -22,11 +22,24 @@ def _example(value: str) -> object:
 @click.option(
     "--trainable", default="all", show_default=True, help="What learns: all, last:K, or a regular expression."
 )
-@click.option("--runtime", "runtimes", multiple=True, help="Runtime to lower to; repeat for several. [default: onnxruntime]")
-@click.option("--micro-batch", type=click.IntRange(min=1), help="Samples per step. [default: the example batch's]")
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    help="Runtime to lower to; repeat for several. [default: onnxruntime]",
+)
+@click.option(
+    "--micro-batch", type=click.IntRange(min=1), help="Samples per step. [default: the example batch's]"
+)
 @click.option("--name", help="Name of the bundle. [default: MODEL]")
 @click.option("--task", help="For hf: models: classification, causal-lm, masked-lm or image-classification.")
-@click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="Argument of the model's factory; repeatable.")
+@click.option(
+    "--set",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Argument of the model's factory; repeatable.",
+)
 def command(
     model: str,
     out: str | None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgetrain.coordinator.run_directory import RoundRecord
+from edgetrain.coordinator.records import RoundRecord
 
 
 def plot_rounds(rounds: Path, out: Path, *, title: str) -> None:
@@ -29,9 +29,16 @@ def plot_rounds(rounds: Path, out: Path, *, title: str) -> None:
     top.set_ylabel("test accuracy, %")
     top.set_title(title)
     top.grid(alpha=0.3)
-    bottom.plot(numbers, [record.bytes_up_float32 / 1000 for record in records], color="tab:gray", label="float32 updates")
+    bottom.plot(
+        numbers,
+        [record.bytes_up_float32 / 1000 for record in records],
+        color="tab:gray",
+        label="float32 updates",
+    )
     bottom.plot(numbers, [record.bytes_down / 1000 for record in records], color="tab:orange", label="down")
-    bottom.plot(numbers, [record.bytes_up / 1000 for record in records], marker="o", color="tab:green", label="up")
+    bottom.plot(
+        numbers, [record.bytes_up / 1000 for record in records], marker="o", color="tab:green", label="up"
+    )
     bottom.set_yscale("log")
     bottom.set_ylabel("kB per round, all clients")
     bottom.set_xlabel("round")

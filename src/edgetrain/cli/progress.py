@@ -11,7 +11,7 @@ from rich.text import Text
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.run_directory import RoundRecord
+from edgetrain.coordinator.records import RoundRecord
 
 # Rounds shown at once; older ones scroll out of the table.
 VISIBLE_ROUNDS = 12
@@ -56,7 +56,9 @@ class Progress:
             case events.Evaluated():
                 if event.round == 0:
                     self._initial = event
-                    self._line(f"before training: loss {event.loss:.4f}{_percent(', accuracy ', event.accuracy)}")
+                    self._line(
+                        f"before training: loss {event.loss:.4f}{_percent(', accuracy ', event.accuracy)}"
+                    )
             case events.RoundStarted():
                 again = f", attempt {event.attempt}" if event.attempt > 1 else ""
                 self._status = f"round {event.round}{again}: {event.invited} clients train"
@@ -79,7 +81,17 @@ class Progress:
 
     def _render(self, *, final: bool = False) -> Group:
         table = Table(title=f"federation {self._config.federation}", title_justify="left")
-        for name in ("round", "accuracy", "loss", "train loss", "clients in/out", "up", "down", "vs float32", "s"):
+        for name in (
+            "round",
+            "accuracy",
+            "loss",
+            "train loss",
+            "clients in/out",
+            "up",
+            "down",
+            "vs float32",
+            "s",
+        ):
             table.add_column(name, justify="right")
         if self._initial:
             table.add_row("0", _percent("", self._initial.accuracy), f"{self._initial.loss:.4f}")

@@ -27,7 +27,11 @@ def flags(kind: type[msgspec.Struct]) -> Callable[[Callable[..., Any]], Callable
                 description = f"{description} [default: {default}]"
             negatable = f"/--no-{flag[2:]}" if python_type is bool else ""
             function = click.option(
-                flag + negatable, setting(dotted), default=None, help=_sentence(description), type=_click_type(python_type)
+                flag + negatable,
+                setting(dotted),
+                default=None,
+                help=_sentence(description),
+                type=_click_type(python_type),
             )(function)
         return function
 
