@@ -181,7 +181,7 @@ class Intake:
         elif record.public_key != hello.public_key:
             reason = f"the name {client!r} belongs to another key in this run: choose another name"
             self._refuse(client, reason)
-            self._post.send(client, Refusal(reason=reason))
+            self._post.send(client, Refusal(reason=reason, connection=hello.connection))
             return
         record.connection = hello.connection
         record.device = hello.device
@@ -191,7 +191,8 @@ class Intake:
 
     def _on_ready(self, record: ClientRecord, ready: Ready) -> None:
         if ready.bundle != self._bundle:
-            self._post.send(record.name, Refusal(reason="has another bundle than this run trains"))
+            reason = "has another bundle than this run trains"
+            self._post.send(record.name, Refusal(reason=reason, connection=record.connection))
             return
         if not record.ready:
             self._observe(events.ClientJoined(record.name, ready.num_examples))

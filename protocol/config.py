@@ -39,7 +39,9 @@ def convert(tables: dict[str, Any], kind: type[T], *, where: str) -> T:
     except msgspec.ValidationError as error:
         # msgspec writes the path as `$.rounds.goal`; people write rounds.goal.
         message = (
-            str(error).replace("`$.", "`").replace("contains unknown field", "there is no setting called")
+            str(error)
+            .replace("`$.", "`")
+            .replace("Object contains unknown field", "there is no setting called")
         )
         raise ConfigError(f"{where}: {message[0].lower()}{message[1:]}") from error
 
