@@ -44,6 +44,8 @@ BATCH_EVENTS = 256
 POLL_SECONDS = 0.5
 # Clients have so long to evaluate the final parameters.
 REPORT_SECONDS = 60.0
+# A failed round is tried again after a pause that doubles from one second up to this.
+MAX_RETRY_SECONDS = 30.0
 # The round's parameters go out as they are.
 PARAMETERS_CODEC = "dense|float32"
 
@@ -123,6 +125,9 @@ class Coordinator:
             clock=clock,
         )
         self._bytes_down_counted = 0
+        self._clients_saved = len(self._roster)
+        # Before its first round, a coordinator waits a while for all that are there.
+        self._gathered = False
         self._started = clock()
 
     def run(self) -> Summary:
@@ -191,10 +196,12 @@ class Coordinator:
             logger.warning("%s", message)
             if rounds.max_failures and failures >= rounds.max_failures:
                 raise RoundFailed(
-                    f"{message}, after {failures} attempts. Lower rounds.minimum, raise "
+                    f"{message}, after {failures} attempts{_said(current)}. Lower rounds.minimum, raise "
                     "rounds.deadline_seconds, or look at the clients' logs; the run can go on from here."
                 )
             state.attempt += 1
+            retry_at = self._clock() + min(2.0 ** (failures - 1), MAX_RETRY_SECONDS)
+            self._pump(lambda at=retry_at: self._clock() >= at or state.count(Part.ACCEPTED) >= rounds.goal)  # type: ignore[misc]
         self._close_round(current)
 
     def _open_round(self, number: int) -> OpenRound:
@@ -217,6 +224,8 @@ class Coordinator:
         state = Round(
             number, opened.nonce, rounds.goal, rounds.least, self._clock() + rounds.deadline_seconds
         )
+        for client in collection.invited:
+            state.parts[client] = Part.LOST
         for client, digest in collection.digests.items():
             state.parts[client] = Part.ACCEPTED
             if record := self._roster.get(client):
@@ -224,20 +233,22 @@ class Coordinator:
         return OpenRound(state, collection, reference)
 
     def _gather(self, current: OpenRound) -> None:
-        """Waits until enough clients are there; before the first round a while longer, for all of them."""
+        """Waits until enough clients are there; the first time a while longer, for all of them."""
         rounds = self._config.rounds
-        accepted = current.state.count(Part.ACCEPTED)
-        patience = rounds.gather_seconds if current.state.number == 1 and current.state.attempt == 1 else 0.0
+        patience = 0.0 if self._gathered else rounds.gather_seconds
+        self._gathered = True
         start = self._clock()
         shown: int | None = None
 
         def enough() -> bool:
             nonlocal shown
             ready = len(self._pool(current))
+            accepted = current.state.count(Part.ACCEPTED)
             waited = self._clock() - start
-            if ready + accepted >= rounds.goal or (
-                ready and ready + accepted >= rounds.least and waited >= patience
-            ):
+            if ready + accepted >= rounds.goal:
+                return True
+            # If only those are here whose updates an earlier process has accepted, the round ends as at its deadline.
+            if ready + accepted >= rounds.least and waited >= (patience if ready else rounds.deadline_seconds):
                 return True
             if rounds.idle_timeout_seconds and waited > rounds.idle_timeout_seconds:
                 raise RoundFailed(
@@ -268,6 +279,7 @@ class Coordinator:
         current.invited_at = now if current.invited_at is None else current.invited_at
         state.deadline_at = now + rounds.deadline_seconds
         self._blobs.expect(current.parameters, audience=len(chosen))
+        current.collection.invite(chosen)
         for name in chosen:
             state.invite(name)
             self._post.send(name, self._plan(current))
@@ -377,6 +389,7 @@ class Coordinator:
         self._directory.save_clients(
             [(record.name, record.public_key, record.last_accepted) for record in self._roster.all()]
         )
+        self._clients_saved = len(self._roster)
 
     # --- events --------------------------------------------------------------------------------------
 
@@ -400,6 +413,9 @@ class Coordinator:
                     case Connected():
                         self._post.announce("open")
                 event = self._transport.receive(0)
+            if len(self._roster) != self._clients_saved:
+                # A name belongs to its first key, also after a crash.
+                self._save_clients()
             self._intake.send_verdicts()
 
     def _patience(self, now: float) -> float:
@@ -410,3 +426,9 @@ class Coordinator:
         if (current := self._intake.current) and current.state.deadline_at > now:
             due.append(current.state.deadline_at)
         return max(0.001, min(due) - now)
+
+
+def _said(current: OpenRound) -> str:
+    """What clients gave as reasons, for an error message."""
+    said = [f"{client}: {reason}" for client, reason in sorted(current.reasons.items())]
+    return f" ({'; '.join(said[:3])}{'; …' if len(said) > 3 else ''})" if said else ""

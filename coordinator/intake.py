@@ -183,10 +183,14 @@ class Intake:
             self._refuse(client, reason)
             self._post.send(client, Refusal(reason=reason, connection=hello.connection))
             return
+        if record.connection != hello.connection:
+            # A new process, or its first Hello; a copy of the Hello of this connection changes nothing.
+            if record.ready:
+                self._observe(events.ClientLeft(client, "came back anew"))
+            record.ready = False
         record.connection = hello.connection
         record.device = hello.device
         record.online = True
-        record.ready = False
         self._post.send(client, Welcome(run=self._run))
 
     def _on_ready(self, record: ClientRecord, ready: Ready) -> None:
@@ -209,6 +213,7 @@ class Intake:
     def _on_decline(self, record: ClientRecord, decline: Decline) -> None:
         if self.current and decline.nonce == self.current.state.nonce:
             self.current.state.advance(record.name, Part.DECLINED)
+            self.current.reasons[record.name] = decline.reason
             logger.info("%s declines round %d: %s", record.name, decline.round, decline.reason)
 
     def _on_want(self, record: ClientRecord, want: Want) -> None:
@@ -241,7 +246,8 @@ class Intake:
 
     def _on_offer(self, record: ClientRecord, offer: Offer, envelope: bytes) -> None:
         client, current = record.name, self.current
-        if record.last_accepted == (offer.round, offer.update.digest):
+        in_round = current.collection.digests.get(client) if current else None
+        if offer.update.digest == in_round or record.last_accepted == (offer.round, offer.update.digest):
             # A duplicate of what is already in: say so once more.
             self._verdicts.append((client, _accepted(offer)))
         elif not current or (offer.run, offer.round, offer.nonce) != (
@@ -300,6 +306,7 @@ class Intake:
     def _reject(self, client: str, offer: Offer, reason: str) -> None:
         if self.current:
             self.current.refused += 1
+            self.current.reasons[client] = reason
         self._refuse(client, reason)
         verdict = Verdict(round=offer.round, digest=offer.update.digest, accepted=False, reason=reason[:1000])
         self._post.send(client, verdict)

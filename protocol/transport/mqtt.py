@@ -91,6 +91,8 @@ class MqttTransport:
         self._queued = 0
         self._delivered = 0
         self._lock = threading.Lock()
+        # The request that renews the subscriptions after a reconnect, until it is confirmed.
+        self._renewal: int | None = None
         self._closed = False
         self._client = self._open()
 
@@ -247,9 +249,10 @@ class MqttTransport:
         if reason.is_failure:
             self._events.put(Disconnected(str(reason)))
             return
-        for topic in list(self._subscriptions):
-            client.subscribe(topic, qos=1)
-        self._events.put(Connected())
+        topics = [(topic, 1) for topic in list(self._subscriptions)]
+        self._renewal = client.subscribe(topics)[1] if topics else None
+        if self._renewal is None:
+            self._events.put(Connected())
 
     def _on_disconnect(self, _c: paho.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
         with self._lock:
@@ -266,6 +269,9 @@ class MqttTransport:
         self._delivered += 1
 
     def _on_subscribe(self, _c: paho.Client, _u: Any, mid: int, _r: Any, _p: Any) -> None:
+        if mid == self._renewal:
+            self._renewal = None
+            self._events.put(Connected())
         with self._lock, contextlib.suppress(KeyError):
             self._acknowledged.pop(mid).set()
 
