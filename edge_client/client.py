@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -24,7 +23,7 @@ from edgetrain.edge_client.device import device_info, peak_memory_mb
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.installation import install_bundle
-from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Mailbox, RunOver
+from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Abandoned, Mailbox, RunOver
 from edgetrain.edge_client.runtimes import available_runtimes
 from edgetrain.edge_client.runtimes.base import Session, Vector
 from edgetrain.edge_client.state import ClientState
@@ -97,8 +96,8 @@ class Client:
             clock=clock,
         )
         self._mail.introduce = self._introduce
-        # Plans that are finished, one way or the other.
-        self._done: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
+        # Training plans that are finished, with the reason why not again; "" if the update was accepted.
+        self._done: dict[bytes, str] = {}
         self._bundle: bytes | None = None
         # Set by `_join`, in this order.
         self._session: Session | None = None
@@ -177,6 +176,8 @@ class Client:
         self._send_hello()
         if self._feedback:
             self._send_ready()
+        if self._feedback and self._feedback.offer and self._mail.upload:
+            self._mail.send(self._feedback.offer)
 
     def _send_hello(self) -> None:
         self._mail.send(
@@ -210,7 +211,12 @@ class Client:
             mail.wait(lambda: mail.plan is not None)
             plan, mail.plan = mail.plan, None
             assert plan is not None, "just waited for"
-            if plan.nonce in self._done or plan.nonce in mail.closed:
+            if plan.nonce in mail.closed:
+                continue
+            if (reason := self._done.get(plan.nonce)) is not None:
+                if reason:
+                    # The round is tried again: silence would hold it up until its deadline.
+                    self._decline(plan, reason)
                 continue
             if plan.bundle != self._bundle:
                 self._decline(plan, "has another bundle")
@@ -220,10 +226,17 @@ class Client:
                     self._train_round(plan)
                 else:
                     self._evaluate_round(plan)
+            except Abandoned:
+                logger.info("round %d: over before its parameters came", plan.round)
             except (TrainingError, CodecError, BlobError) as error:
                 logger.warning("round %d: %s", plan.round, error)
+                self._finish(plan.nonce, str(error)[:1000])
                 self._decline(plan, str(error)[:1000])
-            self._done.append(plan.nonce)
+
+    def _finish(self, nonce: bytes, reason: str = "") -> None:
+        self._done[nonce] = reason
+        if len(self._done) > REMEMBERED_PLANS:
+            del self._done[next(iter(self._done))]
 
     def _train_round(self, plan: Plan) -> None:
         assert self._session, "joined"
@@ -283,7 +296,7 @@ class Client:
     def _fetch_parameters(self, plan: Plan) -> Vector:
         assert self._session, "joined"
         length = self._session.manifest.num_parameters
-        data = self._mail.fetch(plan.parameters, limit=4 * length + 4096)
+        data = self._mail.fetch(plan.parameters, limit=4 * length + 4096, abandon=lambda: self._is_over(plan))
         vector = decode(data, Limits(max_parameters=length)).dense()
         if len(vector) != length:
             raise CodecError(f"the round's parameters are {len(vector)}, the bundle has {length}")
@@ -304,10 +317,15 @@ class Client:
         mail.upload = None
         verdict = mail.verdicts[digest]
         feedback.settle(accepted=verdict.accepted)
+        self._finish(offer.nonce, "" if verdict.accepted else f"its update was refused: {verdict.reason}"[:1000])
         if verdict.accepted:
             logger.info("round %d: update of %d bytes accepted", offer.round, offer.update.size)
         else:
             logger.warning("round %d: update refused: %s", offer.round, verdict.reason)
+
+    def _is_over(self, plan: Plan) -> bool:
+        newer = self._mail.plan
+        return plan.nonce in self._mail.closed or (newer is not None and newer.nonce != plan.nonce)
 
     def _may_continue(self, plan: Plan) -> bool | str:
         self._mail.pump(0)
