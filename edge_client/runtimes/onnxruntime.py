@@ -82,16 +82,16 @@ class OnnxSession:
     ) -> StepResult:
         """Loss and gradients of one micro-batch."""
         self._staging.fill(batch, weights)
-        loss_sum, weight_sum, *metrics = self._graph("step").run(parameters)
-        return StepResult(float(loss_sum), float(weight_sum), self._named(metrics), self._gradients)
+        outputs = self._graph("step").run(parameters)
+        return StepResult(float(outputs[0]), float(outputs[1]), self._metrics(outputs), self._gradients)
 
     def evaluate(
         self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None
     ) -> EvalResult:
         """Loss and metrics of one micro-batch."""
         self._staging.fill(batch, weights)
-        loss_sum, weight_sum, *metrics = self._graph("eval").run(parameters)
-        return EvalResult(float(loss_sum), float(weight_sum), self._named(metrics))
+        outputs = self._graph("eval").run(parameters)
+        return EvalResult(float(outputs[0]), float(outputs[1]), self._metrics(outputs))
 
     def infer(self, parameters: Vector, inputs: Half) -> dict[str, Array]:
         """The module's outputs, cut to the number of samples where dimension 0 is the micro-batch."""
@@ -103,10 +103,11 @@ class OnnxSession:
             for spec, array in zip(graph.spec.outputs, outputs, strict=True)
         }
 
-    def _named(self, metrics: list[Array]) -> dict[str, npt.NDArray[np.float32]]:
+    def _metrics(self, outputs: list[Array]) -> dict[str, npt.NDArray[np.float32]]:
+        """Copies of the metrics; what follows them are the gradients."""
+        found = outputs[2 : 2 + len(self.manifest.metrics)]
         return {
-            name: array.astype(np.float32)
-            for name, array in zip(self.manifest.metrics, metrics, strict=False)
+            name: array.astype(np.float32) for name, array in zip(self.manifest.metrics, found, strict=True)
         }
 
     def _graph(self, name: str) -> _BoundGraph:
@@ -125,17 +126,18 @@ class OnnxSession:
 
     def _outputs(self, name: str, spec: Graph) -> list[Array]:
         """Where the graph writes: `step`'s gradients into the flat vector, everything else to own buffers."""
-        outputs: list[Array] = [np.zeros(output.shape, output.dtype) for output in spec.outputs]
-        if name != "step":
-            return outputs
-        first = 2 + len(self.manifest.metrics)
-        if len(outputs) != first + len(self.manifest.parameters):
+        if name == "infer":
+            return [np.zeros(output.shape, output.dtype) for output in spec.outputs]
+        gradients: list[Array] = []
+        if name == "step":
+            gradients = [view(self._gradients, entry) for entry in self.manifest.parameters]
+        own = 2 + len(self.manifest.metrics)
+        if len(spec.outputs) != own + len(gradients):
             raise SessionError(
-                f"{spec.file.file}: {len(outputs)} outputs, but the manifest's parameters and metrics make "
-                f"{first + len(self.manifest.parameters)}"
+                f"{spec.file.file}: {len(spec.outputs)} outputs, but by the manifest's metrics and parameters "
+                f"there should be {own + len(gradients)}"
             )
-        views: list[Array] = [view(self._gradients, entry) for entry in self.manifest.parameters]
-        return outputs[:first] + views
+        return [np.zeros(output.shape, output.dtype) for output in spec.outputs[:own]] + gradients
 
 
 class _BoundGraph:
@@ -176,7 +178,7 @@ class _BoundGraph:
             )
 
     def run(self, parameters: Vector) -> list[Array]:
-        """Runs on the staged batch; returns the outputs before the gradients' views, overwritten next time."""
+        """Runs on the staged batch; returns the outputs, which the next run overwrites."""
         if parameters is not self._parameters:
             check_vector(parameters, self._num_parameters)
             for entry, declared in zip(self._entries, self._parameter_inputs, strict=True):
