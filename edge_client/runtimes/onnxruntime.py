@@ -134,8 +134,8 @@ class OnnxSession:
         own = 2 + len(self.manifest.metrics)
         if len(spec.outputs) != own + len(gradients):
             raise SessionError(
-                f"{spec.file.file}: {len(spec.outputs)} outputs, but by the manifest's metrics and parameters "
-                f"there should be {own + len(gradients)}"
+                f"{spec.file.file}: {len(spec.outputs)} outputs, but by the manifest "
+                f"it should be {own + len(gradients)}"
             )
         return [np.zeros(output.shape, output.dtype) for output in spec.outputs[:own]] + gradients
 
