@@ -1,1 +1,26 @@
-"""edgetrain.export"""
+"""Module + loss + example batch -> training step as a pure graph -> programs -> bundle, with proven gradients."""
+
+from edgetrain.export.errors import (
+    BatchError,
+    ExportError,
+    MergeError,
+    ParityError,
+    SelectionError,
+    SourceError,
+    UnsupportedError,
+)
+from edgetrain.export.exporter import export_bundle
+from edgetrain.export.source import Source, load_source
+
+__all__ = [
+    "BatchError",
+    "ExportError",
+    "MergeError",
+    "ParityError",
+    "SelectionError",
+    "Source",
+    "SourceError",
+    "UnsupportedError",
+    "export_bundle",
+    "load_source",
+]

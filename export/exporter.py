@@ -1,0 +1,219 @@
+"""From a module to a bundle: prepare, trace, lower, prove, write."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import edgetrain
+from edgetrain.export import parity
+from edgetrain.export.batch import Example, ExampleBatch, Loss, per_sample_loss, read_example
+from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.joint import Problem, TracedGraph, trace_eval, trace_infer, trace_step
+from edgetrain.export.lowering import get_lowering
+from edgetrain.export.lowering.base import LoweredGraph, Lowering
+from edgetrain.export.metrics import Metric, check_metrics, default_metrics
+from edgetrain.export.prepare import Prepared, plain_math, prepare
+from edgetrain.export.user_code import user_code
+from edgetrain.protocol.bundle import file_entry, write_bundle
+from edgetrain.protocol.manifest import (
+    FrozenSummary,
+    GradientCheck,
+    Graph,
+    Manifest,
+    ParameterEntry,
+    Program,
+    SelfTest,
+    probe_signs,
+)
+
+logger = logging.getLogger(__name__)
+
+PARAMETERS_FILE = "parameters.f32"
+SELF_TEST_FILE = "self_test.bin"
+
+
+def export_bundle(
+    module: nn.Module,
+    loss: Loss,
+    example_batch: ExampleBatch,
+    *,
+    trainable: str = "all",
+    runtimes: Sequence[str] = ("onnxruntime",),
+    micro_batch: int | None = None,
+    out: str | os.PathLike[str],
+    name: str | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+) -> Path:
+    """Exports a module with its training step, proves the gradients, and writes a bundle.
+
+    Args:
+        module: called as `module(inputs)`, `module(*inputs)` or `module(**inputs)`, as the example's inputs are
+            a tensor, a tuple or a dict. Not changed.
+        loss: `loss(outputs, targets)` -> one loss per sample, [B], or per token, [B, T].
+        example_batch: `(inputs, targets)`, each a tensor, a tuple or a dict of tensors; dimension 0 is the batch.
+        trainable: what learns; see `edgetrain.export.select`.
+        runtimes: one program is written for each.
+        micro_batch: samples per call of the step; None for the size of the example.
+        out: the bundle's directory, or an archive if it ends in `.edge`.
+        name: for people; the class name if left out.
+        metrics: `metric(outputs, targets)` -> values per loss, by name; None for the defaults.
+
+    Returns:
+        `out`.
+
+    Raises:
+        BatchError: the example batch, the loss or a metric does not fit.
+        SelectionError: the selection matches nothing.
+        UnsupportedError: something has no export, or a runtime is unknown or not installed.
+        ParityError: the exported numbers are not eager torch's. Nothing is written.
+        BundleError: `out` cannot be written.
+    """
+    lowerings = _lowerings(runtimes)
+    example = read_example(example_batch, micro_batch)
+    prepared = prepare(module, trainable)
+    problem = _problem(prepared, loss, example, metrics)
+    expected = parity.points(problem)
+    parity.check_finite(problem, expected[0])
+    files: dict[str, bytes] = {}
+    programs = tuple(_program(lowering, problem, expected, files) for lowering in lowerings)
+    files[PARAMETERS_FILE] = _raw(problem.parameters)
+    files[SELF_TEST_FILE] = _raw((*example.leaves, problem.weights))
+    manifest = Manifest(
+        name=name or type(module).__name__,
+        producer=f"edgetrain {edgetrain.__version__}",
+        micro_batch=example.micro_batch,
+        parameters=_table(problem),
+        initial_parameters=file_entry(PARAMETERS_FILE, files[PARAMETERS_FILE]),
+        batch=example.spec(problem.weights),
+        loss=_qualified_name(loss),
+        metrics=tuple(problem.metrics),
+        trainable=trainable,
+        frozen=_frozen_summary(prepared),
+        programs=programs,
+        self_test=_self_test(problem, expected[0], files[SELF_TEST_FILE]),
+    )
+    for note in prepared.notes:
+        logger.info(note)
+    return write_bundle(out, manifest, files)
+
+
+def _lowerings(runtimes: Sequence[str]) -> list[Lowering]:
+    if isinstance(runtimes, str) or not runtimes:
+        raise UnsupportedError("runtimes must be a list of at least one name, e.g. ('onnxruntime',)")
+    found = [get_lowering(runtime) for runtime in dict.fromkeys(runtimes)]
+    for lowering in found:
+        if reason := lowering.available():
+            raise UnsupportedError(f"runtime {lowering.runtime!r}: {reason}")
+    return found
+
+
+def _problem(
+    prepared: Prepared, loss: Loss, example: Example, metrics: Mapping[str, Metric] | None
+) -> Problem:
+    """Runs the module once to learn the shape of the weights and which metrics fit."""
+    probe = Problem(prepared, loss, {}, example, torch.ones(()))
+    inputs, targets = probe.split(example.leaves)
+    with plain_math(), torch.no_grad():
+        with user_code("calling the module with the example inputs"):
+            outputs = probe.outputs(probe.parameters, inputs)
+        with user_code("calling the loss with the module's outputs and the example targets"):
+            losses = per_sample_loss(loss(outputs, targets), example)
+        shape = tuple(losses.shape)
+        chosen = default_metrics(outputs, targets, shape) if metrics is None else dict(metrics)
+        with user_code("calling a metric"):
+            check_metrics(chosen, outputs, targets, shape)
+    return Problem(prepared, loss, chosen, example, _example_weights(shape))
+
+
+def _example_weights(shape: tuple[int, ...]) -> Tensor:
+    """Weights between 0.25 and 1 that differ from sample to sample and token to token."""
+    count = int(np.prod(shape))
+    return (1.0 - 0.75 * (torch.arange(count) % 7) / 7).reshape(shape)
+
+
+def _program(
+    lowering: Lowering, problem: Problem, expected: Sequence[parity.Reference], files: dict[str, bytes]
+) -> Program:
+    graphs: dict[str, Graph] = {}
+    decompositions = lowering.decompositions()
+    for trace in (trace_step, trace_eval, trace_infer):
+        graph = trace(problem, decompositions)
+        lowered = lowering.lower(graph)
+        run = lowering.load(lowered)
+        if graph.name == "step":
+            report = parity.prove_step(lowering.runtime, problem, graph, run, expected)
+            logger.info(
+                f"{lowering.runtime}: largest gradient error {report.gradient:.1e} ({report.worst}), "
+                f"loss error {report.loss:.1e}"
+            )
+        elif graph.name == "eval":
+            parity.prove_eval(lowering.runtime, problem, graph, run, expected[1])
+        else:
+            parity.prove_infer(lowering.runtime, problem, graph, run, expected[1])
+        graphs[graph.name] = _add(lowering.runtime, graph, lowered, files)
+    return Program(runtime=lowering.runtime, minimum_version=lowering.minimum_version, graphs=graphs)
+
+
+def _add(runtime: str, graph: TracedGraph, lowered: LoweredGraph, files: dict[str, bytes]) -> Graph:
+    new = {f"{runtime}/{file}": data for file, data in ({lowered.file: lowered.data} | lowered.extra).items()}
+    files |= new
+    entries = [file_entry(file, data) for file, data in new.items()]
+    return Graph(
+        file=entries[0],
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        extra_files=tuple(entries[1:]),
+        planned_memory=lowered.planned_memory,
+    )
+
+
+def _raw(tensors: Sequence[Tensor]) -> bytes:
+    return b"".join(np.ascontiguousarray(tensor.numpy()).tobytes() for tensor in tensors)
+
+
+def _table(problem: Problem) -> tuple[ParameterEntry, ...]:
+    entries = []
+    offset = 0
+    for name, tensor in problem.prepared.trainable.items():
+        entries.append(ParameterEntry(name=name, shape=tuple(tensor.shape), offset=offset))
+        offset += tensor.numel()
+    return tuple(entries)
+
+
+def _frozen_summary(prepared: Prepared) -> FrozenSummary:
+    tensors = prepared.frozen.values()
+    return FrozenSummary(
+        elements=sum(tensor.numel() for tensor in tensors),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    )
+
+
+def _self_test(problem: Problem, expected: parity.Reference, data: bytes) -> SelfTest:
+    checks = []
+    for name, gradient in expected.gradients.items():
+        flat = gradient.astype(np.float64).ravel()
+        checks.append(
+            GradientCheck(
+                name=name,
+                norm=float(np.linalg.norm(flat)),
+                projection=float(flat @ probe_signs(flat.size).astype(np.float64)),
+            )
+        )
+    return SelfTest(
+        file=file_entry(SELF_TEST_FILE, data),
+        loss_sum=expected.loss_sum,
+        weight_sum=expected.weight_sum,
+        metrics={name: float(np.sum(expected.metrics[name])) for name in problem.metrics},
+        gradients=tuple(checks),
+    )
+
+
+def _qualified_name(loss: Loss) -> str:
+    return getattr(loss, "__qualname__", None) or type(loss).__qualname__

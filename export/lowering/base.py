@@ -1,0 +1,64 @@
+"""The seam between traced graphs and runtimes: one lowering per runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.export.decompositions import Decompositions
+from edgetrain.export.joint import TracedGraph
+
+Array = npt.NDArray[np.generic]
+Run = Callable[[Sequence[Array]], list[Array]]
+"""Runs a lowered graph: arrays in the order of its inputs -> arrays in the order of its outputs."""
+
+
+@dataclass(frozen=True)
+class LoweredGraph:
+    """One graph as the runtime loads it."""
+
+    # File name inside the runtime's folder of the bundle, and contents.
+    file: str
+    data: bytes
+    # Further files that the program loads by relative path.
+    extra: dict[str, bytes] = field(default_factory=dict)
+    # Bytes of activations that the runtime plans for one call, where the lowering knows it.
+    planned_memory: int | None = None
+
+
+class Lowering(Protocol):
+    """How graphs become programs of one runtime. Plain data and pure functions; holds no state."""
+
+    @property
+    def runtime(self) -> str:
+        """As in the manifest."""
+        ...
+
+    @property
+    def minimum_version(self) -> str:
+        """The oldest version of the runtime that can run what `lower` writes."""
+        ...
+
+    def available(self) -> str | None:
+        """None if graphs can be lowered and run here, else the reason and the remedy."""
+        ...
+
+    def decompositions(self) -> Decompositions:
+        """The operators that are to be taken apart while tracing."""
+        ...
+
+    def lower(self, graph: TracedGraph) -> LoweredGraph:
+        """Translates one graph. The same graph gives the same bytes.
+
+        Raises:
+            UnsupportedError: an operator that the runtime has no translation for.
+        """
+        ...
+
+    def load(self, lowered: LoweredGraph) -> Run:
+        """Loads a lowered graph in the real runtime, one thread, to prove it."""
+        ...

@@ -1,0 +1,115 @@
+"""Graphs to plain ONNX, for the ordinary onnxruntime (and for onnxruntime-web)."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+import torch
+
+from edgetrain.export.decompositions import Decompositions, common
+from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.joint import TracedGraph
+from edgetrain.export.lowering.base import Array, LoweredGraph, Run
+
+OPSET = 18
+# Protobuf's limit for one message; larger models would need external data.
+MAX_MODEL_BYTES = 2**31 - 1
+
+
+class OnnxLowering:
+    """See `edgetrain.export.lowering.base.Lowering`."""
+
+    runtime = "onnxruntime"
+    minimum_version = "1.22"
+
+    def available(self) -> str | None:
+        """None, or what to install."""
+        for package in ("onnxruntime", "onnxscript"):
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed: pip install 'edgetrain[export]'"
+        return None
+
+    def decompositions(self) -> Decompositions:
+        """What ONNX has no operator for."""
+        return common()
+
+    def lower(self, graph: TracedGraph) -> LoweredGraph:
+        """Translates by torch's own exporter, then strips what ties the file to this machine."""
+        with _quiet(), torch.no_grad():
+            exported = torch.export.export(graph.module, graph.example, strict=False)
+            program = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=[spec.name for spec in graph.inputs],
+                output_names=[spec.name for spec in graph.outputs],
+                external_data=False,
+                optimize=True,
+            )
+        assert program is not None
+        model = program.model_proto
+        _strip(model)
+        if model.ByteSize() > MAX_MODEL_BYTES:
+            raise UnsupportedError(
+                f"graph {graph.name!r} is larger than the 2 GiB that one ONNX file can hold"
+            )
+        return LoweredGraph(file=f"{graph.name}.onnx", data=model.SerializeToString(deterministic=True))
+
+    def load(self, lowered: LoweredGraph) -> Run:
+        """An ordinary inference session."""
+        import onnxruntime  # noqa: PLC0415  # slow to import, and needed only here
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(lowered.data, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+
+        def run(arrays: Sequence[Array]) -> list[Array]:
+            return [np.asarray(a) for a in session.run(None, dict(zip(names, arrays, strict=True)))]
+
+        return run
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Removes stack traces and paths of the exporting machine."""
+    model.doc_string = ""
+    model.producer_name, model.producer_version = "edgetrain", ""
+    del model.metadata_props[:]
+    graphs = [model.graph, *model.functions]
+    for graph in graphs:
+        graph.doc_string = ""
+        del graph.metadata_props[:]
+        for node in graph.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+        for value in graph.value_info:
+            del value.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's deprecation warnings and progress notes; its errors are exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,62 @@
+"""Metrics that the graphs compute beside the loss. Each gives values per sample; the graph sums them weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from edgetrain.export.batch import logits_of
+from edgetrain.export.errors import BatchError
+
+Metric = Callable[[Any, Any], Tensor]
+"""`metric(outputs, targets)` -> values [B] or [B, T] as the loss, or with one more dimension of classes."""
+
+
+def correct(outputs: Any, targets: Any) -> Tensor:
+    """1 where the class of the largest logit is the target. Logits [..., C], targets [...]."""
+    return (logits_of(outputs).argmax(-1) == targets).float()
+
+
+def default_metrics(outputs: Any, targets: Any, weights_shape: tuple[int, ...]) -> dict[str, Metric]:
+    """`correct`, if the outputs are logits and the targets the classes of the same samples or tokens."""
+    logits = logits_of(outputs)
+    fits = (
+        isinstance(logits, Tensor)
+        and isinstance(targets, Tensor)
+        and logits.is_floating_point()
+        and not targets.is_floating_point()
+        and logits.ndim == targets.ndim + 1
+        and tuple(logits.shape[:-1]) == tuple(targets.shape) == weights_shape
+        and logits.shape[-1] > 1
+    )
+    return {"correct": correct} if fits else {}
+
+
+def check_metrics(
+    metrics: Mapping[str, Metric], outputs: Any, targets: Any, weights_shape: tuple[int, ...]
+) -> None:
+    """Runs every metric once on the example.
+
+    Raises:
+        BatchError: a metric's values do not line up with the loss.
+    """
+    for name, metric in metrics.items():
+        values = metric(outputs, targets)
+        if not isinstance(values, Tensor) or tuple(values.shape[: len(weights_shape)]) != weights_shape:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise BatchError(
+                f"metric {name!r} returned {got}; it must give one value (or one row) for each loss, "
+                f"shape {list(weights_shape)}"
+            )
+        if values.ndim > len(weights_shape) + 1:
+            raise BatchError(f"metric {name!r} returned {values.ndim} dimensions; one row per loss at most")
+
+
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """Sum over samples (and tokens): a scalar, or [C] for values with a row per sample."""
+    values = values.to(weights.dtype)
+    if values.ndim > weights.ndim:
+        return (values * weights.unsqueeze(-1)).flatten(0, -2).sum(0)
+    return (values * weights).sum()

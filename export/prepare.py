@@ -1,0 +1,129 @@
+"""The user's module, made ready to be traced: a copy in evaluation mode with the chosen parameters free."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from edgetrain.export.errors import SelectionError, UnsupportedError
+from edgetrain.export.select import select
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A module that can be traced."""
+
+    # A copy: the user's own module is never touched.
+    module: nn.Module
+    # The parameters that learn, by name, in manifest order.
+    trainable: dict[str, Tensor]
+    # The other parameters, and the buffers.
+    frozen: dict[str, Tensor]
+    # What was changed, for the user to read.
+    notes: tuple[str, ...]
+
+
+def prepare(module: nn.Module, selection: str) -> Prepared:
+    """Copies the module, makes it deterministic and frees the selected parameters.
+
+    Raises:
+        SelectionError: see `edgetrain.export.select`.
+        UnsupportedError: a module that cannot be copied, or that has no export.
+    """
+    notes: list[str] = []
+    module = _copy(module)
+    _convert_dtypes(module, notes)
+    _remove_randomness(module, notes)
+    _freeze_statistics(module, notes)
+    module.eval()
+    names = set(select(module, selection))
+    trainable: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if name in names and not parameter.is_floating_point():
+            raise SelectionError(
+                f"{name} holds {parameter.dtype} and cannot learn; exclude it with '!{name}'"
+            )
+        parameter.requires_grad_(False)
+        (trainable if name in names else frozen)[name] = parameter.detach()
+    frozen |= dict(module.named_buffers())
+    return Prepared(module, trainable, frozen, tuple(notes))
+
+
+@contextmanager
+def plain_math() -> Iterator[None]:
+    """Attention and transformer layers as plain operations: fused kernels have no export."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        yield
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise UnsupportedError(f"the model must be a torch.nn.Module, got a {type(module).__name__}")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            "the model is a TorchScript module; export the nn.Module that it was made from"
+        )
+    try:
+        return copy.deepcopy(module).cpu()
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedError(
+            f"{type(module).__name__} cannot be copied ({error}). A tensor attribute that carries gradients "
+            "is the usual reason: register it as a parameter or buffer, or detach it"
+        ) from error
+
+
+def _convert_dtypes(module: nn.Module, notes: list[str]) -> None:
+    others = sorted(
+        {str(p.dtype).removeprefix("torch.") for p in _floats(module) if p.dtype != torch.float32}
+    )
+    if others:
+        module.float()
+        notes.append(f"parameters and buffers of {', '.join(others)} were converted to float32")
+
+
+def _floats(module: nn.Module) -> Iterator[Tensor]:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            yield tensor
+
+
+def _remove_randomness(module: nn.Module, notes: list[str]) -> None:
+    removed = [
+        name for name, part in module.named_modules() if isinstance(part, nn.modules.dropout._DropoutNd)
+    ]  # noqa: SLF001
+    for name in removed:
+        parent, _, child = name.rpartition(".")
+        if name:
+            setattr(module.get_submodule(parent), child, nn.Identity())
+    if removed:
+        notes.append(f"{len(removed)} dropout layers were removed (training on the device uses none)")
+
+
+def _freeze_statistics(module: nn.Module, notes: list[str]) -> None:
+    norms = [
+        (name, part)
+        for name, part in module.named_modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm)
+    ]  # noqa: SLF001
+    for name, part in norms:
+        if part.running_mean is None:
+            raise UnsupportedError(
+                f"{name} ({type(part).__name__}) keeps no running statistics: its output would depend on who "
+                "shares the micro-batch. Use track_running_stats=True, or GroupNorm"
+            )
+    if norms:
+        notes.append(
+            f"{len(norms)} batch normalisations use their running statistics and do not update them; "
+            "their weight and bias can learn"
+        )
