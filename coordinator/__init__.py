@@ -1,1 +1,1 @@
-"""edgetrain.coordinator"""
+"""The coordinator package."""

@@ -3,6 +3,7 @@
 Imports no torch and nothing of the other packages.
 """
 
+from edgetrain.protocol.codecs import CodecSpec, Limits, SparseOrDense, decode, encode
 from edgetrain.protocol.errors import (
     BlobError,
     BundleError,
@@ -19,10 +20,15 @@ __all__ = [
     "BlobError",
     "BundleError",
     "CodecError",
+    "CodecSpec",
     "ConfigError",
     "EdgetrainError",
+    "Limits",
     "Manifest",
     "MessageError",
     "SignatureError",
+    "SparseOrDense",
     "TransportError",
+    "decode",
+    "encode",
 ]

@@ -40,6 +40,8 @@ class Bundle:
     """
 
     manifest: Manifest
+    # manifest.json as it stands.
+    manifest_bytes: bytes
     # SHA-256 of manifest.json: names the whole bundle, since the manifest names every file by hash.
     digest: bytes
 
@@ -63,6 +65,7 @@ class Bundle:
             self.manifest = decode_manifest(data)
         except BundleError as error:
             raise BundleError(f"{self.path}: {error}") from error
+        self.manifest_bytes = data
         self.digest = hashlib.sha256(data).digest()
 
     def read(self, entry: FileEntry) -> bytes:

@@ -1,0 +1,204 @@
+"""Starting a broker beside the coordinator: Mosquitto where it is installed, else an embedded one.
+
+Both listen on the loopback interface only and without passwords: for demos, tests and simulations on one
+machine. A federation across machines runs a broker of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol
+
+from edgetrain.coordinator.errors import BrokerError
+from edgetrain.coordinator.processes import spawn, stop
+
+HOST = "127.0.0.1"
+START_SECONDS = 10.0
+
+BrokerKind = Literal["mosquitto", "embedded"]
+
+
+class LocalBroker(Protocol):
+    """A broker that we started."""
+
+    # What it speaks at best; "auto" where clients can find out quickly.
+    mqtt_version: Literal["auto", "3.1.1"]
+
+    @property
+    def port(self) -> int:
+        """Its port on the loopback interface."""
+        ...
+
+    def stop(self) -> None:
+        """Ends it. Idempotent."""
+        ...
+
+
+def start_broker(kind: BrokerKind | None = None, *, port: int = 0) -> LocalBroker:
+    """Starts a broker and returns when it accepts connections.
+
+    Args:
+        kind: which; None takes Mosquitto if it is installed, else the embedded one.
+        port: to listen on; 0 for any free one.
+
+    Raises:
+        BrokerError: not installed, or the port is taken.
+    """
+    if kind is None:
+        kind = "mosquitto" if find_mosquitto() else "embedded"
+    if port:
+        _check_free(port)
+    return Mosquitto(port or free_port()) if kind == "mosquitto" else EmbeddedBroker(port or free_port())
+
+
+def find_mosquitto() -> str | None:
+    """Path of the mosquitto program; Debian puts it where users' PATH does not look."""
+    return shutil.which(
+        "mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    )
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+class Mosquitto:
+    """A mosquitto process (MQTT 5 and 3.1.1).
+
+    Args:
+        port: to listen on, on the loopback interface.
+        settings: further lines for mosquitto.conf.
+    """
+
+    mqtt_version: Literal["auto", "3.1.1"] = "auto"
+
+    def __init__(self, port: int, *, settings: str = "") -> None:
+        self.port = port
+        program = find_mosquitto()
+        if program is None:
+            raise BrokerError(
+                "mosquitto is not installed (Debian: apt install mosquitto); --broker embedded needs no installation"
+            )
+        self._directory = tempfile.TemporaryDirectory(prefix="edgetrain-mosquitto-")
+        config = Path(self._directory.name) / "mosquitto.conf"
+        log = Path(self._directory.name) / "mosquitto.log"
+        config.write_text(
+            f"listener {port} {HOST}\nallow_anonymous true\npersistence false\n"
+            f"max_queued_messages 0\nmax_inflight_messages 0\nset_tcp_nodelay true\n{settings}",
+            encoding="ascii",
+        )
+        with log.open("wb") as output:
+            self._process = spawn(
+                [program, "-c", str(config)], stdout=output, stderr=output, stdin=subprocess.DEVNULL
+            )
+        try:
+            _wait_until_open(port, alive=lambda: self._process.poll() is None)
+        except BrokerError as error:
+            text = log.read_text(errors="replace").strip()
+            self.stop()
+            raise BrokerError(f"mosquitto did not start: {text or error}") from error
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """See `LocalBroker`."""
+        stop(self._process)
+        self._directory.cleanup()
+
+
+class EmbeddedBroker:
+    """aMQTT in a thread of this process.
+
+    It speaks MQTT 3.1.1 only and leaves an MQTT 5 CONNECT unanswered, so say so to those who connect.
+    """
+
+    mqtt_version: Literal["auto", "3.1.1"] = "3.1.1"
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self._loop = asyncio.new_event_loop()
+        self._failure: BaseException | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="embedded-broker", daemon=True)
+        self._thread.start()
+        try:
+            _wait_until_open(port, alive=self._thread.is_alive)
+        except BrokerError as error:
+            self.stop()
+            raise BrokerError(f"the embedded broker did not start: {self._failure or error}") from error
+
+    def stop(self) -> None:
+        """See `LocalBroker`."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._end.set)
+            self._thread.join(START_SECONDS)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._serve())
+        except Exception as error:
+            self._failure = error
+        finally:
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        try:
+            from amqtt.broker import Broker
+        except ImportError as error:
+            raise BrokerError(
+                "the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'"
+            ) from error
+        self._end = asyncio.Event()
+        for name in ("amqtt", "transitions"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        broker = Broker(
+            {
+                "listeners": {"default": {"type": "tcp", "bind": f"{HOST}:{self.port}"}},
+                "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
+            }
+        )
+        await broker.start()
+        try:
+            await self._end.wait()
+        finally:
+            await broker.shutdown()
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise BrokerError(
+                f"port {port} on {HOST} is taken ({error}); stop what runs there or choose another"
+            ) from error
+
+
+def _wait_until_open(port: int, *, alive: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) == 0:
+                return
+        if not alive():
+            raise BrokerError("it ended at once")
+        time.sleep(0.02)
+    raise BrokerError(f"it does not listen on port {port} after {START_SECONDS:.0f} s")

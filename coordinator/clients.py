@@ -1,0 +1,65 @@
+"""Who is who: the clients that the coordinator knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgetrain.protocol.messages import DeviceInfo, Resources
+
+
+@dataclass(slots=True)
+class ClientRecord:
+    """One client."""
+
+    name: str
+    # Pinned at the first Hello of the run: the name belongs to this key.
+    public_key: bytes
+    connection: bytes = b""
+    online: bool = False
+    # It has the bundle and its self-test passed.
+    ready: bool = False
+    num_examples: int = 0
+    runtime: str = ""
+    device: DeviceInfo = DeviceInfo()
+    # What its updates reported last.
+    resources: Resources = Resources()
+    # (round, digest) of its last accepted update.
+    last_accepted: tuple[int, bytes] | None = None
+    bytes_up: int = 0
+
+
+class Roster:
+    """All known clients, by name."""
+
+    def __init__(self) -> None:
+        self._clients: dict[str, ClientRecord] = {}
+
+    def __getitem__(self, name: str) -> ClientRecord:
+        return self._clients[name]
+
+    def get(self, name: str) -> ClientRecord | None:
+        """The record, if there is one."""
+        return self._clients.get(name)
+
+    def add(self, record: ClientRecord) -> None:
+        """Adds a client."""
+        self._clients[record.name] = record
+
+    def all(self) -> list[ClientRecord]:
+        """In the order of their names."""
+        return [self._clients[name] for name in sorted(self._clients)]
+
+    def eligible(self) -> list[str]:
+        """Names of those who can be invited now, sorted: selection must not depend on who came first."""
+        return [record.name for record in self.all() if record.online and record.ready]
+
+
+def select_random(
+    eligible: list[str], count: int, *, seed: int, round_number: int, attempt: int
+) -> list[str]:
+    """A uniform choice of at most `count` names; the same arguments give the same choice."""
+    generator = np.random.default_rng((seed, round_number, attempt))
+    chosen = generator.permutation(len(eligible))[:count]
+    return [eligible[index] for index in sorted(chosen)]

@@ -1,0 +1,130 @@
+"""What has come in for one round: checked, folded, journalled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgetrain.coordinator.errors import RunError, UpdateRefused
+from edgetrain.coordinator.journal import Journal, RoundOpened, UpdateAccepted, read_journal
+from edgetrain.coordinator.records import ClientRow
+from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.strategies import Contribution, ServerState, Strategy
+from edgetrain.protocol import CodecError
+from edgetrain.protocol.codecs import Limits, decode
+from edgetrain.protocol.messages import Offer, decode_from_client
+from edgetrain.protocol.signing import unseal
+
+
+class Collection:
+    """The accepted updates of a round.
+
+    Args:
+        strategy: folds them.
+        num_parameters: length of the flat vector.
+        state: the strategy's own, from the round before.
+        limits: for decoding.
+        max_examples: of one client.
+    """
+
+    def __init__(
+        self, strategy: Strategy, num_parameters: int, state: ServerState, limits: Limits, max_examples: int
+    ) -> None:
+        self._strategy = strategy
+        self._limits = limits
+        self._max_examples = max_examples
+        self._num_parameters = num_parameters
+        self._journal: Journal | None = None
+        self.partial: Any = strategy.init(num_parameters, state)
+        # Accepted clients with the digests of their updates.
+        self.digests: dict[str, bytes] = {}
+        self.rows: list[ClientRow] = []
+        self.update_bytes = 0
+
+    def open(self, directory: RunDirectory, opened: RoundOpened) -> RoundOpened:
+        """Opens the round's journal; if an earlier process has left one, takes back what it accepted.
+
+        Returns:
+            The record that opened the round: `opened`, or the one in the journal, whose nonce counts.
+
+        Raises:
+            RunError: the journal is of another run or cannot be read or written.
+        """
+        path = directory.journal_path(opened.round)
+        try:
+            entries = list(read_journal(path)) if path.exists() else []
+        except OSError as error:
+            raise RunError(f"{path}: cannot read the journal: {error}") from error
+        self._journal = directory.open_journal(opened.round)
+        if not entries:
+            self._journal.append(opened)
+            self._journal.commit()
+            return opened
+        first = entries[0][0]
+        if not isinstance(first, RoundOpened) or (first.run, first.round, first.parameters) != (
+            opened.run,
+            opened.round,
+            opened.parameters,
+        ):
+            raise RunError(f"{path}: is not the journal of this run's round {opened.round}; move it away")
+        for meta, payload in entries[1:]:
+            if isinstance(meta, UpdateAccepted):
+                offer = decode_from_client(unseal(meta.envelope).body)
+                if not isinstance(offer, Offer):
+                    raise RunError(f"{path}: holds something that is no offer")
+                self._fold(meta.client, offer, payload)
+        return first
+
+    def accept(self, client: str, offer: Offer, envelope: bytes, update: bytes) -> None:
+        """Checks and folds an update and appends it to the journal; `commit` makes it durable.
+
+        Raises:
+            UpdateRefused: it must not be folded. Nothing has changed.
+            RunError: the journal cannot be written.
+        """
+        assert self._journal is not None, "open comes first"
+        self._fold(client, offer, update)
+        self._journal.append(UpdateAccepted(client=client, envelope=envelope), update)
+
+    def commit(self) -> None:
+        """Returns when everything accepted is on the disk."""
+        assert self._journal is not None, "open comes first"
+        self._journal.commit()
+
+    def close(self) -> None:
+        """Closes the journal's file."""
+        if self._journal:
+            self._journal.close()
+
+    def _fold(self, client: str, offer: Offer, data: bytes) -> None:
+        if client in self.digests:
+            raise UpdateRefused("an update of this client is already in the round")
+        if not 1 <= offer.num_examples <= self._max_examples:
+            raise UpdateRefused(
+                f"claims {offer.num_examples} examples, allowed are 1 to {self._max_examples}"
+            )
+        try:
+            update = decode(data, self._limits)
+        except CodecError as error:
+            raise UpdateRefused(f"the update does not decode: {error}") from error
+        if update.num_parameters != self._num_parameters:
+            raise UpdateRefused(
+                f"the update has {update.num_parameters} parameters, the model has {self._num_parameters}"
+            )
+        contribution = Contribution(client, offer.num_examples, offer.steps, update)
+        self.partial = self._strategy.fold(self.partial, contribution)
+        self.digests[client] = offer.update.digest
+        self.update_bytes += len(data)
+        self.rows.append(
+            ClientRow(
+                round=offer.round,
+                client=client,
+                status="accepted",
+                num_examples=offer.num_examples,
+                steps=offer.steps,
+                loss=offer.metrics.get("loss"),
+                accuracy=offer.metrics.get("accuracy"),
+                update_bytes=len(data),
+                seconds=offer.resources.seconds,
+                peak_memory_mb=offer.resources.peak_memory_mb,
+            )
+        )

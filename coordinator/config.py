@@ -1,0 +1,98 @@
+"""Settings of a federation: `federation.toml`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edgetrain.protocol.training import TrainingConfig
+from edgetrain.protocol.transport.mqtt import BrokerConfig
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the sections: a misspelt key is an error, not a default."""
+
+
+class RoundsConfig(Section, frozen=True, kw_only=True):
+    """[rounds]: how many, with whom, for how long."""
+
+    # Rounds to run at most.
+    total: Annotated[int, Meta(ge=1)] = 20
+    # Close a round at so many accepted updates.
+    goal: Annotated[int, Meta(ge=1)] = 2
+    # Close at the deadline with at least so many; 0 means the goal.
+    minimum: Annotated[int, Meta(ge=0)] = 0
+    # Invite goal times this, for those who will not make it.
+    over_selection: Annotated[float, Meta(ge=1)] = 1.0
+    # Seconds from the invitation to the deadline.
+    deadline_seconds: Annotated[float, Meta(gt=0)] = 120.0
+    # Wait for the goal to be there; after so many seconds start with the minimum.
+    gather_seconds: Annotated[float, Meta(ge=0)] = 30.0
+    # Give up after so many failed attempts in a row; 0 for never.
+    max_failures: Annotated[int, Meta(ge=0)] = 5
+    # Give up if nothing can start for so many seconds; 0 for never.
+    idle_timeout_seconds: Annotated[float, Meta(ge=0)] = 0.0
+
+    @property
+    def least(self) -> int:
+        """The minimum in force."""
+        return min(self.minimum or self.goal, self.goal)
+
+
+class StopConfig(Section, frozen=True, kw_only=True):
+    """[stop]: when enough is enough, before the last round."""
+
+    # Stop at this accuracy, 0 to 1; 0 for never.
+    target_accuracy: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    # Stop when the metric has not improved by `min_improvement` over so many rounds; 0 for never.
+    patience: Annotated[int, Meta(ge=0)] = 0
+    min_improvement: Annotated[float, Meta(ge=0)] = 1e-3
+    metric: Literal["loss", "accuracy"] = "loss"
+
+
+class EvaluationConfig(Section, frozen=True, kw_only=True):
+    """[evaluation]: on the coordinator's own held-out data, and by the clients at the end."""
+
+    # .npz, .csv or file.py:callable, as for a client; empty for none.
+    data: str = ""
+    # Every so many rounds.
+    every: Annotated[int, Meta(ge=1)] = 1
+    # Let the clients evaluate the final parameters on their own validation data.
+    by_clients: bool = True
+    threads: Annotated[int, Meta(ge=0)] = 1
+
+
+class LimitsConfig(Section, frozen=True, kw_only=True):
+    """[limits]: what a client may claim."""
+
+    # Most examples of one client that count; more is refused.
+    max_examples: Annotated[int, Meta(ge=1)] = 10_000_000
+    # Bytes of one update; 0 means what the dense float32 update takes, and a little.
+    max_update_bytes: Annotated[int, Meta(ge=0)] = 0
+    chunk_bytes: Annotated[int, Meta(ge=1024)] = 60 << 10
+
+
+class FederationConfig(Section, frozen=True, kw_only=True):
+    """The whole file."""
+
+    # Name of the federation, part of every topic.
+    federation: str
+    # The bundle to train, as written by `edgetrain export`.
+    bundle: str
+    # Run directory; a run that was interrupted goes on where it was.
+    out: str
+    # Start a broker on the address in [broker]: "mosquitto" or "embedded"; empty: one is running there.
+    start_broker: Literal["", "mosquitto", "embedded"] = ""
+    broker: BrokerConfig = BrokerConfig()
+    strategy: str = "fedavg"
+    # Codec of the updates.
+    codec: str = "topk:0.05|int8:block=256|rice"
+    # Chooses clients, shuffles their data.
+    seed: Annotated[int, Meta(ge=0, lt=2**53)] = 0
+    rounds: RoundsConfig = RoundsConfig()
+    training: TrainingConfig = TrainingConfig()
+    stop: StopConfig = StopConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    limits: LimitsConfig = LimitsConfig()

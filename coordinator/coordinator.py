@@ -1,0 +1,412 @@
+"""The coordinator: one thread that owns all state and takes events out of the transport's queue."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.coordinator import events
+from edgetrain.coordinator.blob_server import BlobServer
+from edgetrain.coordinator.clients import ClientRecord, Roster, select_random
+from edgetrain.coordinator.collection import Collection
+from edgetrain.coordinator.config import FederationConfig
+from edgetrain.coordinator.errors import RoundFailed
+from edgetrain.coordinator.intake import Intake
+from edgetrain.coordinator.journal import RoundOpened
+from edgetrain.coordinator.open_round import OpenRound
+from edgetrain.coordinator.post import Post
+from edgetrain.coordinator.records import Summary
+from edgetrain.coordinator.reports import client_rows, round_record, summarize
+from edgetrain.coordinator.rounds import Outcome, Part, Round
+from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.stopping import stop_reason
+from edgetrain.coordinator.strategies import ServerState, make_strategy
+from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.codecs import CodecSpec, Limits, encode
+from edgetrain.protocol.messages import Plan, RoundClosed
+from edgetrain.protocol.names import Topics
+from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
+
+logger = logging.getLogger(__name__)
+
+Vector = npt.NDArray[np.float32]
+
+# Events handled before the journal is synced and the verdicts go out: one sync serves them all.
+BATCH_EVENTS = 256
+# Upper bound of one wait for events, so that deadlines are looked at now and then.
+POLL_SECONDS = 0.5
+# Clients have so long to evaluate the final parameters.
+REPORT_SECONDS = 60.0
+# The round's parameters go out as they are.
+PARAMETERS_CODEC = "dense|float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Held-out loss and, where the bundle counts it, accuracy."""
+
+    loss: float
+    accuracy: float | None
+
+
+class Coordinator:
+    """Runs a federation from the first client to the summary.
+
+    Args:
+        config: the settings.
+        bundle: to train.
+        transport: connected.
+        directory: where the run lives; if it holds closed rounds, the run goes on after them.
+        evaluate: loss and accuracy of parameters on held-out data, or None.
+        observe: is told what happens, in the coordinator's thread.
+        clock: monotonic seconds.
+
+    Raises:
+        CodecError, ConfigError: the settings name a codec or a strategy that there is not.
+    """
+
+    def __init__(
+        self,
+        config: FederationConfig,
+        *,
+        bundle: Bundle,
+        transport: Transport,
+        directory: RunDirectory,
+        evaluate: Callable[[Vector], Evaluation] | None = None,
+        observe: events.Observer = lambda _event: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        CodecSpec.parse(config.codec)
+        self._config = config
+        self._bundle = bundle
+        self._transport = transport
+        self._directory = directory
+        self._evaluate = evaluate
+        self._observe = observe
+        self._clock = clock
+        self._strategy = make_strategy(config.strategy)
+        self._server_state: ServerState = {}
+        self._num_parameters = bundle.manifest.num_parameters
+        self._round_number, self._parameters = directory.load_parameters(bundle.initial_parameters())
+        # What no codec exceeds, and a little.
+        dense = 4 * self._num_parameters + self._num_parameters // 8 + 4096
+        self._max_update_bytes = config.limits.max_update_bytes or dense
+        self._roster = Roster()
+        for name, key, last in directory.load_clients():
+            self._roster.add(ClientRecord(name, key, last_accepted=last))
+        self._topics = Topics(config.federation)
+        self._blobs = BlobServer(self._topics, transport.publish, config.limits.chunk_bytes)
+        self._post = Post(
+            transport,
+            self._topics,
+            directory.key,
+            run=directory.run,
+            bundle=self._blobs.add(bundle.manifest_bytes),
+        )
+        self._intake = Intake(
+            topics=self._topics,
+            run=directory.run,
+            bundle=bundle.digest,
+            post=self._post,
+            blobs=self._blobs,
+            roster=self._roster,
+            plan=self._plan,
+            max_update_bytes=self._max_update_bytes,
+            observe=observe,
+            clock=clock,
+        )
+        self._bytes_down_counted = 0
+        self._started = clock()
+
+    def run(self) -> Summary:
+        """Runs until a stop condition holds.
+
+        Raises:
+            RoundFailed: too few clients, too often.
+            RunError: the run directory cannot be written.
+            KeyboardInterrupt: after the run was left so that it can go on later.
+        """
+        try:
+            self._open()
+            reason = self._run_rounds()
+            if self._config.evaluation.by_clients and self._round_number:
+                self._collect_reports()
+        except KeyboardInterrupt:
+            self._post.announce("paused", "the coordinator was interrupted")
+            self._summarize("interrupted", "interrupted; the same command goes on where it stopped")
+            raise
+        except RoundFailed as error:
+            self._post.announce("ended", str(error))
+            self._summarize("failed", str(error))
+            raise
+        finally:
+            if self._intake.current:
+                self._intake.current.collection.close()
+        self._post.announce("ended", reason)
+        return self._summarize("completed", reason)
+
+    def _open(self) -> None:
+        for entry in self._bundle.manifest.files():
+            self._blobs.add(self._bundle.read(entry))
+        # The announcement follows when the transport says that it is connected.
+        self._transport.subscribe(self._topics.from_client("+", "#"))
+        if self._round_number == 0:
+            self._evaluate_after(0, self._parameters)
+
+    def _run_rounds(self) -> str:
+        while True:
+            history = [(record.loss, record.accuracy) for record in self._directory.records]
+            if reason := stop_reason(self._config.stop, history):
+                return reason
+            if self._round_number >= self._config.rounds.total:
+                return f"all {self._config.rounds.total} rounds done"
+            self._run_round(self._round_number + 1)
+
+    # --- one round -----------------------------------------------------------------------------------
+
+    def _run_round(self, number: int) -> None:
+        rounds = self._config.rounds
+        current = self._intake.current = self._open_round(number)
+        state = current.state
+        failures = 0
+        while True:
+            if state.count(Part.ACCEPTED) < rounds.goal:
+                self._gather(current)
+                self._invite(current)
+                self._pump(lambda: state.outcome(self._clock()) is not Outcome.OPEN)
+            if state.outcome(self._clock()) is Outcome.CLOSED:
+                break
+            failures += 1
+            message = (
+                f"round {number}, attempt {state.attempt}: {state.count(Part.ACCEPTED)} updates "
+                f"of at least {rounds.least}"
+            )
+            logger.warning("%s", message)
+            if rounds.max_failures and failures >= rounds.max_failures:
+                raise RoundFailed(
+                    f"{message}, after {failures} attempts. Lower rounds.minimum, raise "
+                    "rounds.deadline_seconds, or look at the clients' logs; the run can go on from here."
+                )
+            state.attempt += 1
+        self._close_round(current)
+
+    def _open_round(self, number: int) -> OpenRound:
+        """Opens the round, or takes up what an earlier process has left of it."""
+        rounds = self._config.rounds
+        reference = self._blobs.add(encode(self._parameters, PARAMETERS_CODEC))
+        collection = Collection(
+            self._strategy,
+            self._num_parameters,
+            self._server_state,
+            Limits(max_parameters=self._num_parameters, max_bytes=self._max_update_bytes),
+            self._config.limits.max_examples,
+        )
+        opened = collection.open(
+            self._directory,
+            RoundOpened(
+                run=self._directory.run, round=number, nonce=os.urandom(16), parameters=reference.digest
+            ),
+        )
+        state = Round(
+            number, opened.nonce, rounds.goal, rounds.least, self._clock() + rounds.deadline_seconds
+        )
+        for client, digest in collection.digests.items():
+            state.parts[client] = Part.ACCEPTED
+            if record := self._roster.get(client):
+                record.last_accepted = (number, digest)
+        return OpenRound(state, collection, reference)
+
+    def _gather(self, current: OpenRound) -> None:
+        """Waits until enough clients are there; before the first round a while longer, for all of them."""
+        rounds = self._config.rounds
+        accepted = current.state.count(Part.ACCEPTED)
+        patience = rounds.gather_seconds if current.state.number == 1 and current.state.attempt == 1 else 0.0
+        start = self._clock()
+        shown: int | None = None
+
+        def enough() -> bool:
+            nonlocal shown
+            ready = len(self._pool(current))
+            waited = self._clock() - start
+            if ready + accepted >= rounds.goal or (
+                ready and ready + accepted >= rounds.least and waited >= patience
+            ):
+                return True
+            if rounds.idle_timeout_seconds and waited > rounds.idle_timeout_seconds:
+                raise RoundFailed(
+                    f"round {current.state.number}: {ready} clients are ready after {waited:.0f} s, "
+                    f"{rounds.least - accepted} are needed"
+                )
+            if ready != shown:
+                shown = ready
+                self._observe(events.Waiting(ready, rounds.goal - accepted))
+            return False
+
+        self._pump(enough)
+
+    def _pool(self, current: OpenRound) -> list[str]:
+        return [name for name in self._roster.eligible() if name not in current.collection.digests]
+
+    def _invite(self, current: OpenRound) -> None:
+        state, rounds = current.state, self._config.rounds
+        needed = rounds.goal - state.count(Part.ACCEPTED)
+        chosen = select_random(
+            self._pool(current),
+            math.ceil(needed * rounds.over_selection),
+            seed=self._config.seed,
+            round_number=state.number,
+            attempt=state.attempt,
+        )
+        now = self._clock()
+        current.invited_at = now if current.invited_at is None else current.invited_at
+        state.deadline_at = now + rounds.deadline_seconds
+        self._blobs.expect(current.parameters, audience=len(chosen))
+        for name in chosen:
+            state.invite(name)
+            self._post.send(name, self._plan(current))
+        self._observe(events.RoundStarted(state.number, state.attempt, len(chosen)))
+
+    def _plan(self, current: OpenRound) -> Plan:
+        return Plan(
+            run=self._directory.run,
+            round=current.state.number,
+            nonce=current.state.nonce,
+            bundle=self._bundle.digest,
+            parameters=current.parameters,
+            training=self._config.training,
+            codec=self._config.codec,
+            deadline_seconds=max(0.0, current.state.deadline_at - self._clock()),
+            seed=self._config.seed,
+        )
+
+    def _close_round(self, current: OpenRound) -> None:
+        state, collection = current.state, current.collection
+        self._post.broadcast(RoundClosed(run=self._directory.run, round=state.number, nonce=state.nonce))
+        parameters, server_state = self._strategy.finish(
+            collection.partial, self._parameters, self._server_state
+        )
+        due = state.number % self._config.evaluation.every == 0
+        evaluation = (
+            self._evaluate_after(state.number, parameters)
+            if due or state.number >= self._config.rounds.total
+            else None
+        )
+        now = self._clock()
+        record = round_record(
+            current,
+            parameters,
+            seconds=now - (now if current.invited_at is None else current.invited_at),
+            loss=evaluation.loss if evaluation else None,
+            accuracy=evaluation.accuracy if evaluation else None,
+            bytes_down=self._bytes_down(),
+        )
+        self._save_clients()
+        self._directory.close_round(record, parameters, client_rows(current))
+        collection.close()
+        self._blobs.remove(current.parameters)
+        self._parameters, self._server_state = parameters, server_state
+        self._round_number = state.number
+        self._intake.current = None
+        self._observe(events.RoundEnded(record))
+
+    # --- around the rounds ---------------------------------------------------------------------------
+
+    def _evaluate_after(self, number: int, parameters: Vector) -> Evaluation | None:
+        if self._evaluate is None:
+            return None
+        evaluation = self._evaluate(parameters)
+        self._observe(events.Evaluated(number, evaluation.loss, evaluation.accuracy))
+        return evaluation
+
+    def _bytes_down(self) -> int:
+        """Bytes that clients say they received since this was asked last."""
+        total = sum(record.resources.bytes_received for record in self._roster.all())
+        fresh, self._bytes_down_counted = total - self._bytes_down_counted, total
+        return max(0, fresh)
+
+    def _collect_reports(self) -> None:
+        """Lets every client evaluate the final parameters on its own validation data."""
+        clients = self._roster.eligible()
+        if not clients:
+            return
+        deadline = self._clock() + REPORT_SECONDS
+        reference = self._blobs.add(encode(self._parameters, PARAMETERS_CODEC))
+        self._blobs.expect(reference, audience=len(clients))
+        plan = self._intake.evaluation_plan = Plan(
+            run=self._directory.run,
+            round=self._round_number,
+            nonce=os.urandom(16),
+            task="evaluate",
+            bundle=self._bundle.digest,
+            parameters=reference,
+            deadline_seconds=REPORT_SECONDS,
+        )
+        for name in clients:
+            self._post.send(name, plan)
+
+        def complete() -> bool:
+            reports = self._intake.reports
+            waiting = [name for name in clients if name not in reports and self._roster[name].online]
+            return not waiting or self._clock() >= deadline
+
+        self._pump(complete)
+
+    def _summarize(self, status: str, reason: str) -> Summary:
+        self._save_clients()
+        summary = summarize(
+            self._config.federation,
+            self._directory.records,
+            self._roster.all(),
+            self._intake.reports,
+            status=status,
+            reason=reason,
+            seconds=self._clock() - self._started,
+        )
+        self._directory.write_summary(summary)
+        self._observe(events.RunEnded(summary))
+        return summary
+
+    def _save_clients(self) -> None:
+        self._directory.save_clients(
+            [(record.name, record.public_key, record.last_accepted) for record in self._roster.all()]
+        )
+
+    # --- events --------------------------------------------------------------------------------------
+
+    def _pump(self, done: Callable[[], bool]) -> None:
+        """Handles events until `done`."""
+        while True:
+            now = self._clock()
+            self._blobs.tick(now)
+            self._intake.ask_for_stalled()
+            if done():
+                return
+            event = self._transport.receive(self._patience(now))
+            for _ in range(BATCH_EVENTS):
+                match event:
+                    case None:
+                        break
+                    case Received():
+                        self._intake.handle(event)
+                    case Disconnected():
+                        logger.warning("lost the broker: %s; reconnecting", event.reason)
+                    case Connected():
+                        self._post.announce("open")
+                event = self._transport.receive(0)
+            self._intake.send_verdicts()
+
+    def _patience(self, now: float) -> float:
+        """Seconds until something is due by itself."""
+        due = [now + POLL_SECONDS]
+        if (blob := self._blobs.next_due()) is not None:
+            due.append(blob)
+        if (current := self._intake.current) and current.state.deadline_at > now:
+            due.append(current.state.deadline_at)
+        return max(0.001, min(due) - now)

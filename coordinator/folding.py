@@ -1,0 +1,67 @@
+"""Exact sums: contributions as 64-bit fixed-point integers.
+
+Integer addition is associative, so the sum does not depend on the order of arrival, is the same after a
+crash and a replay, can be added up from partial sums, and is the form that secure aggregation needs.
+
+Each contribution `weight * value` is rounded once to a multiple of 2^-30, an error of at most 2^-31 each;
+after division by the total weight that is far below float32's resolution of any delta that matters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.coordinator.errors import UpdateRefused
+from edgetrain.protocol.codecs import SparseOrDense
+
+FRACTION_BITS = 30
+_LIMIT = 2**63 - 1
+
+
+class FixedPointSum:
+    """A running weighted sum of updates, int64 [num_parameters].
+
+    It cannot overflow: `_headroom` bounds the largest magnitude any element can have, and an update that
+    would bring it past 2^63 - 1 is refused before it is added.
+    """
+
+    def __init__(self, num_parameters: int) -> None:
+        self.total: npt.NDArray[np.int64] = np.zeros(num_parameters, np.int64)
+        self.weight = 0
+        self.count = 0
+        self._bound = 0
+
+    def add(self, update: SparseOrDense, weight: int) -> None:
+        """Adds `weight * update`.
+
+        Args:
+            update: of `num_parameters`, finite.
+            weight: a positive integer, e.g. the number of examples.
+
+        Raises:
+            UpdateRefused: of another length, or so large that the sum could overflow. Nothing was added.
+        """
+        if update.num_parameters != len(self.total):
+            raise UpdateRefused(
+                f"the update has {update.num_parameters} parameters, the model has {len(self.total)}"
+            )
+        scaled = update.values.astype(np.float64)
+        scaled *= float(weight) * 2.0**FRACTION_BITS
+        largest = float(np.max(np.abs(scaled), initial=0.0))
+        if not np.isfinite(largest) or self._bound + int(largest) + 1 > _LIMIT:
+            raise UpdateRefused("the update's values are too large to be summed exactly")
+        quantized = np.rint(scaled).astype(np.int64)
+        if update.indices is None:
+            self.total += quantized
+        else:
+            self.total[update.indices] += quantized
+        self._bound += int(largest) + 1
+        self.weight += weight
+        self.count += 1
+
+    def mean(self) -> npt.NDArray[np.float64]:
+        """The weighted mean, float64 [num_parameters]; zeros if nothing was added."""
+        if self.weight == 0:
+            return np.zeros(len(self.total), np.float64)
+        return self.total / (float(self.weight) * 2.0**FRACTION_BITS)

@@ -1,0 +1,312 @@
+"""The coordinator's incoming mail: who may say what, and what follows from it.
+
+Everything that arrives is hostile until its signature, its sender and its round have been checked.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+
+from edgetrain import __version__
+from edgetrain.coordinator import events
+from edgetrain.coordinator.blob_server import BlobServer
+from edgetrain.coordinator.clients import ClientRecord, Roster
+from edgetrain.coordinator.errors import UpdateRefused
+from edgetrain.coordinator.open_round import OpenRound, Upload
+from edgetrain.coordinator.post import Post
+from edgetrain.coordinator.rounds import Part
+from edgetrain.protocol import BlobError, MessageError
+from edgetrain.protocol.blobs import Assembler, parse_chunk
+from edgetrain.protocol.messages import (
+    Decline,
+    Goodbye,
+    Hello,
+    Offer,
+    Plan,
+    Ready,
+    Refusal,
+    Report,
+    Verdict,
+    Want,
+    Welcome,
+    decode_from_client,
+)
+from edgetrain.protocol.names import Topics
+from edgetrain.protocol.signing import PROTOCOL_VERSION, VersionError, unseal, verify
+from edgetrain.protocol.transport import Received
+
+logger = logging.getLogger(__name__)
+
+# An upload that has not moved for so long is asked for again.
+STALL_SECONDS = 3.0
+MAX_RANGES = 512
+
+
+class Intake:
+    """Handles what clients send. Owned by the coordinator's thread.
+
+    Args:
+        topics: of the federation.
+        run: id of the run.
+        bundle: digest of the bundle.
+        post: for answers.
+        blobs: for `Want`.
+        roster: the clients.
+        plan: makes the open round's plan, for those who may have lost it.
+        max_update_bytes: of one update.
+        observe: is told what happens.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        topics: Topics,
+        run: bytes,
+        bundle: bytes,
+        post: Post,
+        blobs: BlobServer,
+        roster: Roster,
+        plan: Callable[[OpenRound], Plan],
+        max_update_bytes: int,
+        observe: events.Observer,
+        clock: Callable[[], float],
+    ) -> None:
+        self._topics = topics
+        self._run = run
+        self._bundle = bundle
+        self._post = post
+        self._blobs = blobs
+        self._roster = roster
+        self._plan = plan
+        self._max_update_bytes = max_update_bytes
+        self._observe = observe
+        self._clock = clock
+        # The round that is open, if one is.
+        self.current: OpenRound | None = None
+        # The evaluation that clients are asked for, and what they reported.
+        self.evaluation_plan: Plan | None = None
+        self.reports: dict[str, Report] = {}
+        # Verdicts that wait for the journal to be synced.
+        self._verdicts: list[tuple[str, Verdict]] = []
+
+    def handle(self, event: Received) -> None:
+        """Takes one message. Never raises for what a client sent.
+
+        Raises:
+            RunError: the journal cannot be written.
+        """
+        sender = self._topics.sender(event.topic)
+        if sender is None:
+            return
+        client, kind = sender
+        if record := self._roster.get(client):
+            record.bytes_up += len(event.payload)
+        try:
+            if kind == "blob":
+                self._on_chunk(client, event.payload)
+            elif kind == "message":
+                self._on_message(client, event.payload)
+        except VersionError as error:
+            self._refuse(
+                client,
+                f"this client speaks protocol version {error.version}, the coordinator {PROTOCOL_VERSION}: "
+                "install the same version of edgetrain on both",
+            )
+            self._post.send(client, Refusal(reason=f"the coordinator runs edgetrain {__version__}: {error}"))
+        except (MessageError, BlobError) as error:
+            self._refuse(client, str(error))
+
+    def send_verdicts(self) -> None:
+        """Syncs the journal once, then tells all whose updates that covers.
+
+        Raises:
+            RunError: the disk did not take the journal; then nobody is told anything.
+        """
+        if not self._verdicts:
+            return
+        if self.current:
+            self.current.collection.commit()
+        for client, verdict in self._verdicts:
+            self._post.send(client, verdict)
+        self._verdicts.clear()
+
+    def ask_for_stalled(self) -> None:
+        """Asks for the missing parts of uploads that have stopped."""
+        now = self._clock()
+        for client, upload in self.current.uploads.items() if self.current else ():
+            if now - upload.moved_at >= STALL_SECONDS:
+                upload.moved_at = now
+                missing = tuple(upload.assembler.missing()[:MAX_RANGES])
+                self._post.send(client, Want(digest=upload.offer.update.digest, ranges=missing))
+
+    # --- messages ------------------------------------------------------------------------------------
+
+    def _on_message(self, client: str, payload: bytes) -> None:
+        envelope = unseal(payload)
+        if envelope.sender != client:
+            raise MessageError(f"claims to be from {envelope.sender!r}")
+        message = decode_from_client(envelope.body)
+        if isinstance(message, Hello):
+            verify(envelope, self._topics.federation, message.public_key)
+            self._on_hello(client, message)
+            return
+        record = self._roster.get(client)
+        if record is None:
+            # It was here before we were: an announcement lets it introduce itself again.
+            self._post.announce("open", client=client)
+            return
+        verify(envelope, self._topics.federation, record.public_key)
+        match message:
+            case Ready():
+                self._on_ready(record, message)
+            case Decline():
+                self._on_decline(record, message)
+            case Offer():
+                self._on_offer(record, message, payload)
+            case Want():
+                self._on_want(record, message)
+            case Report():
+                self._on_report(record, message)
+            case Goodbye():
+                self._on_goodbye(record, message)
+
+    def _on_hello(self, client: str, hello: Hello) -> None:
+        record = self._roster.get(client)
+        if record is None:
+            record = ClientRecord(client, hello.public_key)
+            self._roster.add(record)
+        elif record.public_key != hello.public_key:
+            reason = f"the name {client!r} belongs to another key in this run: choose another name"
+            self._refuse(client, reason)
+            self._post.send(client, Refusal(reason=reason))
+            return
+        record.connection = hello.connection
+        record.device = hello.device
+        record.online = True
+        record.ready = False
+        self._post.send(client, Welcome(run=self._run))
+
+    def _on_ready(self, record: ClientRecord, ready: Ready) -> None:
+        if ready.bundle != self._bundle:
+            self._post.send(record.name, Refusal(reason="has another bundle than this run trains"))
+            return
+        if not record.ready:
+            self._observe(events.ClientJoined(record.name, ready.num_examples))
+        record.online = record.ready = True
+        record.num_examples, record.runtime = ready.num_examples, ready.runtime
+        current = self.current
+        if current and current.state.parts.get(record.name) in {Part.INVITED, Part.TRAINING, Part.LOST}:
+            # Back in the middle of a round: it may have lost the plan.
+            current.state.advance(record.name, Part.INVITED)
+            self._post.send(record.name, self._plan(current))
+        elif self.evaluation_plan and record.name not in self.reports:
+            self._post.send(record.name, self.evaluation_plan)
+
+    def _on_decline(self, record: ClientRecord, decline: Decline) -> None:
+        if self.current and decline.nonce == self.current.state.nonce:
+            self.current.state.advance(record.name, Part.DECLINED)
+            logger.info("%s declines round %d: %s", record.name, decline.round, decline.reason)
+
+    def _on_want(self, record: ClientRecord, want: Want) -> None:
+        current = self.current
+        if current and want.digest == current.parameters.digest and current.state.waits_for(record.name):
+            current.state.advance(record.name, Part.TRAINING)
+        if not self._blobs.want(record.name, want.digest, want.ranges, self._clock()):
+            logger.debug("%s wants a blob that is no more: %s", record.name, want.digest.hex()[:12])
+
+    def _on_report(self, record: ClientRecord, report: Report) -> None:
+        if not self.evaluation_plan or report.nonce != self.evaluation_plan.nonce:
+            return
+        if not all(math.isfinite(value) for value in report.metrics.values()):
+            self._refuse(record.name, "its report holds numbers that are not finite")
+            return
+        self.reports[record.name] = report
+        record.resources = report.resources
+
+    def _on_goodbye(self, record: ClientRecord, goodbye: Goodbye) -> None:
+        if goodbye.connection != record.connection or not record.online:
+            return
+        was_ready = record.ready
+        record.online = record.ready = False
+        if self.current and self.current.state.waits_for(record.name):
+            self.current.state.advance(record.name, Part.LOST)
+        if was_ready:
+            self._observe(events.ClientLeft(record.name, goodbye.reason))
+
+    # --- updates -------------------------------------------------------------------------------------
+
+    def _on_offer(self, record: ClientRecord, offer: Offer, envelope: bytes) -> None:
+        client, current = record.name, self.current
+        if record.last_accepted == (offer.round, offer.update.digest):
+            # A duplicate of what is already in: say so once more.
+            self._verdicts.append((client, _accepted(offer)))
+        elif not current or (offer.run, offer.round, offer.nonce) != (
+            self._run,
+            current.state.number,
+            current.state.nonce,
+        ):
+            self._reject(client, offer, f"round {offer.round} is closed: too late")
+        elif reason := self._objection(client, offer, current):
+            current.state.advance(client, Part.REFUSED)
+            current.uploads.pop(client, None)
+            self._reject(client, offer, reason)
+        else:
+            known = current.uploads.get(client)
+            if known is None or known.offer.update != offer.update:
+                assembler = Assembler(offer.update, limit=self._max_update_bytes)
+                current.uploads[client] = Upload(offer, envelope, assembler, self._clock())
+            current.state.advance(client, Part.COLLECTING)
+
+    def _objection(self, client: str, offer: Offer, current: OpenRound) -> str | None:
+        if client in current.collection.digests:
+            return "an update of this client is already in the round"
+        if client not in current.state.parts:
+            return "not invited to this round"
+        if not 0 < offer.update.size <= self._max_update_bytes:
+            return f"the update has {offer.update.size} bytes, allowed are 1 to {self._max_update_bytes}"
+        return None
+
+    def _on_chunk(self, client: str, payload: bytes) -> None:
+        current = self.current
+        upload = current.uploads.get(client) if current else None
+        if current is None or upload is None:
+            return  # late, or ahead of its offer: it will be asked for if it is needed
+        chunk = parse_chunk(payload)
+        if chunk.digest != upload.offer.update.digest:
+            return
+        upload.moved_at = self._clock()
+        if not upload.assembler.add(chunk):
+            return
+        del current.uploads[client]
+        offer = upload.offer
+        try:
+            current.collection.accept(client, offer, upload.envelope, upload.assembler.finish())
+        except (UpdateRefused, BlobError) as error:
+            current.state.advance(client, Part.REFUSED)
+            self._reject(client, offer, str(error))
+            return
+        record = self._roster[client]
+        record.last_accepted = (offer.round, offer.update.digest)
+        record.resources = offer.resources
+        current.state.advance(client, Part.ACCEPTED)
+        self._verdicts.append((client, _accepted(offer)))
+        accepted = current.state.count(Part.ACCEPTED)
+        self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
+
+    def _reject(self, client: str, offer: Offer, reason: str) -> None:
+        if self.current:
+            self.current.refused += 1
+        self._refuse(client, reason)
+        verdict = Verdict(round=offer.round, digest=offer.update.digest, accepted=False, reason=reason[:1000])
+        self._post.send(client, verdict)
+
+    def _refuse(self, client: str, reason: str) -> None:
+        logger.warning("refused from %s: %s", client, reason)
+        self._observe(events.Refused(client, reason))
+
+
+def _accepted(offer: Offer) -> Verdict:
+    return Verdict(round=offer.round, digest=offer.update.digest, accepted=True)

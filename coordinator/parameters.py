@@ -1,0 +1,47 @@
+"""Parameters as safetensors files: the tensors by the names they have in the user's module."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+from edgetrain.protocol.manifest import Manifest
+
+Vector = npt.NDArray[np.float32]
+
+
+def encode_parameters(vector: Vector, manifest: Manifest, number: int) -> bytes:
+    """A safetensors file of the parameters after round `number`."""
+    tensors = {
+        entry.name: vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
+        for entry in manifest.parameters
+    }
+    return safetensors.numpy.save(tensors, metadata={"round": str(number), "bundle": manifest.name})
+
+
+def decode_parameters(data: bytes, manifest: Manifest) -> Vector:
+    """The flat vector of such a file, float32 [num_parameters].
+
+    Raises:
+        ValueError: not safetensors, or not the tensors that the manifest lists.
+    """
+    try:
+        tensors = safetensors.numpy.load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from error
+    vector = np.empty(manifest.num_parameters, np.float32)
+    for entry in manifest.parameters:
+        tensor = tensors.get(entry.name)
+        if tensor is None or tensor.shape != tuple(entry.shape) or tensor.dtype != np.float32:
+            raise ValueError(f"no float32 tensor {entry.name!r} of shape {list(entry.shape)} in it")
+        vector[entry.offset : entry.offset + entry.numel] = tensor.reshape(-1)
+    return vector
+
+
+def vector_sha256(vector: Vector) -> str:
+    """SHA-256 of a vector's little-endian float32 bytes, in hex."""
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()

@@ -1,0 +1,65 @@
+"""The coordinator's outgoing mail: every message signed, to one client or to all."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from edgetrain import __version__
+from edgetrain.protocol.messages import Announce, BlobRef, Message, encode_message
+from edgetrain.protocol.names import Topics
+from edgetrain.protocol.signing import SigningKey, seal
+from edgetrain.protocol.transport import Transport
+
+COORDINATOR = "coordinator"
+
+
+class Post:
+    """Signs and sends.
+
+    Args:
+        transport: connected.
+        topics: of the federation.
+        key: the coordinator's.
+        run: id of the run.
+        bundle: the manifest to announce.
+    """
+
+    def __init__(
+        self, transport: Transport, topics: Topics, key: SigningKey, *, run: bytes, bundle: BlobRef
+    ) -> None:
+        self._transport = transport
+        self._topics = topics
+        self._key = key
+        self._run = run
+        self._bundle = bundle
+
+    def send(self, client: str, message: Message) -> None:
+        """To one client."""
+        self._transport.publish(self._topics.to_client(client, "message"), self._seal(message))
+
+    def broadcast(self, message: Message) -> None:
+        """To everyone in the round."""
+        self._transport.publish(self._topics.round, self._seal(message))
+
+    def announce(
+        self, status: Literal["open", "paused", "ended"], reason: str = "", *, client: str | None = None
+    ) -> None:
+        """The state of the run, to one client, or to everyone and to those who come later."""
+        message = Announce(
+            run=self._run,
+            public_key=self._key.public_key,
+            edgetrain=__version__,
+            bundle=self._bundle,
+            status=status,
+            reason=reason[:1000],
+            # Must grow across restarts, too.
+            serial=time.time_ns() // 1_000_000,
+        )
+        if client is None:
+            self._transport.publish(self._topics.announce, self._seal(message), retain=True)
+        else:
+            self.send(client, message)
+
+    def _seal(self, message: Message) -> bytes:
+        return seal(self._key, self._topics.federation, COORDINATOR, encode_message(message))

@@ -1,0 +1,69 @@
+"""What a run writes down: a record per round, a row per client and round, a summary at the end."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of rounds.jsonl."""
+
+    round: int
+    attempts: int
+    seconds: float
+    invited: int
+    accepted: int
+    declined: int
+    refused: int
+    lost: int
+    # After the round, on the coordinator's held-out data, where evaluated.
+    loss: float | None = None
+    accuracy: float | None = None
+    # Mean of the clients' own training loss, weighted by examples.
+    train_loss: float | None = None
+    num_examples: int = 0
+    bytes_up: int = 0
+    bytes_up_float32: int = 0
+    bytes_down: int = 0
+    # SHA-256 of the float32 vector after the round, little-endian.
+    parameters_sha256: str
+
+
+class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of clients.csv."""
+
+    round: int
+    client: str
+    status: str
+    num_examples: int = 0
+    steps: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    update_bytes: int = 0
+    seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """summary.json."""
+
+    federation: str
+    status: str
+    reason: str
+    rounds: int
+    clients: int
+    final_accuracy: float | None
+    final_loss: float | None
+    best_accuracy: float | None
+    # Everything that clients published, in payload bytes, and what dense float32 updates would have been.
+    bytes_up: int
+    bytes_up_float32: int
+    bytes_down: int
+    # Bytes of the updates alone, per client and round, and float32 divided by that.
+    update_bytes_mean: float
+    reduction: float
+    seconds: float
+    seconds_per_round: float
+    # The largest peak RSS that any client reported, in MB.
+    client_peak_mb: float
+    accuracy_by_client: dict[str, float]

@@ -1,0 +1,104 @@
+"""Making the records of a run from its state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.coordinator.clients import ClientRecord
+from edgetrain.coordinator.open_round import OpenRound
+from edgetrain.coordinator.parameters import vector_sha256
+from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
+from edgetrain.coordinator.rounds import Part
+from edgetrain.protocol.messages import Report
+
+Vector = npt.NDArray[np.float32]
+
+
+def round_record(
+    current: OpenRound,
+    parameters: Vector,
+    *,
+    seconds: float,
+    loss: float | None,
+    accuracy: float | None,
+    bytes_down: int,
+) -> RoundRecord:
+    """The record of a round that closes with these parameters."""
+    state, collection = current.state, current.collection
+    accepted, declined, refused = (state.count(part) for part in (Part.ACCEPTED, Part.DECLINED, Part.REFUSED))
+    weights = [(row.loss, row.num_examples) for row in collection.rows if row.loss is not None]
+    total = sum(weight for _, weight in weights)
+    return RoundRecord(
+        round=state.number,
+        attempts=state.attempt,
+        seconds=round(seconds, 4),
+        invited=len(state.parts),
+        accepted=accepted,
+        declined=declined,
+        refused=current.refused,
+        lost=len(state.parts) - accepted - declined - refused,
+        loss=loss,
+        accuracy=accuracy,
+        train_loss=sum(value * weight for value, weight in weights) / total if total else None,
+        num_examples=sum(row.num_examples for row in collection.rows),
+        bytes_up=collection.update_bytes,
+        bytes_up_float32=4 * len(parameters) * accepted,
+        bytes_down=bytes_down,
+        parameters_sha256=vector_sha256(parameters),
+    )
+
+
+def client_rows(current: OpenRound) -> list[ClientRow]:
+    """One row for every client that was invited."""
+    return current.collection.rows + [
+        ClientRow(round=current.state.number, client=name, status=part.value)
+        for name, part in sorted(current.state.parts.items())
+        if part is not Part.ACCEPTED
+    ]
+
+
+def summarize(
+    federation: str,
+    records: Sequence[RoundRecord],
+    clients: Sequence[ClientRecord],
+    reports: Mapping[str, Report],
+    *,
+    status: str,
+    reason: str,
+    seconds: float,
+) -> Summary:
+    """The summary of a run; `seconds` is the time of this process."""
+    last = records[-1] if records else None
+    updates = sum(record.accepted for record in records)
+    bytes_up = sum(record.bytes_up for record in records)
+    float32 = sum(record.bytes_up_float32 for record in records)
+    return Summary(
+        federation=federation,
+        status=status,
+        reason=reason,
+        rounds=len(records),
+        clients=sum(1 for record in clients if record.last_accepted),
+        final_accuracy=last.accuracy if last else None,
+        final_loss=last.loss if last else None,
+        best_accuracy=max(
+            (record.accuracy for record in records if record.accuracy is not None), default=None
+        ),
+        bytes_up=bytes_up,
+        bytes_up_float32=float32,
+        bytes_down=sum(record.bytes_down for record in records),
+        update_bytes_mean=round(bytes_up / updates, 1) if updates else 0.0,
+        reduction=round(float32 / bytes_up, 2) if bytes_up else 0.0,
+        seconds=round(seconds, 3),
+        seconds_per_round=round(sum(record.seconds for record in records) / len(records), 4)
+        if records
+        else 0.0,
+        client_peak_mb=max((record.resources.peak_memory_mb for record in clients), default=0.0),
+        accuracy_by_client={
+            name: report.metrics["accuracy"]
+            for name, report in sorted(reports.items())
+            if "accuracy" in report.metrics
+        },
+    )

@@ -1,0 +1,79 @@
+"""The state machine of one round: invited -> training -> collecting -> closed. Pure: no clock, no network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Part(Enum):
+    """How far one client is in a round."""
+
+    INVITED = "invited"
+    # It has asked for the parameters.
+    TRAINING = "training"
+    # It has offered an update whose chunks are on the way.
+    COLLECTING = "collecting"
+    ACCEPTED = "accepted"
+    DECLINED = "declined"
+    REFUSED = "refused"
+    LOST = "lost"
+
+
+OUTSTANDING = frozenset({Part.INVITED, Part.TRAINING, Part.COLLECTING})
+
+
+class Outcome(Enum):
+    """What is to be done with a round now."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+    # Too few, and nobody left to wait for: invite again.
+    FAILED = "failed"
+
+
+@dataclass(slots=True)
+class Round:
+    """One round.
+
+    A failed round is retried with further invitations: what it has accepted stays accepted.
+    """
+
+    number: int
+    # Random; updates name it.
+    nonce: bytes
+    # Close at once with so many accepted updates.
+    goal: int
+    # Close at the deadline with at least so many.
+    minimum: int
+    # On the caller's monotonic clock, in seconds.
+    deadline_at: float
+    attempt: int = 1
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def invite(self, client: str) -> None:
+        """Adds a client; one that was accepted already stays so."""
+        if self.parts.get(client) is not Part.ACCEPTED:
+            self.parts[client] = Part.INVITED
+
+    def advance(self, client: str, part: Part) -> None:
+        """Notes how far a client is. Accepted is final; a client that was not invited is ignored."""
+        if client in self.parts and self.parts[client] is not Part.ACCEPTED:
+            self.parts[client] = part
+
+    def count(self, *parts: Part) -> int:
+        """Number of clients in any of these states."""
+        return sum(part in parts for part in self.parts.values())
+
+    def waits_for(self, client: str) -> bool:
+        """Whether an update of this client would count."""
+        return self.parts.get(client) in OUTSTANDING
+
+    def outcome(self, now: float) -> Outcome:
+        """Whether to go on waiting, to close, or to retry."""
+        accepted = self.count(Part.ACCEPTED)
+        if accepted >= self.goal:
+            return Outcome.CLOSED
+        if now < self.deadline_at and self.count(*OUTSTANDING):
+            return Outcome.OPEN
+        return Outcome.CLOSED if accepted >= self.minimum else Outcome.FAILED

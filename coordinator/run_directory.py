@@ -1,0 +1,256 @@
+"""The run directory: everything that a run leaves behind, and what it needs to go on after a stop.
+
+run.json                       which run this is
+config.toml                    the settings in force
+coordinator.key                the signing key, mode 0600
+clients.json                   names and their keys
+journal/round-00001.journal    accepted updates of the rounds that are not yet closed
+parameters/round-00001.safetensors   named tensors after a round
+parameters.safetensors         the latest
+rounds.jsonl                   one line per closed round: the commit record
+clients.csv                    one line per client and round
+summary.json                   at the end
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import os
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import tomli_w
+
+from edgetrain.coordinator.config import FederationConfig
+from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator.journal import Journal
+from edgetrain.coordinator.parameters import decode_parameters, encode_parameters, vector_sha256
+from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
+from edgetrain.protocol.files import sync_directory, write_atomically
+from edgetrain.protocol.manifest import Manifest
+from edgetrain.protocol.signing import SigningKey
+
+Vector = npt.NDArray[np.float32]
+
+# Parameters of older rounds are removed, but for the best.
+KEEP_PARAMETERS = 3
+
+
+class _RunInfo(msgspec.Struct, frozen=True, kw_only=True):
+    format_version: int = 1
+    run: str
+    federation: str
+    bundle: str
+
+
+class _PinnedClient(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    public_key: str
+    last_round: int | None = None
+    last_digest: str | None = None
+
+
+class RunDirectory:
+    """One run on disk. Locked: two coordinators cannot run in it.
+
+    Args:
+        config: settings; `config.out` is the directory.
+        manifest: of the bundle to train.
+        bundle_digest: SHA-256 of the manifest.
+
+    Raises:
+        RunError: of another run or version, in use, or not writable.
+    """
+
+    def __init__(self, config: FederationConfig, manifest: Manifest, bundle_digest: bytes) -> None:
+        self.path = Path(config.out)
+        self._manifest = manifest
+        try:
+            (self.path / "journal").mkdir(parents=True, exist_ok=True)
+            (self.path / "parameters").mkdir(exist_ok=True)
+            self._lock = (self.path / "lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(f"{self.path}: another coordinator runs in this directory") from error
+            self.run = self._load_or_create_info(config, bundle_digest)
+            write_atomically(
+                self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600
+            )
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot use the run directory: {error}") from error
+        self.key = SigningKey.load_or_create(self.path / "coordinator.key")
+        self.records = self._load_records()
+
+    def _load_or_create_info(self, config: FederationConfig, bundle_digest: bytes) -> bytes:
+        path = self.path / "run.json"
+        if not path.exists():
+            info = _RunInfo(
+                run=os.urandom(16).hex(), federation=config.federation, bundle=bundle_digest.hex()
+            )
+            write_atomically(path, msgspec.json.encode(info))
+        try:
+            info = msgspec.json.decode(path.read_bytes(), type=_RunInfo)
+            run = bytes.fromhex(info.run)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise RunError(f"{path}: damaged: {error}") from error
+        if (
+            info.format_version != 1
+            or info.federation != config.federation
+            or info.bundle != bundle_digest.hex()
+        ):
+            raise RunError(
+                f"{self.path}: holds a run of federation {info.federation!r} with bundle {info.bundle[:12]}…, not "
+                f"{config.federation!r} with {bundle_digest.hex()[:12]}…; choose another `out`"
+            )
+        return run
+
+    def _load_records(self) -> list[RoundRecord]:
+        path = self.path / "rounds.jsonl"
+        data = path.read_bytes() if path.exists() else b""
+        records, good = [], 0
+        for line in data.splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                records.append(msgspec.json.decode(line, type=RoundRecord))
+            except msgspec.DecodeError as error:
+                raise RunError(f"{path}: line {len(records) + 1} is damaged: {error}") from error
+            good += len(line)
+        if good < len(data):
+            # A power cut tore the last line: that round did not close, and its journal is still there.
+            write_atomically(path, data[:good])
+        return records
+
+    # --- parameters ----------------------------------------------------------------------------------
+
+    def load_parameters(self, initial: Vector) -> tuple[int, Vector]:
+        """(last closed round, its parameters); round 0 has the bundle's.
+
+        Raises:
+            RunError: the file is missing or not what the round's record says.
+        """
+        if not self.records:
+            return 0, initial
+        record = self.records[-1]
+        path = self._parameters_path(record.round)
+        try:
+            vector = decode_parameters(path.read_bytes(), self._manifest)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot read the parameters of round {record.round}: {error}") from error
+        if vector_sha256(vector) != record.parameters_sha256:
+            raise RunError(f"{path}: is not what round {record.round} wrote; restore it from a copy")
+        return record.round, vector
+
+    def close_round(self, record: RoundRecord, parameters: Vector, rows: list[ClientRow]) -> None:
+        """Writes the parameters, then the line that makes the round count, then removes what is not needed.
+
+        Raises:
+            RunError: not writable; then the round has not closed and its journal is still there.
+        """
+        try:
+            data = encode_parameters(parameters, self._manifest, record.round)
+            write_atomically(self._parameters_path(record.round), data)
+            self._append("rounds.jsonl", msgspec.json.encode(record) + b"\n")
+            self.records.append(record)
+            self._append_rows(rows)
+            write_atomically(self.path / "parameters.safetensors", data)
+            self.journal_path(record.round).unlink(missing_ok=True)
+            for old in (self.path / "parameters").glob("round-*.safetensors"):
+                number = int(old.stem.removeprefix("round-"))
+                if number <= record.round - KEEP_PARAMETERS and number != self._best_round():
+                    old.unlink()
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot write round {record.round}: {error}") from error
+
+    def _best_round(self) -> int | None:
+        """The round with the lowest held-out loss."""
+        losses = [(record.loss, record.round) for record in self.records if record.loss is not None]
+        return min(losses)[1] if losses else None
+
+    def _parameters_path(self, number: int) -> Path:
+        return self.path / "parameters" / f"round-{number:05d}.safetensors"
+
+    # --- the rest ------------------------------------------------------------------------------------
+
+    def journal_path(self, number: int) -> Path:
+        """Where the journal of a round is."""
+        return self.path / "journal" / f"round-{number:05d}.journal"
+
+    def open_journal(self, number: int) -> Journal:
+        """The journal of a round, for appending."""
+        return Journal(self.journal_path(number))
+
+    def load_clients(self) -> list[tuple[str, bytes, tuple[int, bytes] | None]]:
+        """(name, key, last accepted round and digest) of every client seen in this run."""
+        path = self.path / "clients.json"
+        if not path.exists():
+            return []
+        try:
+            pinned = msgspec.json.decode(path.read_bytes(), type=list[_PinnedClient])
+            return [
+                (
+                    entry.name,
+                    bytes.fromhex(entry.public_key),
+                    None
+                    if entry.last_round is None
+                    else (entry.last_round, bytes.fromhex(entry.last_digest or "")),
+                )
+                for entry in pinned
+            ]
+        except (msgspec.DecodeError, ValueError, OSError) as error:
+            raise RunError(f"{path}: damaged: {error}") from error
+
+    def save_clients(self, clients: list[tuple[str, bytes, tuple[int, bytes] | None]]) -> None:
+        """Writes what `load_clients` reads."""
+        pinned = [
+            _PinnedClient(
+                name=name,
+                public_key=key.hex(),
+                last_round=last[0] if last else None,
+                last_digest=last[1].hex() if last else None,
+            )
+            for name, key, last in clients
+        ]
+        self.write("clients.json", msgspec.json.format(msgspec.json.encode(pinned), indent=1))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file of the run atomically.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        try:
+            write_atomically(self.path / name, data)
+        except OSError as error:
+            raise RunError(f"{self.path / name}: {error}") from error
+
+    def write_summary(self, summary: Summary) -> None:
+        """summary.json."""
+        self.write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        self._lock.close()
+
+    def _append_rows(self, rows: list[ClientRow]) -> None:
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, ClientRow.__struct_fields__, lineterminator="\n")
+        if not (self.path / "clients.csv").exists():
+            writer.writeheader()
+        writer.writerows(msgspec.to_builtins(rows))
+        self._append("clients.csv", buffer.getvalue().encode())
+
+    def _append(self, name: str, data: bytes) -> None:
+        path = self.path / name
+        fresh = not path.exists()
+        with path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if fresh:
+            sync_directory(self.path)

@@ -1,0 +1,69 @@
+"""Putting a coordinator together from its settings: bundle, run directory, evaluation, transport."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.coordinator.broker import start_broker
+from edgetrain.coordinator.config import FederationConfig
+from edgetrain.coordinator.coordinator import Coordinator, Evaluation
+from edgetrain.coordinator.events import Observer
+from edgetrain.coordinator.records import Summary
+from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.edge_client.data import load_dataset
+from edgetrain.edge_client.runtimes import open_session
+from edgetrain.edge_client.trainer import evaluate
+from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.names import check_name
+from edgetrain.protocol.transport.mqtt import MqttTransport
+
+
+def serve(config: FederationConfig, observe: Observer) -> Summary:
+    """Runs a federation over MQTT until it ends.
+
+    Raises:
+        EdgetrainError: bad settings, no broker, too few clients, …; the message says what and what to do.
+    """
+    check_name(config.federation, "federation")
+    bundle = Bundle(config.bundle)
+    evaluator = Evaluator(bundle, config) if config.evaluation.data else None
+    directory = RunDirectory(config, bundle.manifest, bundle.digest)
+    broker = start_broker(config.start_broker, port=config.broker.port) if config.start_broker else None
+    try:
+        # One coordinator per run directory: the broker's session is the run's.
+        client_id = f"edgetrain-{config.federation}-coordinator-{directory.run.hex()[:8]}"
+        transport = MqttTransport(config.broker, client_id=client_id)
+        try:
+            return Coordinator(
+                config,
+                bundle=bundle,
+                transport=transport,
+                directory=directory,
+                evaluate=evaluator,
+                observe=observe,
+            ).run()
+        finally:
+            transport.close()
+    finally:
+        if broker:
+            broker.stop()
+        directory.close()
+
+
+class Evaluator:
+    """Held-out loss and accuracy through the same session that devices use.
+
+    Raises:
+        SessionError, DataError: the bundle or the data cannot be used here.
+    """
+
+    def __init__(self, bundle: Bundle, config: FederationConfig) -> None:
+        self._session = open_session(bundle, threads=config.evaluation.threads)
+        self._data = load_dataset(config.evaluation.data, bundle.manifest)
+
+    def __call__(self, parameters: npt.NDArray[np.float32]) -> Evaluation:
+        """Evaluates."""
+        summary = evaluate(self._session, parameters, self._data)
+        correct = summary.metrics.get("correct")
+        return Evaluation(summary.loss, None if correct is None else float(correct))

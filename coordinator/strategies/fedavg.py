@@ -1,0 +1,28 @@
+"""Federated averaging.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+algorithm 1: the next parameters are the mean of the clients', weighted by their numbers of examples.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgetrain.coordinator.folding import FixedPointSum
+from edgetrain.coordinator.strategies.base import Contribution, ServerState, Strategy, Vector
+
+
+def fedavg() -> Strategy:
+    """Weighted mean of the deltas, by number of examples."""
+
+    def init(num_parameters: int, _state: ServerState) -> FixedPointSum:
+        return FixedPointSum(num_parameters)
+
+    def fold(partial: FixedPointSum, contribution: Contribution) -> FixedPointSum:
+        partial.add(contribution.update, contribution.num_examples)
+        return partial
+
+    def finish(partial: FixedPointSum, parameters: Vector, state: ServerState) -> tuple[Vector, ServerState]:
+        return (parameters + partial.mean()).astype(np.float32), state
+
+    return Strategy("fedavg", init, fold, finish)

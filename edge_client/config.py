@@ -1,0 +1,41 @@
+"""Settings of a client: `device.toml`, every one also a flag."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from edgetrain.protocol.transport.mqtt import BrokerConfig
+
+
+class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole file. The descriptions are the flags' help texts."""
+
+    name: Annotated[str, Meta(description="this client's name, unique in the federation")]
+    federation: Annotated[str, Meta(description="name of the federation to join")]
+    data: Annotated[str, Meta(description="local data: an .npz, a .csv, or file.py:callable")]
+    state: Annotated[
+        str, Meta(description="directory for this client's key, bundles and residual [default: ./state-NAME]")
+    ] = ""
+    runtime: Annotated[
+        str, Meta(description="runtime to train on [default: the first of the bundle's that is here]")
+    ] = ""
+    threads: Annotated[
+        int, Meta(description="threads of one training step; 0 lets the runtime choose", ge=0)
+    ] = 1
+    validation_fraction: Annotated[
+        float, Meta(description="share of the local data kept for validation", ge=0, lt=1)
+    ] = 0.1
+    coordinator_key: Annotated[
+        str,
+        Meta(
+            description="the coordinator's public key in hex; without it the first one seen is trusted and remembered"
+        ),
+    ] = ""
+    exit_when_done: Annotated[
+        bool, Meta(description="leave when the run ends, instead of waiting for the next")
+    ] = True
+    max_bundle_bytes: Annotated[int, Meta(description="refuse bundles that need more bytes", ge=1)] = 1 << 30
+    broker: BrokerConfig = BrokerConfig()

@@ -1,0 +1,133 @@
+"""Two-phase error feedback: what compression leaves out is sent later, and nothing is ever counted twice.
+
+Seide et al. 2014, "1-Bit Stochastic Gradient Descent"; Karimireddy et al. 2019, "Error Feedback Fixes SignSGD".
+
+    prepare(delta):  target = residual + delta, encoded and sent; both are on disk before anything leaves
+    settle(True):    residual = target - decoded       what was not sent
+    settle(False):   residual = target                 refused, late or lost: everything returns
+
+So at every moment  sum(accepted) + residual [+ pending] = sum(deltas),  also after a crash: the file holds the
+target and the bytes that were sent, and the coordinator is asked again what became of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import zlib
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.edge_client.errors import StateError
+from edgetrain.protocol.blobs import blob_ref
+from edgetrain.protocol.codecs import Limits, decode, encode
+from edgetrain.protocol.files import write_atomically
+from edgetrain.protocol.messages import Offer
+
+logger = logging.getLogger(__name__)
+
+Vector = npt.NDArray[np.float32]
+
+# "ER" | version 1 | reserved 0 | length of the header, u32 | CRC-32 of all that follows, u32
+_PREFIX = struct.Struct("<2sBBII")
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True):
+    bundle: bytes
+    run: bytes
+    num_parameters: int
+    # The offer of the pending update, or None.
+    offer: Offer | None
+    update_bytes: int
+
+
+class ErrorFeedback:
+    """The residual of one client in one run, kept in a file.
+
+    Args:
+        path: the file; what is there is taken up if it is of the same bundle and run, else dropped.
+        bundle: digest of the bundle.
+        run: id of the run.
+        num_parameters: length of the vectors.
+    """
+
+    def __init__(self, path: Path, *, bundle: bytes, run: bytes, num_parameters: int) -> None:
+        self._path = path
+        self._bundle = bundle
+        self.run = run
+        self.residual: Vector = np.zeros(num_parameters, np.float32)
+        # What was offered and not yet answered.
+        self.offer: Offer | None = None
+        self.update = b""
+        self._load()
+
+    def prepare(
+        self, delta: Vector, codec: str, *, seed: int, offsets: tuple[int, ...] | None = None
+    ) -> bytes:
+        """Encodes `residual + delta`. Nothing is stored yet: `commit` follows with the offer."""
+        assert self.offer is None, "settle the pending update first"
+        target = self.residual + delta
+        self.update = encode(target, codec, seed=seed, offsets=offsets)
+        self.residual = target
+        return self.update
+
+    def commit(self, offer: Offer) -> None:
+        """Stores the pending update; after this it may be sent.
+
+        Raises:
+            StateError: not writable; nothing must be sent then.
+        """
+        assert offer.update == blob_ref(self.update), "the offer is of what was prepared"
+        self.offer = offer
+        self._save()
+
+    def settle(self, *, accepted: bool) -> None:
+        """The coordinator's verdict on the pending update."""
+        if accepted:
+            limits = Limits(max_parameters=len(self.residual))
+            self.residual = self.residual - decode(self.update, limits).dense()
+        self.offer, self.update = None, b""
+        self._save()
+
+    def _save(self) -> None:
+        header = msgspec.msgpack.encode(
+            _Header(
+                bundle=self._bundle,
+                run=self.run,
+                num_parameters=len(self.residual),
+                offer=self.offer,
+                update_bytes=len(self.update),
+            )
+        )
+        body = header + self.residual.astype("<f4").tobytes() + self.update
+        try:
+            write_atomically(self._path, _PREFIX.pack(b"ER", 1, 0, len(header), zlib.crc32(body)) + body)
+        except OSError as error:
+            raise StateError(f"{self._path}: cannot store the residual: {error}") from error
+
+    def _load(self) -> None:
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StateError(f"{self._path}: cannot read the residual: {error}") from error
+        try:
+            magic, version, _, header_bytes, crc = _PREFIX.unpack_from(data)
+            body = data[_PREFIX.size :]
+            if magic != b"ER" or version != 1 or zlib.crc32(body) != crc:
+                raise StateError("wrong magic, version or checksum")
+            header = msgspec.msgpack.decode(body[:header_bytes], type=_Header)
+        except (struct.error, msgspec.DecodeError, StateError) as error:
+            logger.warning("%s is damaged (%s): starting without a residual", self._path, error)
+            return
+        if (header.bundle, header.run, header.num_parameters) != (self._bundle, self.run, len(self.residual)):
+            logger.info("the residual in %s is of another run: dropped", self._path)
+            return
+        stop = header_bytes + 4 * header.num_parameters
+        self.residual = np.frombuffer(body[header_bytes:stop], dtype="<f4").astype(np.float32)
+        self.update = body[stop : stop + header.update_bytes]
+        self.offer = header.offer

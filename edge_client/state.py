@@ -1,0 +1,109 @@
+"""The client's own directory: key, pinned coordinator, bundles, residual.
+
+identity.key         signing key, mode 0600
+coordinator.pub      the coordinator's public key, pinned when it was first seen
+bundles/DIGEST/      bundles by the SHA-256 of their manifest
+residual.bin         see `error_feedback`
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from pathlib import Path
+
+from edgetrain.edge_client.error_feedback import ErrorFeedback
+from edgetrain.edge_client.errors import RefusedError, StateError
+from edgetrain.protocol.files import write_atomically
+from edgetrain.protocol.manifest import MANIFEST_FILE, FileEntry
+from edgetrain.protocol.signing import SigningKey
+
+
+class ClientState:
+    """The directory, locked: two clients cannot share it.
+
+    Raises:
+        StateError: in use, or not writable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = (path / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StateError(f"{path}: another client runs with this state directory") from error
+        except OSError as error:
+            raise StateError(f"{path}: cannot use the state directory: {error}") from error
+        self.key = SigningKey.load_or_create(path / "identity.key")
+
+    def pin_coordinator(self, public_key: bytes, *, configured: str) -> None:
+        """Trusts the configured key only; without one, the first that is seen.
+
+        Raises:
+            RefusedError: this is another key.
+        """
+        path = self.path / "coordinator.pub"
+        expected = configured or (path.read_text(encoding="ascii").strip() if path.exists() else "")
+        if not expected:
+            self._write(path, public_key.hex().encode() + b"\n")
+        elif expected.lower() != public_key.hex():
+            source = "the configured coordinator_key" if configured else str(path)
+            raise RefusedError(
+                f"the coordinator signs with key {public_key.hex()[:16]}…, which is not {source} "
+                f"({expected[:16]}…). If the coordinator was set up anew on purpose, "
+                f"{'change coordinator_key' if configured else f'remove {path}'}."
+            )
+
+    def bundle_directory(self, digest: bytes) -> Path:
+        """Where a bundle is or will be."""
+        return self.path / "bundles" / digest.hex()
+
+    def has_file(self, digest: bytes, entry: FileEntry) -> bool:
+        """Whether a bundle's file is here and whole."""
+        path = self.bundle_directory(digest) / entry.file
+        try:
+            return (
+                path.stat().st_size == entry.size
+                and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256
+            )
+        except OSError:
+            return False
+
+    def store_file(self, digest: bytes, name: str, data: bytes) -> None:
+        """Stores a verified file of a bundle.
+
+        Raises:
+            StateError: not writable.
+        """
+        path = self.bundle_directory(digest) / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateError(f"{path.parent}: {error}") from error
+        self._write(path, data)
+
+    def read_manifest(self, digest: bytes) -> bytes | None:
+        """manifest.json of a bundle, if it is here and whole."""
+        try:
+            data = (self.bundle_directory(digest) / MANIFEST_FILE).read_bytes()
+        except OSError:
+            return None
+        return data if hashlib.sha256(data).digest() == digest else None
+
+    def error_feedback(self, *, bundle: bytes, run: bytes, num_parameters: int) -> ErrorFeedback:
+        """The residual for a run."""
+        return ErrorFeedback(
+            self.path / "residual.bin", bundle=bundle, run=run, num_parameters=num_parameters
+        )
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        self._lock.close()
+
+    def _write(self, path: Path, data: bytes) -> None:
+        try:
+            write_atomically(path, data)
+        except OSError as error:
+            raise StateError(f"{path}: cannot write: {error}") from error

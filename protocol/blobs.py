@@ -1,0 +1,152 @@
+"""Content-addressed blobs cut in chunks.
+
+A chunk on the wire, little-endian:
+
+    "EC" | version 1 | reserved 0 | SHA-256 of the blob, 32 | offset, u64 | size of the blob, u64
+    | first 8 bytes of the SHA-256 of the data | data
+
+Chunks may arrive in any order, more than once, and cut differently each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from edgetrain.protocol.errors import BlobError
+from edgetrain.protocol.messages import BlobRef
+
+DEFAULT_CHUNK_BYTES = 60 << 10
+_HEADER = struct.Struct("<2sBB32sQQ8s")
+HEADER_BYTES = _HEADER.size
+_MAGIC, _VERSION = b"EC", 1
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a blob: bytes [offset, offset + len(data)) of `size`."""
+
+    digest: bytes
+    offset: int
+    size: int
+    data: memoryview
+
+
+def blob_ref(data: bytes | memoryview) -> BlobRef:
+    """Digest and size of `data`."""
+    return BlobRef(digest=hashlib.sha256(data).digest(), size=len(data))
+
+
+def cut(
+    ref: BlobRef,
+    data: bytes | memoryview,
+    ranges: Sequence[tuple[int, int]] = (),
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> Iterator[bytes]:
+    """The chunks of `data`, ready for the wire.
+
+    Args:
+        ref: digest and size of `data`.
+        data: the whole blob.
+        ranges: half-open byte ranges to send; empty for all. Parts beyond the end are left out.
+        chunk_bytes: most payload bytes in one chunk.
+    """
+    view = memoryview(data)
+    for start, stop in ranges or ((0, ref.size),):
+        for offset in range(start, min(stop, ref.size), chunk_bytes):
+            part = view[offset : min(offset + chunk_bytes, stop, ref.size)]
+            check = hashlib.sha256(part).digest()[:8]
+            yield _HEADER.pack(_MAGIC, _VERSION, 0, ref.digest, offset, ref.size, check) + part
+
+
+def parse_chunk(payload: bytes) -> Chunk:
+    """Reads a chunk.
+
+    Raises:
+        BlobError: not a chunk, damaged, or it lies outside its own blob.
+    """
+    if len(payload) <= HEADER_BYTES:
+        raise BlobError(f"chunk of {len(payload)} bytes is shorter than its header")
+    magic, version, _, digest, offset, size, check = _HEADER.unpack_from(payload)
+    if magic != _MAGIC or version != _VERSION:
+        raise BlobError("not an edgetrain chunk, or of another version")
+    data = memoryview(payload)[HEADER_BYTES:]
+    if offset + len(data) > size:
+        raise BlobError(f"chunk [{offset}, {offset + len(data)}) lies outside its blob of {size} bytes")
+    if hashlib.sha256(data).digest()[:8] != check:
+        raise BlobError(f"chunk at offset {offset} is damaged")
+    return Chunk(digest, offset, size, data)
+
+
+class Assembler:
+    """Puts one blob together.
+
+    Args:
+        ref: what was announced. The memory for it is taken at the first chunk.
+        limit: largest size allowed, in bytes.
+
+    Raises:
+        BlobError: the announced size exceeds the limit.
+    """
+
+    def __init__(self, ref: BlobRef, *, limit: int) -> None:
+        if ref.size > limit:
+            raise BlobError(f"blob of {ref.size} bytes exceeds the limit of {limit}")
+        self.ref = ref
+        self._data: bytearray | None = None
+        # Disjoint half-open ranges that have arrived, ascending.
+        self._have: list[tuple[int, int]] = []
+
+    def add(self, chunk: Chunk) -> bool:
+        """Takes a chunk; True when nothing is missing any more.
+
+        Raises:
+            BlobError: the chunk is of another blob or claims another size.
+        """
+        if chunk.digest != self.ref.digest or chunk.size != self.ref.size:
+            raise BlobError("chunk of another blob")
+        if self._data is None:
+            self._data = bytearray(self.ref.size)
+        stop = chunk.offset + len(chunk.data)
+        self._data[chunk.offset : stop] = chunk.data
+        self._have = _insert(self._have, chunk.offset, stop)
+        return not self.missing()
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Half-open byte ranges that have not arrived, ascending."""
+        gaps, position = [], 0
+        for start, stop in self._have:
+            if start > position:
+                gaps.append((position, start))
+            position = stop
+        if position < self.ref.size:
+            gaps.append((position, self.ref.size))
+        return gaps
+
+    def finish(self) -> bytes:
+        """The blob, verified.
+
+        Raises:
+            BlobError: incomplete, or its SHA-256 is not the announced one; then it starts from nothing.
+        """
+        if self.missing():
+            raise BlobError("blob is incomplete")
+        data = bytes(self._data or b"")
+        if hashlib.sha256(data).digest() != self.ref.digest:
+            self._data, self._have = None, []
+            raise BlobError("the chunks add up to another blob than the one announced")
+        return data
+
+
+def _insert(ranges: list[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
+    merged = []
+    for low, high in ranges:
+        if high < start or low > stop:
+            merged.append((low, high))
+        else:
+            start, stop = min(start, low), max(stop, high)
+    merged.append((start, stop))
+    merged.sort()
+    return merged

@@ -1,0 +1,139 @@
+"""Bits and bytes. Everything is little-endian; bit i of a stream is bit i % 8 of byte i // 8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.protocol.codecs.result import Bytes
+from edgetrain.protocol.errors import CodecError
+
+_VARINT_BYTES = 5
+
+
+class Reader:
+    """A cursor over hostile bytes: whatever is taken was checked to be there."""
+
+    def __init__(self, data: bytes | bytearray | memoryview) -> None:
+        self._bytes: Bytes = np.frombuffer(data, np.uint8)
+        self._position = 0
+
+    @property
+    def remaining(self) -> int:
+        """Bytes not yet read."""
+        return len(self._bytes) - self._position
+
+    def take(self, count: int, what: str) -> Bytes:
+        """The next `count` bytes, a view."""
+        if count > self.remaining:
+            raise CodecError(
+                f"truncated payload: {what} needs {count} bytes at byte {self._position}, "
+                f"{self.remaining} are left"
+            )
+        self._position += count
+        return self._bytes[self._position - count : self._position]
+
+    def array(self, count: int, dtype: str, what: str) -> npt.NDArray[Any]:
+        """The next `count` elements of a little-endian dtype such as "<u2"."""
+        return self.take(count * np.dtype(dtype).itemsize, what).view(dtype)
+
+    def byte(self, what: str) -> int:
+        """The next byte."""
+        return int(self.take(1, what)[0])
+
+    def varint(self, maximum: int, what: str) -> int:
+        """The next LEB128 integer, at most `maximum`."""
+        value = 0
+        for i in range(_VARINT_BYTES):
+            byte = self.byte(what)
+            value |= (byte & 0x7F) << (7 * i)
+            if byte < 0x80:
+                break
+        else:
+            raise CodecError(f"{what}: an integer of more than {_VARINT_BYTES} bytes")
+        if value > maximum:
+            raise CodecError(f"{what} is {value}, at most {maximum} is allowed here")
+        return value
+
+    def bits(self, count: int, what: str) -> Bytes:
+        """The next `count` bits as 0 and 1, uint8 [count]; the rest of the last byte must be 0."""
+        raw = self.take((count + 7) // 8, what)
+        if count % 8 and raw[-1] >> (count % 8):
+            raise CodecError(f"{what}: padding bits that are not 0")
+        return np.unpackbits(raw, count=count, bitorder="little")
+
+    def integers(self, count: int, width: int, what: str) -> npt.NDArray[np.int64]:
+        """The next `count` integers of `width` bits each, lowest bit first, int64 [count]."""
+        columns = self.bits(count * width, what).reshape(count, width)
+        values = np.zeros(count, np.int64)
+        for i in range(width):
+            values |= columns[:, i].astype(np.int64) << i
+        return values
+
+    def peek(self, count: int) -> Bytes:
+        """Up to `count` of the next bytes, without reading them."""
+        return self._bytes[self._position : self._position + count]
+
+    def bit_levels(self) -> BitLevels:
+        """A cursor over bits whose number is not known beforehand; ends with `BitLevels.finish`."""
+        return BitLevels(self)
+
+    def finish(self) -> None:
+        """Refuses what follows the end."""
+        if self.remaining:
+            raise CodecError(f"{self.remaining} bytes follow the end of the payload")
+
+
+class BitLevels:
+    """Runs of bits one after the other, without padding between them."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        # Bits of the last byte that the previous run left over.
+        self._left: Bytes = np.zeros(0, np.uint8)
+
+    def take(self, count: int, what: str) -> Bytes:
+        """The next `count` bits as 0 and 1."""
+        missing = max(0, count - len(self._left))
+        fresh = np.unpackbits(self._reader.take((missing + 7) // 8, what), bitorder="little")
+        bits = np.concatenate([self._left, fresh]) if len(self._left) else fresh
+        self._left = bits[count:]
+        return bits[:count]
+
+    def finish(self) -> None:
+        """Refuses padding that is not 0."""
+        if self._left.any():
+            raise CodecError("padding bits that are not 0")
+
+
+def pack_varint(value: int) -> bytes:
+    """LEB128: seven bits a byte, lowest first, the top bit set on all but the last."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def pack_bits(bits: npt.NDArray[np.uint8] | npt.NDArray[np.bool_]) -> bytes:
+    """0s and 1s to bytes."""
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def pack_integers(values: npt.NDArray[np.int64], width: int) -> bytes:
+    """Each integer in `width` bits, lowest bit first."""
+    columns = np.empty((len(values), width), np.uint8)
+    for i in range(width):
+        columns[:, i] = (values >> i) & 1
+    return pack_bits(columns.reshape(-1))
+
+
+def pack_unary(values: npt.NDArray[np.int64]) -> bytes:
+    """Each integer v >= 0 as v zeros and a one."""
+    ends = np.cumsum(values + 1) - 1
+    bits = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.uint8)
+    bits[ends] = 1
+    return pack_bits(bits)

@@ -1,0 +1,248 @@
+"""The payload: four bytes that name the stages, and the body. `docs/codecs.md` gives every bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import TypeVar
+
+import numpy as np
+
+from edgetrain.protocol.codecs import wrap
+from edgetrain.protocol.codecs.bits import Reader, pack_bits, pack_varint
+from edgetrain.protocol.codecs.integers import ValueCoding, decode_codes, encode_codes
+from edgetrain.protocol.codecs.quantize import (
+    LARGEST,
+    check_scales,
+    from_integers,
+    from_signs,
+    to_integers,
+    to_signs,
+)
+from edgetrain.protocol.codecs.result import MAX_PARAMETERS, Indices, Limits, SparseOrDense, Vector
+from edgetrain.protocol.codecs.rice import decode_positions, encode_positions
+from edgetrain.protocol.codecs.selection import magnitude_bits, random_k, select
+from edgetrain.protocol.codecs.spec import CodecSpec
+from edgetrain.protocol.errors import CodecError
+
+MAGIC = 0xE7
+VERSION = 1
+_INFINITY = 0x7F800000
+
+
+class IndexCoding(IntEnum):
+    """Low nibble of byte 2."""
+
+    DENSE = 0
+    RICE = 1
+    RAW = 2
+    SEED = 3
+
+
+class Quantizer(IntEnum):
+    """High nibble of byte 2."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1
+    INT8 = 2
+    INT4 = 3
+    SIGN = 4
+
+
+class Wrap(IntEnum):
+    """High nibble of byte 3; `ValueCoding` is the low one."""
+
+    NONE = 0
+    ZSTD = 1
+
+
+def encode(
+    delta: Vector, spec: str | CodecSpec, *, seed: int = 0, offsets: Sequence[int] | None = None
+) -> bytes:
+    """Encodes a vector. The same arguments give the same bytes.
+
+    Args:
+        delta: float32 [n], finite.
+        spec: which codec, e.g. "topk:0.01|int8:block=256".
+        seed: for randk (both sides know it) and stochastic rounding (use another for every update), below
+            2^64.
+        offsets: where each tensor starts, ascending from 0: the `offset`s of the manifest's parameters. Only
+            for specs with "per=tensor" or "block=tensor".
+
+    Raises:
+        CodecError: no such codec, or a delta that it cannot carry.
+    """
+    spec = CodecSpec.parse(spec) if isinstance(spec, str) else spec
+    if delta.dtype != np.float32 or delta.ndim != 1:
+        raise CodecError(f"a delta is float32 [n], not {delta.dtype} {list(delta.shape)}")
+    if len(delta) > MAX_PARAMETERS:
+        raise CodecError(f"a delta of {len(delta)} parameters, at most {MAX_PARAMETERS} can be encoded")
+    delta = np.ascontiguousarray(delta)
+    magnitudes = magnitude_bits(delta)
+    if len(delta) and magnitudes.max() >= _INFINITY:
+        position = int((magnitudes >= _INFINITY).argmax())
+        raise CodecError(f"the delta is not finite at position {position}: training diverged")
+    tensors = _boundaries(spec, len(delta), offsets)
+    indices = select(spec, magnitudes, tensors, seed)
+    values = delta if indices is None else delta[indices]
+    index_coding, body = _encode_indices(spec, indices, len(delta), seed)
+    quantizer, coding, tail = _encode_values(spec, values, indices, tensors, seed)
+    body += tail
+    method = Wrap.NONE
+    if spec.zstd:
+        smaller = pack_varint(len(body)) + wrap.compress(body)
+        if len(smaller) < len(body):
+            method, body = Wrap.ZSTD, smaller
+    return bytes([MAGIC, VERSION, index_coding | quantizer << 4, coding | method << 4]) + body
+
+
+def decode(data: bytes | bytearray | memoryview, limits: Limits) -> SparseOrDense:
+    """Decodes a payload, which may be hostile.
+
+    Raises:
+        CodecError: not a payload, of another version, inconsistent, or beyond the limits. Nothing else.
+    """
+    data = memoryview(data)
+    if data.nbytes > limits.payload_bytes:
+        raise CodecError(f"a payload of {data.nbytes} bytes, at most {limits.payload_bytes} are allowed")
+    reader = Reader(data)
+    magic, version, first, second = (reader.byte("header") for _ in range(4))
+    if magic != MAGIC:
+        raise CodecError(f"not an encoded update: it starts with 0x{magic:02x}, not 0x{MAGIC:02x}")
+    if version != VERSION:
+        raise CodecError(f"an update of codec version {version}, this edgetrain reads {VERSION}: upgrade")
+    index_coding = _member(IndexCoding, first & 0xF, "index coding")
+    quantizer = _member(Quantizer, first >> 4, "quantizer")
+    coding = _member(ValueCoding, second & 0xF, "value coding")
+    if _member(Wrap, second >> 4, "wrap") is Wrap.ZSTD:
+        size = reader.varint(limits.payload_bytes, "decompressed size")
+        reader = Reader(wrap.decompress(reader.take(reader.remaining, "zstd frame").tobytes(), size))
+    num_parameters = reader.varint(min(limits.max_parameters, MAX_PARAMETERS), "number of parameters")
+    count, indices = _decode_indices(reader, index_coding, num_parameters)
+    values = _decode_values(reader, quantizer, coding, count)
+    reader.finish()
+    return SparseOrDense(num_parameters, indices, values)
+
+
+def _boundaries(spec: CodecSpec, size: int, offsets: Sequence[int] | None) -> Indices:
+    if not spec.per_tensor and spec.block != "tensor":
+        return np.array([0, size], np.int64)
+    if offsets is None:
+        raise CodecError(
+            f"codec {str(spec)!r} works tensor by tensor: pass the offsets of the parameter table"
+        )
+    bounds = np.array([*offsets, size], np.int64)
+    if bounds[0] != 0 or (np.diff(bounds) < 0).any():
+        raise CodecError(f"tensor offsets must ascend from 0 to {size}, not {list(offsets)[:8]}")
+    return bounds
+
+
+def _encode_indices(
+    spec: CodecSpec, indices: Indices | None, size: int, seed: int
+) -> tuple[IndexCoding, bytes]:
+    head = pack_varint(size)
+    if indices is None:
+        return IndexCoding.DENSE, head
+    head += pack_varint(len(indices))
+    if spec.select == "randk":
+        return IndexCoding.SEED, head + seed.to_bytes(8, "little")
+    if spec.index == "raw":
+        return IndexCoding.RAW, head + indices.astype("<u4").tobytes()
+    return IndexCoding.RICE, head + encode_positions(indices)
+
+
+def _decode_indices(reader: Reader, coding: IndexCoding, size: int) -> tuple[int, Indices | None]:
+    if coding is IndexCoding.DENSE:
+        return size, None
+    count = reader.varint(size, "number of values")
+    if coding is IndexCoding.SEED:
+        seed = int.from_bytes(reader.take(8, "seed").tobytes(), "little")
+        return count, random_k(size, count, seed)
+    if coding is IndexCoding.RICE:
+        return count, decode_positions(reader, count, size)
+    indices = reader.array(count, "<u4", "indices").astype(np.int64)
+    if count and (indices[-1] >= size or (np.diff(indices) <= 0).any()):
+        raise CodecError(f"indices that do not ascend strictly below {size}")
+    return count, indices
+
+
+def _encode_values(
+    spec: CodecSpec, values: Vector, indices: Indices | None, tensors: Indices, seed: int
+) -> tuple[Quantizer, ValueCoding, bytes]:
+    if spec.quantize == "float32":
+        return Quantizer.FLOAT32, ValueCoding.PACKED, values.astype("<f4").tobytes()
+    if spec.quantize == "float16":
+        with np.errstate(over="ignore", under="ignore"):
+            halves = values.astype("<f2")
+        if not np.isfinite(halves).all():
+            raise CodecError(f"a value of {np.abs(values).max():.3g} is beyond float16: use int8 or float32")
+        return Quantizer.FLOAT16, ValueCoding.PACKED, halves.tobytes()
+    starts, blocks = _encode_blocks(spec, len(values), indices, tensors)
+    if spec.quantize in LARGEST:
+        largest = LARGEST[spec.quantize]
+        scales, codes = to_integers(
+            values, starts, largest, stochastic=spec.stochastic, seed=seed, quantizer=spec.quantize
+        )
+        coding, tail = encode_codes(codes, largest, huffman=spec.values == "huffman")
+        return Quantizer[spec.quantize.upper()], coding, blocks + scales.astype("<u2").tobytes() + tail
+    scales, negative = to_signs(values, starts)
+    return Quantizer.SIGN, ValueCoding.PACKED, blocks + scales.astype("<u2").tobytes() + pack_bits(negative)
+
+
+def _decode_values(reader: Reader, quantizer: Quantizer, coding: ValueCoding, count: int) -> Vector:
+    if quantizer not in (Quantizer.INT8, Quantizer.INT4) and coding is not ValueCoding.PACKED:
+        raise CodecError(f"{quantizer.name} values are not {coding.name} coded")
+    if quantizer in (Quantizer.FLOAT32, Quantizer.FLOAT16):
+        dtype = "<f4" if quantizer is Quantizer.FLOAT32 else "<f2"
+        values: Vector = reader.array(count, dtype, "values").astype(np.float32)
+        if count and magnitude_bits(values).max() >= _INFINITY:
+            raise CodecError("values that are not finite")
+        return values
+    starts = _decode_blocks(reader, count)
+    scales = reader.array(len(starts), "<u2", "scales").astype(np.uint16)
+    if quantizer is Quantizer.SIGN:
+        check_scales(scales, 1)
+        return from_signs(reader.bits(count, "signs"), scales, starts)
+    largest = LARGEST[quantizer.name.lower()]
+    check_scales(scales, largest)
+    return from_integers(decode_codes(reader, coding, count, largest), scales, starts)
+
+
+def _encode_blocks(
+    spec: CodecSpec, count: int, indices: Indices | None, tensors: Indices
+) -> tuple[Indices, bytes]:
+    """Starts of the blocks of the sent values, and how they are written."""
+    if not count:
+        return np.zeros(0, np.int64), b""
+    if spec.block == "tensor":
+        starts = tensors[:-1] if indices is None else np.searchsorted(indices, tensors[:-1])
+        starts = np.unique(starts[starts < count])
+        if len(starts) > 1:
+            return starts, b"\0" + pack_varint(len(starts)) + encode_positions(starts[1:])
+    size = min(spec.block, count) if isinstance(spec.block, int) else count
+    return np.arange(0, count, size), pack_varint(size)
+
+
+def _decode_blocks(reader: Reader, count: int) -> Indices:
+    if not count:
+        return np.zeros(0, np.int64)
+    size = reader.varint(count, "block size")
+    if size:
+        return np.arange(0, count, size)
+    num_blocks = reader.varint(count, "number of blocks")
+    rest = decode_positions(reader, max(num_blocks - 1, 0), count)
+    if len(rest) and rest[0] == 0:
+        raise CodecError("an empty block")
+    return np.concatenate([np.zeros(1, np.int64), rest])
+
+
+_Enum = TypeVar("_Enum", bound=IntEnum)
+
+
+def _member(kind: type[_Enum], value: int, what: str) -> _Enum:
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise CodecError(
+            f"no {what} has number {value}: the sender is newer, or the bytes are corrupt"
+        ) from error

@@ -1,0 +1,55 @@
+"""Configuration files: TOML into msgspec structs, with errors that name file, key and remedy."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from edgetrain.protocol.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: not there, not readable, not TOML.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such configuration file") from error
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def convert(tables: dict[str, Any], kind: type[T], *, where: str) -> T:
+    """Checks plain tables against a struct.
+
+    Raises:
+        ConfigError: a key that is unknown, missing, or of the wrong type or range; `where` names the source.
+    """
+    try:
+        return msgspec.convert(tables, kind)
+    except msgspec.ValidationError as error:
+        # msgspec writes the path as `$.rounds.goal`; people write rounds.goal.
+        message = (
+            str(error).replace("`$.", "`").replace("contains unknown field", "there is no setting called")
+        )
+        raise ConfigError(f"{where}: {message[0].lower()}{message[1:]}") from error
+
+
+def set_dotted(tables: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets `tables["a"]["b"] = value` for `a.b`, making tables on the way."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        inner = tables.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{dotted}: {parent} is a value, not a table")
+        tables = inner
+    tables[last] = value

@@ -1,0 +1,235 @@
+"""The messages: msgpack maps with a "type" tag, inside a signed envelope.
+
+Unknown fields are ignored, so a minor version may add some; an unknown type is a `MessageError`.
+
+A client's life:          Hello -> Welcome | Refusal, (fetch the bundle), Ready, then rounds, Goodbye.
+A round for one client:   Plan -> (fetch the parameters, train), Offer + chunks -> Verdict
+                          or Plan -> Decline; or Plan(task="evaluate") -> Report.
+Blobs:                    whoever lacks bytes sends Want; the other side answers with chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from edgetrain.protocol.errors import MessageError
+from edgetrain.protocol.training import TrainingConfig
+
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Text = Annotated[str, Meta(max_length=1000)]
+ShortText = Annotated[str, Meta(max_length=100)]
+Numbers = Annotated[dict[ShortText, float], Meta(max_length=64)]
+Range = tuple[Count, Count]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Base of all messages."""
+
+
+class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A blob by its SHA-256, with its size in bytes."""
+
+    digest: Digest
+    size: Count
+
+
+class Want(Message, frozen=True, kw_only=True, tag="want"):
+    """Please send these bytes of a blob; sent by either side."""
+
+    digest: Digest
+    # Half-open byte ranges; empty for all of it.
+    ranges: Annotated[tuple[Range, ...], Meta(max_length=1024)] = ()
+
+
+# --- client -> coordinator ---------------------------------------------------------------------------
+
+
+class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the coordinator may know of a device."""
+
+    system: ShortText = ""
+    machine: ShortText = ""
+    cpus: Count = 0
+    memory_mb: Count = 0
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """First message of every connection."""
+
+    public_key: Key
+    # Random per connection; a Goodbye of another connection does not count.
+    connection: Nonce
+    # Version of edgetrain, for people.
+    edgetrain: ShortText
+    runtimes: Annotated[tuple[ShortText, ...], Meta(max_length=32)]
+    device: DeviceInfo = DeviceInfo()
+
+
+class Ready(Message, frozen=True, kw_only=True, tag="ready"):
+    """The client has this bundle, its self-test passed, and it can take part."""
+
+    bundle: Digest
+    runtime: ShortText
+    num_examples: Count
+
+
+class Decline(Message, frozen=True, kw_only=True, tag="decline"):
+    """The client will not do this plan."""
+
+    round: Count
+    nonce: Nonce
+    reason: Text
+
+
+class Resources(msgspec.Struct, frozen=True, kw_only=True):
+    """What the client has spent since it started; counters only grow."""
+
+    seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+    bytes_sent: Count = 0
+    bytes_received: Count = 0
+
+
+class Offer(Message, frozen=True, kw_only=True, tag="offer"):
+    """An update is ready; its chunks follow. Sent again when in doubt: a duplicate is a no-op."""
+
+    run: Nonce
+    round: Count
+    nonce: Nonce
+    update: BlobRef
+    num_examples: Count
+    # Optimizer steps done.
+    steps: Count
+    # Means over the local training: "loss", "accuracy", …
+    metrics: Numbers = {}
+    resources: Resources = Resources()
+
+
+class Report(Message, frozen=True, kw_only=True, tag="report"):
+    """Result of an evaluation plan."""
+
+    run: Nonce
+    round: Count
+    nonce: Nonce
+    num_examples: Count
+    metrics: Numbers = {}
+    resources: Resources = Resources()
+
+
+class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
+    """The client leaves, or (as its last will) its connection was lost."""
+
+    reason: Text
+    connection: Nonce
+
+
+# --- coordinator -> clients --------------------------------------------------------------------------
+
+
+class Announce(Message, frozen=True, kw_only=True, tag="announce"):
+    """Retained: what runs here."""
+
+    run: Nonce
+    public_key: Key
+    edgetrain: ShortText
+    # The manifest of the bundle; its digest names the bundle.
+    bundle: BlobRef
+    # open: clients may join. paused: wait. ended: go home.
+    status: Literal["open", "paused", "ended"] = "open"
+    reason: Text = ""
+    # Grows with every announcement of a run, so that an old one cannot be replayed.
+    serial: Count = 0
+
+
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
+    """Answer to Hello."""
+
+    run: Nonce
+
+
+class Refusal(Message, frozen=True, kw_only=True, tag="refusal"):
+    """The coordinator will not have this client: give up."""
+
+    reason: Text
+
+
+class Plan(Message, frozen=True, kw_only=True, tag="plan"):
+    """What a client is asked to do in a round."""
+
+    run: Nonce
+    round: Count
+    # Random per round: an update made for another plan does not fit.
+    nonce: Nonce
+    task: Literal["train", "evaluate"] = "train"
+    bundle: Digest
+    # The round's parameters, encoded by a codec.
+    parameters: BlobRef
+    training: TrainingConfig = TrainingConfig()
+    # Codec of the update.
+    codec: ShortText = "dense|float32"
+    # Seconds from now until the round closes.
+    deadline_seconds: float
+    # Base seed; the client mixes in its own name.
+    seed: Count = 0
+
+
+class Verdict(Message, frozen=True, kw_only=True, tag="verdict"):
+    """What became of an update. Accepted means: on the coordinator's disk."""
+
+    round: Count
+    digest: Digest
+    accepted: bool
+    reason: Text = ""
+
+
+class RoundClosed(Message, frozen=True, kw_only=True, tag="closed"):
+    """Whoever still trains for this round may stop."""
+
+    run: Nonce
+    round: Count
+    nonce: Nonce
+
+
+FromClient = Hello | Ready | Decline | Offer | Report | Goodbye | Want
+FromCoordinator = Announce | Welcome | Refusal | Plan | Verdict | RoundClosed | Want
+
+_from_client = msgspec.msgpack.Decoder(FromClient)
+_from_coordinator = msgspec.msgpack.Decoder(FromCoordinator)
+
+
+def encode_message(message: Message) -> bytes:
+    """The body of an envelope."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode_from_client(body: bytes) -> FromClient:
+    """A message from a client.
+
+    Raises:
+        MessageError: of no known type, or a field that breaks the schema.
+    """
+    message: FromClient = _decode(_from_client, body)
+    return message
+
+
+def decode_from_coordinator(body: bytes) -> FromCoordinator:
+    """A message from the coordinator.
+
+    Raises:
+        MessageError: of no known type, or a field that breaks the schema.
+    """
+    message: FromCoordinator = _decode(_from_coordinator, body)
+    return message
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MessageError(f"message breaks the schema: {error}") from error

@@ -1,0 +1,111 @@
+"""A broker in memory, for tests and simulations: the same semantics, no sockets, no threads."""
+
+from __future__ import annotations
+
+import queue
+
+from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Received
+
+
+def topic_matches(pattern: str, topic: str) -> bool:
+    """Whether an MQTT topic filter matches (MQTT 5, section 4.7)."""
+    wanted, levels = pattern.split("/"), topic.split("/")
+    for index, level in enumerate(wanted):
+        if level == "#":
+            return True
+        if index >= len(levels) or level not in {"+", levels[index]}:
+            return False
+    return len(wanted) == len(levels)
+
+
+class MemoryBroker:
+    """Delivers to the transports that were opened on it."""
+
+    def __init__(self) -> None:
+        self._transports: list[MemoryTransport] = []
+        self._retained: dict[str, bytes] = {}
+
+    def connect(self, *, will: tuple[str, bytes] | None = None) -> MemoryTransport:
+        """A connected transport; `will` is published if it is dropped."""
+        transport = MemoryTransport(self, will)
+        self._transports.append(transport)
+        transport.deliver(Connected())
+        return transport
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        """Fans a message out."""
+        if retain and payload:
+            self._retained[topic] = payload
+        elif retain:
+            self._retained.pop(topic, None)
+        for transport in self._transports:
+            if any(topic_matches(pattern, topic) for pattern in transport.subscriptions):
+                transport.deliver(Received(topic, payload))
+
+    def replay_retained(self, transport: MemoryTransport, pattern: str) -> None:
+        """What a new subscriber gets."""
+        for topic, payload in self._retained.items():
+            if topic_matches(pattern, topic):
+                transport.deliver(Received(topic, payload))
+
+    def drop(self, transport: MemoryTransport) -> None:
+        """Cuts a connection as a network fault would: its will is published."""
+        if transport in self._transports:
+            self._transports.remove(transport)
+            transport.deliver(Disconnected("connection dropped"))
+            if transport.will:
+                self.publish(*transport.will, retain=False)
+
+    def restore(self, transport: MemoryTransport) -> None:
+        """Brings a dropped connection back."""
+        self._transports.append(transport)
+        transport.deliver(Connected())
+
+    def forget(self, transport: MemoryTransport) -> None:
+        """Removes a transport that closed by itself."""
+        if transport in self._transports:
+            self._transports.remove(transport)
+
+
+class MemoryTransport:
+    """One connection to a `MemoryBroker`."""
+
+    def __init__(self, broker: MemoryBroker, will: tuple[str, bytes] | None) -> None:
+        self._broker = broker
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.will = will
+        self.subscriptions: set[str] = set()
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def deliver(self, event: Event) -> None:
+        """Called by the broker."""
+        if isinstance(event, Received):
+            self.bytes_received += len(event.payload)
+        self._events.put(event)
+
+    def subscribe(self, topic: str) -> None:
+        """See `Transport`."""
+        if topic not in self.subscriptions:
+            self.subscriptions.add(topic)
+            self._broker.replay_retained(self, topic)
+
+    def unsubscribe(self, topic: str) -> None:
+        """See `Transport`."""
+        self.subscriptions.discard(topic)
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """See `Transport`."""
+        self.bytes_sent += len(payload)
+        self._broker.publish(topic, payload, retain=retain)
+
+    def receive(self, timeout: float) -> Event | None:
+        """See `Transport`."""
+        try:
+            return self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        """See `Transport`."""
+        self._broker.forget(self)

@@ -1,0 +1,46 @@
+"""`edgetrain client`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from edgetrain.cli.settings import flags, load_settings, setting
+from edgetrain.edge_client.config import ClientConfig
+
+
+@click.command("client")
+@click.option("--config", type=click.Path(), help="TOML file with the settings; flags override it.")
+@click.option("--broker", metavar="HOST[:PORT]", help="Address of the MQTT broker.")
+@flags(ClientConfig)
+def command(config: str | None, broker: str | None, **given: Any) -> None:
+    """Take part in a federation: train the coordinator's bundle on local data, send compressed updates."""
+    from edgetrain.edge_client.client import Client, connection_will, new_connection
+    from edgetrain.edge_client.state import ClientState
+    from edgetrain.protocol.names import check_name
+    from edgetrain.protocol.transport.mqtt import MqttTransport, parse_broker
+
+    if broker:
+        given[setting("broker.host")], given[setting("broker.port")] = parse_broker(broker)
+    settings = load_settings(ClientConfig, config, given)
+    check_name(settings.name, "client")
+    check_name(settings.federation, "federation")
+    if not settings.state:
+        settings = msgspec.structs.replace(settings, state=f"state-{settings.name}")
+    # A service manager's stop is like Ctrl-C: say goodbye, leave nothing half done.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    state = ClientState(Path(settings.state))
+    try:
+        connection = new_connection()
+        transport = MqttTransport(
+            settings.broker,
+            client_id=f"edgetrain-{settings.federation}-{settings.name}",
+            will=connection_will(settings, state, connection),
+        )
+        Client(settings, state=state, transport=transport, connection=connection).run()
+    finally:
+        state.close()

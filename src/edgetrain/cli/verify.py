@@ -1,0 +1,38 @@
+"""`edgetrain verify`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+
+@click.command("verify")
+@click.argument("bundle")
+@click.option("--runtime", help="Runtime to check. [default: the first of the bundle's that is installed]")
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=1, show_default=True, help="Threads; 0 lets it choose."
+)
+@click.option("--tolerance", type=float, help="Largest relative error that passes.")
+def command(bundle: str, runtime: str | None, threads: int, tolerance: float | None) -> None:
+    """Run the self-test of BUNDLE on this machine.
+
+    Compares loss and gradients with what eager torch computed at export. Exit status 0 if they agree, 1 if not.
+    """
+    from edgetrain.edge_client.runtimes import open_session
+    from edgetrain.edge_client.selftest import TOLERANCE, run_self_test
+    from edgetrain.protocol.bundle import Bundle
+
+    opened = Bundle(bundle)
+    session = open_session(opened, runtime, threads=threads)
+    report = run_self_test(opened, session, tolerance=TOLERANCE if tolerance is None else tolerance)
+    click.echo(f"{opened.manifest.name} on {report.runtime}: relative errors against eager torch")
+    rows = [("loss", report.loss_error), ("weight sum", report.weight_error), *report.metric_errors.items()]
+    rows += [(f"gradient of {gradient.name}", gradient.error) for gradient in report.gradients]
+    width = max(len(name) for name, _ in rows)
+    for name, error in rows:
+        mark = "" if error <= report.tolerance else "  WRONG"
+        click.echo(f"  {name:<{width}}  {error:.2e}{mark}")
+    verdict = "ok" if report.ok else "FAILED"
+    click.echo(f"{verdict}: largest error {report.worst:.2e}, tolerance {report.tolerance:g}")
+    sys.exit(0 if report.ok else 1)
