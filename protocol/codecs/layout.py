@@ -231,8 +231,8 @@ def _decode_blocks(reader: Reader, count: int) -> Indices:
         return np.arange(0, count, size)
     num_blocks = reader.varint(count, "number of blocks")
     rest = decode_positions(reader, max(num_blocks - 1, 0), count)
-    if len(rest) and rest[0] == 0:
-        raise CodecError("an empty block")
+    if num_blocks == 0 or (len(rest) and rest[0] == 0):
+        raise CodecError(f"{num_blocks} blocks, or an empty one, for {count} values")
     return np.concatenate([np.zeros(1, np.int64), rest])
 
 

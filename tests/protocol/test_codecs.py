@@ -118,7 +118,8 @@ def test_specs_have_a_canonical_name(text, canonical):
 
 NO_CODECS = """
 gzip | topk | topk:0 | topk:1.5 | topk:-1 | topk:nan | dense:3 | int8:block=0 | int8:block=x | rice:3
-float16:stochastic | sign:stochastic | ternary | threshold:-1 | threshold:inf | randk:0.1:per=tensor | topk:0.1:0.2
+float16:stochastic | sign:stochastic | ternary | threshold:-1 | threshold:inf | randk:0.1:per=tensor
+topk:0.1:0.2
 """
 
 
