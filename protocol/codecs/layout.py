@@ -73,6 +73,7 @@ def encode(
         CodecError: no such codec, or a delta that it cannot carry.
     """
     spec = CodecSpec.parse(spec) if isinstance(spec, str) else spec
+    delta = np.asarray(delta)
     if delta.dtype != np.float32 or delta.ndim != 1:
         raise CodecError(f"a delta is float32 [n], not {delta.dtype} {list(delta.shape)}")
     if len(delta) > MAX_PARAMETERS:
