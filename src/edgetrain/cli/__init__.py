@@ -37,20 +37,25 @@ class LazyGroup(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command; if its dependencies are missing, one that says which extra to install."""
+        """The command, imported now."""
         if name not in _COMMANDS:
             return None
-        module, extra, _help = _COMMANDS[name]
+        command = importlib.import_module(f"edgetrain.cli.{_COMMANDS[name][0]}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the subcommand; a dependency that is missing gives the extra that brings it."""
         try:
-            command = importlib.import_module(f"edgetrain.cli.{module}").command
+            return super().invoke(ctx)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("edgetrain"):
                 raise
+            name = ctx.invoked_subcommand or ""
             raise click.ClickException(
-                f"`edgetrain {name}` needs {error.name}, which is not installed: pip install 'edgetrain[{extra}]'"
+                f"`edgetrain {name}` needs {error.name}, which is not installed: "
+                f"pip install 'edgetrain[{_COMMANDS[name][1]}]'"
             ) from error
-        assert isinstance(command, click.Command)
-        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list in `edgetrain --help`, without importing anything."""
