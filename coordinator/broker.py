@@ -167,7 +167,8 @@ class EmbeddedBroker:
             ) from error
         self._end = asyncio.Event()
         for name in ("amqtt", "transitions"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            # It calls it an error when a client just goes away.
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         broker = Broker(
             {
                 "listeners": {"default": {"type": "tcp", "bind": f"{HOST}:{self.port}"}},

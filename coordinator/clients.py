@@ -22,6 +22,8 @@ class ClientRecord:
     ready: bool = False
     num_examples: int = 0
     runtime: str = ""
+    # Codec stages that it knows.
+    stages: frozenset[str] = frozenset()
     device: DeviceInfo = DeviceInfo()
     # What its updates reported last.
     resources: Resources = Resources()

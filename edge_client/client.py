@@ -1,7 +1,7 @@
 """The client: joins a federation over MQTT, trains when it is asked to, sends compressed updates.
 
 One thread owns all state. It is sequential code (fetch, train, send, wait for the verdict) that looks into
-the transport's queue through `_pump` whenever it waits or finishes a micro-batch.
+its mailbox whenever it waits or finishes a micro-batch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -20,54 +21,34 @@ from edgetrain import __version__
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.data import Dataset, load_dataset
 from edgetrain.edge_client.device import device_info, peak_memory_mb
-from edgetrain.edge_client.downloads import Download
 from edgetrain.edge_client.error_feedback import ErrorFeedback
-from edgetrain.edge_client.errors import RefusedError, TrainingError
-from edgetrain.edge_client.runtimes import available_runtimes, open_session
-from edgetrain.edge_client.runtimes.base import Session, Vector
-from edgetrain.edge_client.selftest import run_self_test
+from edgetrain.edge_client.errors import TrainingError
+from edgetrain.edge_client.held_parameters import HeldParameters
+from edgetrain.edge_client.installation import install_bundle
+from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Mailbox, RunOver
+from edgetrain.edge_client.runtimes import available_runtimes
+from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.trainer import evaluate, train
-from edgetrain.protocol import BlobError, BundleError, CodecError, MessageError
-from edgetrain.protocol.blobs import blob_ref, cut, parse_chunk
-from edgetrain.protocol.bundle import MAX_MANIFEST_BYTES, Bundle
-from edgetrain.protocol.codecs import Limits, decode
-from edgetrain.protocol.manifest import MANIFEST_FILE, FileEntry, decode_manifest
+from edgetrain.protocol import BlobError, CodecError
+from edgetrain.protocol.blobs import blob_ref
+from edgetrain.protocol.codecs import supported_stages
 from edgetrain.protocol.messages import (
-    Announce,
-    BlobRef,
     Decline,
     Goodbye,
     Hello,
-    Message,
     Offer,
     Plan,
     Ready,
-    Refusal,
     Report,
     Resources,
-    RoundClosed,
-    Verdict,
-    Want,
-    Welcome,
-    decode_from_coordinator,
     encode_message,
 )
 from edgetrain.protocol.names import Topics
-from edgetrain.protocol.signing import VersionError, seal, unseal, verify
-from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
+from edgetrain.protocol.signing import seal
+from edgetrain.protocol.transport import Transport
 
 logger = logging.getLogger(__name__)
-
-COORDINATOR = "coordinator"
-# An offer without a verdict is repeated after so long.
-VERDICT_SECONDS = 10.0
-# Upper bound of one wait for events.
-POLL_SECONDS = 0.5
-
-
-class _RunOver(Exception):
-    """The run was paused or has ended, or another one has begun."""
 
 
 def connection_will(config: ClientConfig, state: ClientState, connection: bytes) -> tuple[str, bytes]:
@@ -75,6 +56,11 @@ def connection_will(config: ClientConfig, state: ClientState, connection: bytes)
     goodbye = Goodbye(reason="connection lost", connection=connection)
     topic = Topics(config.federation).from_client(config.name, "message")
     return topic, seal(state.key, config.federation, config.name, encode_message(goodbye))
+
+
+def new_connection() -> bytes:
+    """Random id of a connection."""
+    return os.urandom(16)
 
 
 class Client:
@@ -102,23 +88,23 @@ class Client:
         self._transport = transport
         self._connection = connection
         self._clock = clock
-        self._started = clock()
-        self._topics = Topics(config.federation)
-        self._coordinator_key: bytes | None = None
-        self._announce: Announce | None = None
-        self._joined_run: bytes | None = None
-        self._welcomed = False
-        self._ready = False
-        # The newest plan that has not been begun.
-        self._plan: Plan | None = None
-        self._done: set[bytes] = set()
-        self._closed: set[bytes] = set()
-        self._verdicts: dict[bytes, Verdict] = {}
-        self._download: Download | None = None
+        self._mail = Mailbox(
+            config.name,
+            Topics(config.federation),
+            state=state,
+            transport=transport,
+            coordinator_key=config.coordinator_key,
+            clock=clock,
+        )
+        self._mail.introduce = self._introduce
+        # Plans that are finished, one way or the other.
+        self._done: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
+        self._bundle: bytes | None = None
+        # Set by `_join`, in this order.
         self._session: Session | None = None
-        self._bundle_digest: bytes | None = None
-        self._train_data: Dataset | None = None
+        self._training_data: Dataset | None = None
         self._validation_data: Dataset | None = None
+        self._held: HeldParameters | None = None
         self._feedback: ErrorFeedback | None = None
 
     def run(self) -> None:
@@ -126,121 +112,110 @@ class Client:
 
         Raises:
             RefusedError: the coordinator will not have this client.
-            ClientError, BundleError: this device cannot take part; the message says why.
+            ClientError, BundleError, BlobError: this device cannot take part; the message says why.
             KeyboardInterrupt: after saying goodbye.
         """
-        self._transport.subscribe(self._topics.to_client(self._config.name, "#"))
-        self._transport.subscribe(self._topics.round)
-        self._transport.subscribe(self._topics.announce)
+        self._mail.open()
         logger.info("client %s waits for federation %s", self._config.name, self._config.federation)
         reason = "stopped by an error"
         try:
-            while True:
+            while not self._finished():
                 try:
                     self._join()
                     self._take_part()
-                except _RunOver as over:
-                    if self._finished():
-                        reason = "the run has ended"
-                        logger.info("the run has ended: %s", self._announce.reason if self._announce else "")
-                        return
-                    logger.info("%s; waiting", over)
+                except RunOver as over:
+                    logger.info("%s", over)
+            reason = "the run has ended"
         except KeyboardInterrupt:
             reason = "interrupted"
             raise
         finally:
-            self._send(Goodbye(reason=reason, connection=self._connection))
+            self._mail.send(Goodbye(reason=reason, connection=self._connection))
             self._transport.close()
 
-    # --- joining -------------------------------------------------------------------------------------
-
     def _finished(self) -> bool:
-        announce = self._announce
+        """Whether the run that this client took part in has ended."""
+        announce = self._mail.announce
         return (
             self._config.exit_when_done
             and announce is not None
             and announce.status == "ended"
-            and announce.run == self._joined_run
+            and announce.run == self._mail.joined
         )
+
+    # --- joining -------------------------------------------------------------------------------------
 
     def _join(self) -> None:
         """Hello, Welcome, the bundle, Ready."""
-        if self._finished():
-            raise _RunOver("the run has ended")
-        self._pump_until(lambda: self._announce is not None and self._announce.status == "open")
-        announce = self._announce
+        mail = self._mail
+        mail.wait(lambda: mail.announce is not None and mail.announce.status == "open")
+        announce = mail.announce
         assert announce is not None, "just waited for"
-        self._welcomed = self._ready = False
-        self._joined_run = announce.run
+        mail.joined, mail.welcomed, mail.plan = announce.run, False, None
         self._send_hello()
-        self._pump_until(lambda: self._welcomed, repeat=self._send_hello)
-        if self._bundle_digest != announce.bundle.digest:
-            self._open_bundle(announce)
-        assert self._session is not None, "the bundle is open"
+        mail.wait(lambda: mail.welcomed, repeat=self._send_hello)
+        if self._bundle != announce.bundle.digest:
+            self._bundle = self._feedback = None
+            session = install_bundle(
+                announce.bundle, fetch=mail.fetch, state=self._state, config=self._config
+            )
+            dataset = load_dataset(self._config.data, session.manifest)
+            self._training_data, self._validation_data = split_validation(
+                dataset, self._config.validation_fraction, self._config.name
+            )
+            self._held = HeldParameters(session.manifest.num_parameters)
+            self._session, self._bundle = session, announce.bundle.digest
         if self._feedback is None or self._feedback.run != announce.run:
+            assert self._session, "installed above"
             self._feedback = self._state.error_feedback(
                 bundle=announce.bundle.digest,
                 run=announce.run,
                 num_parameters=self._session.manifest.num_parameters,
             )
-        self._ready = True
         self._send_ready()
 
-    def _open_bundle(self, announce: Announce) -> None:
-        digest = announce.bundle.digest
-        data = self._state.read_manifest(digest)
-        if data is None:
-            data = self._fetch(announce.bundle, limit=MAX_MANIFEST_BYTES)
-        manifest = decode_manifest(data)
-        runtime = self._choose_runtime([program.runtime for program in manifest.programs])
-        entries = manifest.files(runtime)
-        total = sum(entry.size for entry in entries)
-        if total > self._config.max_bundle_bytes:
-            raise BundleError(
-                f"bundle {manifest.name!r} needs {total} bytes, max_bundle_bytes allows {self._config.max_bundle_bytes}"
-            )
-        for entry in entries:
-            if not self._state.has_file(digest, entry):
-                self._state.store_file(digest, entry.file, self._fetch(_file_ref(entry), limit=entry.size))
-        # The manifest last: a directory that has it is whole.
-        self._state.store_file(digest, MANIFEST_FILE, data)
-        bundle = Bundle(self._state.bundle_directory(digest))
-        session = open_session(bundle, runtime, threads=self._config.threads)
-        run_self_test(bundle, session).raise_if_wrong()
-        logger.info("bundle %s runs on %s; self-test passed", manifest.name, runtime)
-        dataset = load_dataset(self._config.data, manifest)
-        self._train_data, self._validation_data = split_validation(
-            dataset, self._config.validation_fraction, self._config.name
-        )
-        self._session, self._bundle_digest = session, digest
+    def _introduce(self) -> None:
+        """To a coordinator, or over a broker, that may not know us."""
+        self._send_hello()
+        if self._feedback:
+            self._send_ready()
 
-    def _choose_runtime(self, offered: list[str]) -> str:
-        here = available_runtimes()
-        if self._config.runtime:
-            if self._config.runtime not in offered:
-                raise BundleError(
-                    f"the bundle has no program for runtime {self._config.runtime!r}, only for: {', '.join(offered)}"
-                )
-            return self._config.runtime
-        for name in offered:
-            if name in here:
-                return name
-        raise BundleError(
-            f"the bundle runs on {', '.join(offered)}; here there is only: {', '.join(here) or 'no runtime'}. "
-            "Install one, e.g. pip install 'edgetrain[client]'."
+    def _send_hello(self) -> None:
+        self._mail.send(
+            Hello(
+                public_key=self._state.key.public_key,
+                connection=self._connection,
+                edgetrain=__version__,
+                runtimes=tuple(available_runtimes()),
+                stages=tuple(sorted(supported_stages())),
+                device=device_info(),
+            )
+        )
+
+    def _send_ready(self) -> None:
+        assert self._session, "joined"
+        assert self._bundle, "joined"
+        assert self._training_data, "joined"
+        self._mail.send(
+            Ready(
+                bundle=self._bundle,
+                runtime=self._session.runtime,
+                num_examples=len(self._training_data),
+            )
         )
 
     # --- rounds --------------------------------------------------------------------------------------
 
     def _take_part(self) -> None:
+        mail = self._mail
         self._settle_pending()
         while True:
-            self._pump_until(lambda: self._plan is not None)
-            plan, self._plan = self._plan, None
+            mail.wait(lambda: mail.plan is not None)
+            plan, mail.plan = mail.plan, None
             assert plan is not None, "just waited for"
-            if plan.nonce in self._done or plan.nonce in self._closed:
+            if plan.nonce in self._done or plan.nonce in mail.closed:
                 continue
-            if plan.bundle != self._bundle_digest:
+            if plan.bundle != self._bundle:
                 self._decline(plan, "has another bundle")
                 continue
             try:
@@ -251,33 +226,31 @@ class Client:
             except (TrainingError, CodecError, BlobError) as error:
                 logger.warning("round %d: %s", plan.round, error)
                 self._decline(plan, str(error)[:1000])
-            self._done.add(plan.nonce)
+            self._done.append(plan.nonce)
 
     def _train_round(self, plan: Plan) -> None:
         assert self._session, "joined"
+        assert self._held, "joined"
         assert self._feedback, "joined"
-        assert self._train_data, "joined"
-        parameters = self._fetch_parameters(plan)
+        assert self._training_data, "joined"
+        parameters = self._held.advance(plan, self._mail.fetch)
         started = self._clock()
         result = train(
             self._session,
             parameters,
-            self._train_data,
+            self._training_data,
             plan.training,
             seed=_mix_seed(plan.seed, self._config.name, plan.round),
             may_continue=lambda: self._may_continue(plan),
         )
         if result.stopped is not None:
             logger.info("round %d: training stopped: %s", plan.round, result.stopped)
-            if plan.nonce not in self._closed:
-                self._decline(plan, result.stopped)
             return
-        offsets = tuple(entry.offset for entry in self._session.manifest.parameters)
         update = self._feedback.prepare(
             result.parameters - parameters,
             plan.codec,
             seed=_mix_seed(plan.seed, self._config.name + "/codec", plan.round),
-            offsets=offsets,
+            offsets=tuple(entry.offset for entry in self._session.manifest.parameters),
         )
         self._feedback.commit(
             Offer(
@@ -295,12 +268,13 @@ class Client:
 
     def _evaluate_round(self, plan: Plan) -> None:
         assert self._session, "joined"
-        parameters = self._fetch_parameters(plan)
-        data = self._validation_data or self._train_data
+        assert self._held, "joined"
+        data = self._validation_data or self._training_data
         assert data, "joined"
+        parameters = self._held.advance(plan, self._mail.fetch)
         started = self._clock()
         summary = evaluate(self._session, parameters, data)
-        self._send(
+        self._mail.send(
             Report(
                 run=plan.run,
                 round=plan.round,
@@ -311,33 +285,20 @@ class Client:
             )
         )
 
-    def _fetch_parameters(self, plan: Plan) -> Vector:
-        assert self._session, "joined"
-        length = self._session.manifest.num_parameters
-        limit = 4 * length + 4096
-        data = self._fetch(plan.parameters, limit=limit)
-        vector = decode(data, Limits(max_parameters=length)).dense()
-        if len(vector) != length:
-            raise CodecError(f"the round's parameters are {len(vector)}, the bundle has {length}")
-        return vector
-
     def _settle_pending(self) -> None:
         """Sends the pending update until the coordinator says what became of it."""
-        feedback = self._feedback
+        feedback, mail = self._feedback, self._mail
         if feedback is None or feedback.offer is None:
             return
         offer = feedback.offer
         digest = offer.update.digest
-        self._verdicts.pop(digest, None)
-
-        def send() -> None:
-            self._send(offer)
-            for chunk in cut(offer.update, feedback.update):
-                self._transport.publish(self._topics.from_client(self._config.name, "blob"), chunk)
-
-        send()
-        self._pump_until(lambda: digest in self._verdicts, repeat=lambda: self._send(offer))
-        verdict = self._verdicts.pop(digest)
+        mail.verdicts.clear()
+        mail.upload = (offer.update, feedback.update)
+        mail.send(offer)
+        mail.send_upload()
+        mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
+        mail.upload = None
+        verdict = mail.verdicts[digest]
         feedback.settle(accepted=verdict.accepted)
         if verdict.accepted:
             logger.info("round %d: update of %d bytes accepted", offer.round, offer.update.size)
@@ -345,154 +306,11 @@ class Client:
             logger.warning("round %d: update refused: %s", offer.round, verdict.reason)
 
     def _may_continue(self, plan: Plan) -> bool | str:
-        self._pump(0)
-        if plan.nonce in self._closed:
-            return "the round has closed"
-        return True
+        self._mail.pump(0)
+        return "the round has closed" if plan.nonce in self._mail.closed else True
 
     def _decline(self, plan: Plan, reason: str) -> None:
-        self._send(Decline(round=plan.round, nonce=plan.nonce, reason=reason))
-
-    # --- blobs ---------------------------------------------------------------------------------------
-
-    def _fetch(self, ref: BlobRef, *, limit: int) -> bytes:
-        """A verified blob. Fan-out and repairs arrive on different topics; both count."""
-        topic = self._topics.broadcast_blob(ref.digest)
-        self._transport.subscribe(topic)
-        download = self._download = Download(ref, limit=limit, ask=self._send, now=self._clock())
-        try:
-            while not download.complete:
-                self._pump(POLL_SECONDS)
-                if self._welcomed:
-                    download.tick(self._clock())
-            return download.finish()
-        finally:
-            self._download = None
-            self._transport.unsubscribe(topic)
-
-    # --- events --------------------------------------------------------------------------------------
-
-    def _pump_until(self, done: Callable[[], bool], *, repeat: Callable[[], None] | None = None) -> None:
-        last = self._clock()
-        while not done():
-            self._pump(POLL_SECONDS)
-            if repeat and self._clock() - last >= VERDICT_SECONDS:
-                last = self._clock()
-                repeat()
-
-    def _pump(self, timeout: float) -> None:
-        """Handles what is in the queue; waits for the first event only."""
-        event = self._transport.receive(timeout)
-        while event is not None:
-            match event:
-                case Received():
-                    self._on_received(event)
-                case Connected():
-                    # The session may be new to the broker, and we to the coordinator.
-                    if self._joined_run is not None:
-                        self._introduce_again()
-                case Disconnected():
-                    logger.warning("lost the broker: %s; reconnecting", event.reason)
-            event = self._transport.receive(0)
-
-    def _on_received(self, event: Received) -> None:
-        try:
-            if "/blob" in event.topic:
-                if self._download:
-                    self._download.add(parse_chunk(event.payload), self._clock())
-                return
-            self._on_message(event.payload)
-        except VersionError as error:
-            raise RefusedError(
-                f"the coordinator speaks protocol version {error.version}, another one than this client: install "
-                "the same version of edgetrain on both"
-            ) from error
-        except (MessageError, BlobError) as error:
-            logger.warning("ignored a message on %s: %s", event.topic, error)
-
-    def _on_message(self, payload: bytes) -> None:
-        envelope = unseal(payload)
-        message = decode_from_coordinator(envelope.body)
-        if isinstance(message, Announce):
-            verify(envelope, self._config.federation, message.public_key)
-            self._on_announce(message)
-            return
-        if self._coordinator_key is None:
-            return
-        verify(envelope, self._config.federation, self._coordinator_key)
-        match message:
-            case Welcome():
-                self._welcomed = message.run == self._joined_run
-            case Refusal():
-                raise RefusedError(f"the coordinator refused this client: {message.reason}")
-            case Plan():
-                if message.run == self._joined_run:
-                    self._plan = message
-            case Verdict():
-                self._verdicts[message.digest] = message
-            case RoundClosed():
-                self._closed.add(message.nonce)
-            case Want():
-                self._on_want(message)
-
-    def _on_announce(self, message: Announce) -> None:
-        before = self._announce
-        if before and before.run == message.run and message.serial < before.serial:
-            return
-        self._state.pin_coordinator(message.public_key, configured=self._config.coordinator_key)
-        self._coordinator_key = message.public_key
-        self._announce = message
-        if self._joined_run is None:
-            return
-        if message.run != self._joined_run:
-            raise _RunOver("another run has begun")
-        if message.status != "open":
-            self._joined_run = message.run
-            raise _RunOver(f"the run is {message.status}: {message.reason}")
-        if before and message.serial > before.serial:
-            # The coordinator was started again: it does not know that we are here.
-            self._introduce_again()
-
-    def _introduce_again(self) -> None:
-        self._send_hello()
-        if self._ready:
-            self._send_ready()
-        if self._download:
-            self._download.repeat(self._clock())
-
-    def _on_want(self, want: Want) -> None:
-        feedback = self._feedback
-        if feedback and feedback.offer and feedback.offer.update.digest == want.digest:
-            topic = self._topics.from_client(self._config.name, "blob")
-            for chunk in cut(feedback.offer.update, feedback.update, want.ranges):
-                self._transport.publish(topic, chunk)
-
-    # --- sending -------------------------------------------------------------------------------------
-
-    def _send(self, message: Message) -> None:
-        payload = seal(self._state.key, self._config.federation, self._config.name, encode_message(message))
-        self._transport.publish(self._topics.from_client(self._config.name, "message"), payload)
-
-    def _send_hello(self) -> None:
-        self._send(
-            Hello(
-                public_key=self._state.key.public_key,
-                connection=self._connection,
-                edgetrain=__version__,
-                runtimes=tuple(available_runtimes()),
-                device=device_info(),
-            )
-        )
-
-    def _send_ready(self) -> None:
-        assert self._session, "joined"
-        assert self._bundle_digest, "joined"
-        assert self._train_data, "joined"
-        self._send(
-            Ready(
-                bundle=self._bundle_digest, runtime=self._session.runtime, num_examples=len(self._train_data)
-            )
-        )
+        self._mail.send(Decline(round=plan.round, nonce=plan.nonce, reason=reason))
 
     def _resources(self, seconds: float) -> Resources:
         return Resources(
@@ -504,11 +322,7 @@ class Client:
 
 
 def split_validation(dataset: Dataset, fraction: float, name: str) -> tuple[Dataset, Dataset | None]:
-    """(training, validation) parts, chosen by the client's name, so that every start chooses the same.
-
-    Raises:
-        DataError: nothing would be left to train on.
-    """
+    """(training, validation) parts, chosen by the client's name, so that every start chooses the same."""
     count = math.floor(len(dataset) * fraction)
     if count == 0:
         return dataset, None
@@ -521,10 +335,6 @@ def _mix_seed(seed: int, name: str, round_number: int) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def _file_ref(entry: FileEntry) -> BlobRef:
-    return BlobRef(digest=bytes.fromhex(entry.sha256), size=entry.size)
-
-
 def _scalars(loss: float, metrics: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
     """Loss and scalar metrics, finite ones only; the mean of `correct` is the accuracy."""
     values = {"loss": loss}
@@ -532,8 +342,3 @@ def _scalars(loss: float, metrics: Mapping[str, npt.NDArray[np.float64]]) -> dic
         if value.ndim == 0:
             values["accuracy" if name == "correct" else name] = float(value)
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def new_connection() -> bytes:
-    """Random id of a connection."""
-    return os.urandom(16)

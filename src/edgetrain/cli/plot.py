@@ -42,6 +42,7 @@ def plot_rounds(rounds: Path, out: Path, *, title: str) -> None:
     bottom.set_yscale("log")
     bottom.set_ylabel("kB per round, all clients")
     bottom.set_xlabel("round")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     bottom.legend()
     bottom.grid(alpha=0.3)
     figure.savefig(out, dpi=120)

@@ -1,0 +1,91 @@
+"""Getting a bundle onto this device and proving that it works here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from edgetrain.edge_client.config import ClientConfig
+from edgetrain.edge_client.runtimes import available_runtimes, open_session
+from edgetrain.edge_client.runtimes.base import Session
+from edgetrain.edge_client.selftest import run_self_test
+from edgetrain.edge_client.state import ClientState
+from edgetrain.protocol import BundleError
+from edgetrain.protocol.bundle import MAX_MANIFEST_BYTES, Bundle
+from edgetrain.protocol.manifest import MANIFEST_FILE, decode_manifest
+from edgetrain.protocol.messages import BlobRef
+
+logger = logging.getLogger(__name__)
+
+
+class Fetch(Protocol):
+    """Gets a blob from the coordinator."""
+
+    def __call__(self, ref: BlobRef, *, limit: int) -> bytes:
+        """The verified blob, of at most `limit` bytes."""
+        ...
+
+
+def install_bundle(ref: BlobRef, *, fetch: Fetch, state: ClientState, config: ClientConfig) -> Session:
+    """Fetches what is missing of a bundle, opens it and runs its self-test.
+
+    Only the files of one runtime are fetched. What is already here, whole, is used.
+
+    Args:
+        ref: the manifest.
+        fetch: gets blobs.
+        state: keeps them.
+        config: which runtime, how many threads, how many bytes.
+
+    Raises:
+        BundleError: too large, for other runtimes, or it fails its self-test here.
+        SessionError: the runtime cannot run it.
+        StateError: it cannot be stored.
+    """
+    data = state.read_manifest(ref.digest)
+    if data is None:
+        data = fetch(ref, limit=MAX_MANIFEST_BYTES)
+    manifest = decode_manifest(data)
+    runtime = choose_runtime([program.runtime for program in manifest.programs], config.runtime)
+    entries = manifest.files(runtime)
+    total = sum(entry.size for entry in entries)
+    if total > config.max_bundle_bytes:
+        raise BundleError(
+            f"bundle {manifest.name!r} needs {total} bytes, max_bundle_bytes allows {config.max_bundle_bytes}"
+        )
+    for entry in entries:
+        if not state.has_file(ref.digest, entry):
+            blob = BlobRef(digest=bytes.fromhex(entry.sha256), size=entry.size)
+            state.store_file(ref.digest, entry.file, fetch(blob, limit=entry.size))
+    # The manifest last: a directory that has it is whole.
+    state.store_file(ref.digest, MANIFEST_FILE, data)
+    bundle = Bundle(state.bundle_directory(ref.digest))
+    session = open_session(bundle, runtime, threads=config.threads)
+    run_self_test(bundle, session).raise_if_wrong()
+    logger.info("bundle %s runs on %s; self-test passed", manifest.name, runtime)
+    return session
+
+
+def choose_runtime(
+    offered: Sequence[str], wanted: str, here: Callable[[], Sequence[str]] = available_runtimes
+) -> str:
+    """The wanted runtime, or the first of those offered that is installed here.
+
+    Raises:
+        BundleError: there is none.
+    """
+    if wanted:
+        if wanted not in offered:
+            raise BundleError(
+                f"the bundle has no program for runtime {wanted!r}, only for: {', '.join(offered)}"
+            )
+        return wanted
+    installed = here()
+    for name in offered:
+        if name in installed:
+            return name
+    raise BundleError(
+        f"the bundle runs on {', '.join(offered)}; here there is: {', '.join(installed) or 'no runtime'}. "
+        "Install one, e.g. pip install 'edgetrain[client]'."
+    )

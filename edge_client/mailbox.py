@@ -1,0 +1,223 @@
+"""The client's mail: signed messages out, verified ones in, blobs on request.
+
+Whoever waits for something calls `pump`; what arrives is noted here and looked at by the client's flow.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from edgetrain.edge_client.downloads import Download
+from edgetrain.edge_client.errors import RefusedError
+from edgetrain.edge_client.state import ClientState
+from edgetrain.protocol import BlobError, MessageError
+from edgetrain.protocol.blobs import cut, parse_chunk
+from edgetrain.protocol.messages import (
+    Announce,
+    BlobRef,
+    Message,
+    Plan,
+    Refusal,
+    RoundClosed,
+    Verdict,
+    Want,
+    Welcome,
+    decode_from_coordinator,
+    encode_message,
+)
+from edgetrain.protocol.names import Topics
+from edgetrain.protocol.signing import VersionError, seal, unseal, verify
+from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
+
+logger = logging.getLogger(__name__)
+
+# A question without an answer is repeated after so long.
+REPEAT_SECONDS = 10.0
+# Upper bound of one wait for events.
+POLL_SECONDS = 0.5
+# Plans come one after the other; a copy of an older one than this does not come any more.
+REMEMBERED_PLANS = 64
+
+
+class RunOver(Exception):
+    """The run was paused or has ended, or another one has begun."""
+
+
+class Mailbox:
+    """One client's mail.
+
+    Args:
+        name: of the client.
+        topics: of the federation.
+        state: holds the key and the pinned coordinator.
+        transport: connected.
+        coordinator_key: the configured key in hex, or "".
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        topics: Topics,
+        *,
+        state: ClientState,
+        transport: Transport,
+        coordinator_key: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = name
+        self._topics = topics
+        self._state = state
+        self._transport = transport
+        self._configured_key = coordinator_key
+        self._coordinator_key: bytes | None = None
+        self._clock = clock
+        # The state of the run as announced last.
+        self.announce: Announce | None = None
+        # The run that this client takes part in.
+        self.joined: bytes | None = None
+        self.welcomed = False
+        # The newest plan that nobody has taken yet.
+        self.plan: Plan | None = None
+        # Nonces of plans whose round has closed.
+        self.closed: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
+        self.verdicts: dict[bytes, Verdict] = {}
+        # What may be sent on request: the pending update.
+        self.upload: tuple[BlobRef, bytes] | None = None
+        # Called when the coordinator may not know that we are here.
+        self.introduce: Callable[[], None] = lambda: None
+        self._download: Download | None = None
+
+    def open(self) -> None:
+        """Subscribes."""
+        self._transport.subscribe(self._topics.to_client(self._name, "#"))
+        self._transport.subscribe(self._topics.round)
+        self._transport.subscribe(self._topics.announce)
+
+    # --- out -----------------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        """Signs and sends."""
+        payload = seal(self._state.key, self._topics.federation, self._name, encode_message(message))
+        self._transport.publish(self._topics.from_client(self._name, "message"), payload)
+
+    def send_upload(self, ranges: tuple[tuple[int, int], ...] = ()) -> None:
+        """Sends chunks of the upload; all of it, or the ranges that were asked for."""
+        if self.upload:
+            for chunk in cut(*self.upload, ranges):
+                self._transport.publish(self._topics.from_client(self._name, "blob"), chunk)
+
+    # --- in ------------------------------------------------------------------------------------------
+
+    def fetch(self, ref: BlobRef, *, limit: int) -> bytes:
+        """A verified blob. Fan-out and repairs arrive on different topics; both count.
+
+        Raises:
+            BlobError: larger than the limit, or the coordinator stays silent.
+            RunOver: the run ended meanwhile.
+        """
+        topic = self._topics.broadcast_blob(ref.digest)
+        self._transport.subscribe(topic)
+        download = self._download = Download(ref, limit=limit, ask=self.send, now=self._clock())
+        try:
+            while not download.complete:
+                self.pump(POLL_SECONDS)
+                download.tick(self._clock())
+            return download.finish()
+        finally:
+            self._download = None
+            self._transport.unsubscribe(topic)
+
+    def wait(self, done: Callable[[], bool], *, repeat: Callable[[], None] | None = None) -> None:
+        """Handles events until `done`; calls `repeat` whenever nothing has come of it for a while."""
+        last = self._clock()
+        while not done():
+            self.pump(POLL_SECONDS)
+            if repeat and self._clock() - last >= REPEAT_SECONDS:
+                last = self._clock()
+                repeat()
+
+    def pump(self, timeout: float) -> None:
+        """Handles what is in the queue; waits for the first event only.
+
+        Raises:
+            RunOver: the run was paused or has ended.
+            RefusedError: the coordinator will not have us.
+        """
+        event = self._transport.receive(timeout)
+        while event is not None:
+            match event:
+                case Received():
+                    self._on_received(event)
+                case Connected():
+                    self._introduce_again()
+                case Disconnected():
+                    logger.warning("lost the broker: %s; reconnecting", event.reason)
+            event = self._transport.receive(0)
+
+    def _on_received(self, event: Received) -> None:
+        try:
+            if event.topic == self._topics.to_client(self._name, "blob") or "/all/blob/" in event.topic:
+                if self._download:
+                    self._download.add(parse_chunk(event.payload), self._clock())
+            else:
+                self._on_message(event.payload)
+        except VersionError as error:
+            raise RefusedError(
+                f"the coordinator speaks protocol version {error.version}, another one than this client: "
+                "install the same version of edgetrain on both"
+            ) from error
+        except (MessageError, BlobError) as error:
+            logger.warning("ignored a message on %s: %s", event.topic, error)
+
+    def _on_message(self, payload: bytes) -> None:
+        envelope = unseal(payload)
+        message = decode_from_coordinator(envelope.body)
+        if isinstance(message, Announce):
+            verify(envelope, self._topics.federation, message.public_key)
+            self._on_announce(message)
+            return
+        if self._coordinator_key is None:
+            return
+        verify(envelope, self._topics.federation, self._coordinator_key)
+        match message:
+            case Welcome():
+                self.welcomed = message.run == self.joined
+            case Refusal():
+                raise RefusedError(f"the coordinator refused this client: {message.reason}")
+            case Plan():
+                if message.run == self.joined:
+                    self.plan = message
+            case Verdict():
+                self.verdicts[message.digest] = message
+            case RoundClosed():
+                self.closed.append(message.nonce)
+            case Want():
+                if self.upload and self.upload[0].digest == message.digest:
+                    self.send_upload(message.ranges)
+
+    def _on_announce(self, message: Announce) -> None:
+        before = self.announce
+        if before and before.run == message.run and message.serial < before.serial:
+            return
+        self._state.pin_coordinator(message.public_key, configured=self._configured_key)
+        self._coordinator_key = message.public_key
+        self.announce = message
+        if self.joined is None:
+            return
+        if message.run != self.joined:
+            raise RunOver("another run has begun")
+        if message.status != "open":
+            raise RunOver(f"the run is {message.status}: {message.reason}")
+        if before and message.serial > before.serial:
+            # The coordinator was started again: it does not know that we are here.
+            self._introduce_again()
+
+    def _introduce_again(self) -> None:
+        if self.joined is not None:
+            self.introduce()
+            if self._download:
+                self._download.repeat(self._clock())
