@@ -60,8 +60,9 @@ class OrtTrainingLowering:
         return _check(_python())
 
     def decompositions(self) -> Decompositions:
-        """Normalizations that have no gradient there are taken apart too."""
+        """Takes apart what has no gradient there, or another one than in torch."""
         table = common()
+        table[torch.ops.aten.hardtanh.default] = _hardtanh
         table.update(get_decompositions([*_NORMALIZATIONS]))  # type: ignore[arg-type]
         return table
 
@@ -119,6 +120,15 @@ class OrtTrainingLowering:
             return results
 
         return run
+
+
+def _hardtanh(x: torch.Tensor, min_val: float = -1.0, max_val: float = 1.0) -> torch.Tensor:
+    """Also ReLU6. As a Clip, its gradient at exactly the bounds would be 1, in torch it is 0.
+
+    Exact zeros are not rare: the background of an image, before the biases have learned anything.
+    """
+    x = torch.where(x <= min_val, min_val, x)
+    return torch.where(x >= max_val, max_val, x)
 
 
 def _ancestors(model: onnx.ModelProto, output: str) -> set[str]:
