@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgetrain.edge_client.errors import SessionError
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.onnxruntime import OnnxGraph, OnnxSession, load_model
 from edgetrain.edge_client.runtimes.session import BoundGraph
@@ -63,17 +64,22 @@ class OrtTrainingSession(OnnxSession):
         if name != "step":
             return super().bind(name, graph, outputs)
         session = load_model(self.bundle, graph.file, threads=self.threads)
-        bound = OnnxGraph(session, graph, self.manifest, self.staging.arrays)
+        takes = {value.name for value in session.get_inputs()}
+        gives = {value.name for value in session.get_outputs()}
         count = len(self.manifest.parameters)
         own = len(outputs) - count
         named = {spec.name: array for spec, array in zip(graph.outputs[:own], outputs[:own], strict=True)}
-        for value in session.get_outputs():
-            if value.name in named:
-                bound.bind_output(value.name, named[value.name])
-            else:
-                # Each accumulator says that it has run: nobody asks.
-                bound.binding.bind_output(value.name)
-        takes = {value.name for value in session.get_inputs()}
+        if RESET_INPUT not in takes or not named.keys() <= gives:
+            raise SessionError(
+                f"{self.bundle.path}: the outputs of {graph.file.file} are not the manifest's: "
+                f"{sorted(gives)}"
+            )
+        bound = OnnxGraph(session, graph, self.manifest, self.staging.arrays)
+        for output, array in named.items():
+            bound.bind_output(output, array)
+        for flag in gives - named.keys():
+            # Each accumulator says that it has run: nobody asks.
+            bound.binding.bind_output(flag)
         for spec, gradient in zip(graph.inputs[:count], outputs[own:], strict=True):
             # A parameter that the loss does not depend on has no buffer, and a gradient of zero.
             if spec.name + BUFFER_SUFFIX in takes:

@@ -95,5 +95,6 @@ class NativeTrainer:
         vector = np.zeros(self.manifest.num_parameters, np.float32)
         target = self._ort_value.ortvalue_from_numpy(vector)
         self._module.copy_parameters_to_buffer(target._ortvalue, False)  # noqa: SLF001
-        copied: Vector = target.numpy()
+        # `numpy()` shows memory that goes away with `target`.
+        copied: Vector = target.numpy().copy()
         return copied
