@@ -128,7 +128,7 @@ def _paint(rng: np.random.Generator, masks: Floats, noise: float) -> Floats:
 def _enlarge(images: Floats, size: int) -> Floats:
     """Bilinear: [N, 8, 8] to [N, size, size], corners on corners."""
     across = _interpolation(images.shape[-1], size)
-    enlarged: Floats = across @ images @ across.T
+    enlarged = np.asarray(across @ images @ across.T, dtype=np.float32)
     return enlarged
 
 

@@ -15,7 +15,7 @@ def sgd(learning_rate):
 
 # name, options of the data, steps, batch size, learning rate, clip, accuracy on held-out data to reach
 LEVELS = [
-    ("mobilenet-v2", {"size": 64}, 80, 32, 0.03, 0.0, 0.75),
+    ("mobilenet-v2", {"size": 64}, 100, 32, 0.03, 0.0, 0.75),
     ("ds-cnn", {}, 80, 32, 0.1, 0.0, 0.97),
     ("resnet-8", {}, 150, 32, 0.06, 0.0, 0.88),
     ("vit-tiny", {}, 200, 32, 0.05, 1.0, 0.80),
