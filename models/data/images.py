@@ -128,8 +128,7 @@ def _paint(rng: np.random.Generator, masks: Floats, noise: float) -> Floats:
 def _enlarge(images: Floats, size: int) -> Floats:
     """Bilinear: [N, 8, 8] to [N, size, size], corners on corners."""
     across = _interpolation(images.shape[-1], size)
-    enlarged = np.asarray(across @ images @ across.T, dtype=np.float32)
-    return enlarged
+    return np.asarray(across @ images @ across.T, dtype=np.float32)
 
 
 def _interpolation(old: int, new: int) -> Floats:
