@@ -181,18 +181,23 @@ class Intake:
         elif record.public_key != hello.public_key:
             reason = f"the name {client!r} belongs to another key in this run: choose another name"
             self._refuse(client, reason)
-            self._post.send(client, Refusal(reason=reason))
+            self._post.send(client, Refusal(reason=reason, connection=hello.connection))
             return
+        if record.connection != hello.connection:
+            # A new process, or its first Hello; a copy of the Hello of this connection changes nothing.
+            if record.ready:
+                self._observe(events.ClientLeft(client, "came back anew"))
+            record.ready = False
         record.connection = hello.connection
         record.device = hello.device
         record.stages = frozenset(hello.stages)
         record.online = True
-        record.ready = False
         self._post.send(client, Welcome(run=self._run))
 
     def _on_ready(self, record: ClientRecord, ready: Ready) -> None:
         if ready.bundle != self._bundle:
-            self._post.send(record.name, Refusal(reason="has another bundle than this run trains"))
+            reason = "has another bundle than this run trains"
+            self._post.send(record.name, Refusal(reason=reason, connection=record.connection))
             return
         if not record.ready:
             self._observe(events.ClientJoined(record.name, ready.num_examples))
@@ -209,6 +214,7 @@ class Intake:
     def _on_decline(self, record: ClientRecord, decline: Decline) -> None:
         if self.current and decline.nonce == self.current.state.nonce:
             self.current.state.advance(record.name, Part.DECLINED)
+            self.current.reasons[record.name] = decline.reason
             logger.info("%s declines round %d: %s", record.name, decline.round, decline.reason)
 
     def _on_want(self, record: ClientRecord, want: Want) -> None:
@@ -242,7 +248,8 @@ class Intake:
 
     def _on_offer(self, record: ClientRecord, offer: Offer, envelope: bytes) -> None:
         client, current = record.name, self.current
-        if record.last_accepted == (offer.round, offer.update.digest):
+        in_round = current.collection.digests.get(client) if current else None
+        if offer.update.digest == in_round or record.last_accepted == (offer.round, offer.update.digest):
             # A duplicate of what is already in: say so once more.
             self._verdicts.append((client, _accepted(offer)))
         elif not current or (offer.run, offer.round, offer.nonce) != (
@@ -301,6 +308,7 @@ class Intake:
     def _reject(self, client: str, offer: Offer, reason: str) -> None:
         if self.current:
             self.current.refused += 1
+            self.current.reasons[client] = reason
         self._refuse(client, reason)
         verdict = Verdict(round=offer.round, digest=offer.update.digest, accepted=False, reason=reason[:1000])
         self._post.send(client, verdict)

@@ -37,6 +37,8 @@ class OpenRound:
     # One per client at most.
     uploads: dict[str, Upload] = field(default_factory=dict)
     refused: int = 0
+    # What clients said last when they declined, or were told when they were refused.
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def blobs(self) -> list[BlobRef]:

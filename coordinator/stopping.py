@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from edgetrain.coordinator.config import StopConfig
@@ -20,7 +21,9 @@ def stop_reason(config: StopConfig, history: Sequence[tuple[float | None, float 
             return f"accuracy {accuracy:.4f} reached the target of {config.target_accuracy:g}"
     if config.patience > 0:
         sign, column = (1.0, 0) if config.metric == "loss" else (-1.0, 1)
-        values = [sign * value for row in history if (value := row[column]) is not None]
+        values = [
+            sign * value for row in history if (value := row[column]) is not None and math.isfinite(value)
+        ]
         if len(values) > config.patience:
             before, recent = min(values[: -config.patience]), min(values[-config.patience :])
             if recent > before - config.min_improvement:
