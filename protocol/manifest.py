@@ -19,6 +19,8 @@ Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
   -> `loss_sum`, `weight_sum`, the metrics in manifest order, one gradient per parameter in manifest order.
 - `eval`: the same inputs -> `loss_sum`, `weight_sum`, the metrics.
 - `infer`: the parameters, the input leaves -> the module's outputs.
+- `step_per_sample_clipped`: the inputs of `step`, `clip_norm` (a scalar) -> the outputs of `step`, where each
+  sample's gradient was clipped to that norm before the sum, then `norms` [B], the norms before clipping.
 """
 
 from __future__ import annotations
@@ -161,6 +163,7 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
     file: FileEntry
     loss_sum: float
     weight_sum: float
+    # Weighted sums; of a metric with several values, the sum of them.
     metrics: dict[str, float]
     gradients: tuple[GradientCheck, ...]
 
@@ -186,6 +189,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     # The selection as the user wrote it ("all", "last:4", …).
     trainable: str = "all"
     frozen: FrozenSummary = FrozenSummary()
+    # For people: what the export changed in the model, and what it noticed.
+    notes: tuple[str, ...] = ()
     programs: tuple[Program, ...]
     self_test: SelfTest
 

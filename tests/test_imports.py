@@ -78,13 +78,18 @@ SCRIPT = """
 import importlib, pkgutil, sys, threading
 from pathlib import Path
 
-class Absent:
+class Installed:
+    # What a device has.
+
+    finders = sys.meta_path[:]
+
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in FOREIGN:
-            raise ModuleNotFoundError(f"{name} is not for devices", name=name)
+            return None
+        return next((spec for finder in self.finders if (spec := finder.find_spec(name, path, target))), None)
 
 FOREIGN = set(sys.argv[1].split(","))
-sys.meta_path.insert(0, Absent())
+sys.meta_path[:] = [Installed()]
 bundle, data, out = map(Path, sys.argv[2:])
 
 import numpy as np
@@ -128,7 +133,7 @@ threads = [threading.Thread(target=client, args=(name,)) for name in ("a", "b")]
 for thread in threads:
     thread.start()
 config = FederationConfig(
-    federation="f", bundle=str(bundle), out=str(out / "run"), rounds=RoundsConfig(total=3, goal=2),
+    federation="f", bundle=str(bundle), out=str(out / "run"), rounds=RoundsConfig(total=3, goal=2, idle_timeout_seconds=20),
     evaluation=EvaluationConfig(data=str(data)),
 )
 directory = RunDirectory(config, opened.manifest, opened.digest)

@@ -82,7 +82,7 @@ def test_bundles_that_are_none(cli, tiny_bundle, tmp_path, command):
 
 
 def test_a_wrong_runtime(cli, tiny_bundle):
-    refused(cli("verify", tiny_bundle, "--runtime", "abacus"), "no program for runtime 'abacus', only for: onnxruntime")
+    refused(cli("verify", tiny_bundle, "--runtime", "abacus"), "no program for runtime 'abacus', only for: onnxruntime, ")
 
 
 def test_a_good_bundle(cli, tiny_bundle):
@@ -113,7 +113,7 @@ def client(data, tmp_path, *more):
 
 
 def test_the_clients_flags(cli, data, tmp_path):
-    refused(cli("client"), "missing required field `name`")
+    refused(cli("client"), "a setting is missing: `name`")
     refused(cli(*client(data, tmp_path, "--name", "a/b")), "client name 'a/b' is not usable")
     refused(cli(*client(data, tmp_path, "--federation", "#")), "federation name '#' is not usable")
     refused(cli(*client(data, tmp_path, "--broker", "mqtt://x")), "is not HOST or HOST:PORT")
@@ -249,9 +249,12 @@ def test_exports_that_cannot_be(cli, tmp_path):
     refused(cli("export", tmp_path / "none.py:model"), r"none\.py")
     (tmp_path / "m.py").write_text(MODEL)
     refused(cli("export", f"{tmp_path}/m.py:modell"), "modell")
-    refused(cli("export", f"{tmp_path}/m.py:model"), "nothing works")
+    code, _, err = cli("export", f"{tmp_path}/m.py:model")  # their own lines are shown, none of ours
+    assert code == 1
+    assert err.startswith("error: ")
+    assert err.endswith("ValueError: nothing works\n")
+    assert "edgetrain/export" not in err
     refused(cli("export", "digits-cnn", "--set", "x"), "write KEY=VALUE", status=2)
-    refused(cli("export", "digits-cnn", "--set", "colour=blue"), "colour")
     refused(cli("export", "digits-cnn", "--runtime", "abacus", "-o", tmp_path / "x"), "abacus")
     refused(cli("export", "digits-cnn", "--trainable", "last:0", "-o", tmp_path / "x"), "last:0")
     refused(cli("export", "digits-cnn", "--trainable", "nothing-like-it", "-o", tmp_path / "x"), "nothing-like-it")

@@ -62,7 +62,7 @@ def test_honest_clients_give_the_mean_to_the_bit(federate):
     for number, record in enumerate(federation.records(), 1):
         assert (record["round"], record["accepted"], record["num_examples"]) == (number, 2, 20)
         assert record["bytes_up_float32"] == 2 * dense
-        assert dense * 2 < record["bytes_up"] < dense * 2 + 100
+        assert dense * 2 < record["update_bytes"] < dense * 2 + 100
     assert federation.records()[-1]["parameters_sha256"] == vector_sha256(final_parameters(federation))
     rows = list(csv.DictReader((federation.out / "clients.csv").read_text().splitlines()))
     assert [(row["round"], row["client"]) for row in rows] == [(n, c) for n in "123" for c in "ab"]
@@ -650,11 +650,11 @@ def test_a_chunk_has_no_more_bytes_than_configured(federate):
         def say_ready(self):
             self.transport.subscribe(self.topics.broadcast_blob(self.bundle))
             self.send(Want(digest=self.bundle))
-            super().say_ready()
 
         def _on_received(self, event):
             if "/blob" in event.topic:
                 largest.append(len(event.payload) - HEADER_BYTES)
+                super().say_ready()
             super()._on_received(event)
 
     federation.add("a", Curious)

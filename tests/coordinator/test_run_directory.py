@@ -64,7 +64,7 @@ def test_a_new_run(opener, ram_path):
     assert number == 0
     np.testing.assert_array_equal(parameters, initial_parameters())
     assert len(directory.run) == 16
-    for secret in ("coordinator.key", "config.toml"):  # the settings may hold the broker's password
+    for secret in ("../coordinator.key", "config.toml"):  # the settings may hold the broker's password
         assert stat.S_IMODE((ram_path / "run" / secret).stat().st_mode) == 0o600
 
 
@@ -147,11 +147,11 @@ def test_a_file_in_the_way_is_an_error(opener, ram_path):
 def test_a_damaged_key_is_an_error_and_lets_go_of_the_lock(opener, ram_path):
     directory = opener()
     directory.close()
-    key = (ram_path / "run" / "coordinator.key").read_bytes()
-    (ram_path / "run" / "coordinator.key").write_bytes(b"short")
+    key = (ram_path / "coordinator.key").read_bytes()
+    (ram_path / "coordinator.key").write_bytes(b"short")
     with pytest.raises(EdgetrainError, match="signing key"):
         opener()
-    (ram_path / "run" / "coordinator.key").write_bytes(key)
+    (ram_path / "coordinator.key").write_bytes(key)
     opener()
 
 

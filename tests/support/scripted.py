@@ -22,6 +22,7 @@ from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.protocol import encode
 from edgetrain.protocol.blobs import blob_ref, cut, parse_chunk
 from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.codecs import supported_stages
 from edgetrain.protocol.messages import (
     Announce,
     BlobRef,
@@ -174,6 +175,7 @@ class ScriptedClient:
             "connection": self.connection,
             "edgetrain": "0",
             "runtimes": ("onnxruntime",),
+            "stages": tuple(supported_stages()),
         }
         return Hello(**(fields | changes))
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgetrain.coordinator.blob_server import BlobServer
+from edgetrain.coordinator.downlink import vector_digest
 from edgetrain.coordinator.post import Post
 from edgetrain.protocol import encode
 from edgetrain.protocol.blobs import Assembler, parse_chunk
@@ -82,6 +83,7 @@ class ScriptedCoordinator:
             "round": number,
             "nonce": number.to_bytes(16, "little"),
             "bundle": self.bundle.digest,
+            "vector": vector_digest(parameters),
             "parameters": self.blobs.add(encode(parameters, "dense|float32")),
             "training": TRAINING,
             "deadline_seconds": 60.0,
