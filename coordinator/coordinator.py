@@ -85,9 +85,8 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._codec = CodecSpec.parse(config.codec)
-        self._downlink = Downlink(
-            CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest)
-        )
+        self._downlink_codec = CodecSpec.parse(config.downlink_codec)
+        self._downlink = Downlink(self._downlink_codec, directory.load_public(bundle.manifest))
         self._config = config
         self._bundle = bundle
         self._transport = transport
@@ -311,6 +310,7 @@ class Coordinator:
     def _plan(self, current: OpenRound, client: str) -> Plan:
         record = self._roster.get(client)
         codec = negotiate(self._codec, record.stages) if record else self._codec
+        reads_patches = record is not None and self._downlink_codec.stages <= record.stages
         return Plan(
             run=self._directory.run,
             round=current.state.number,
@@ -318,7 +318,7 @@ class Coordinator:
             bundle=self._bundle.digest,
             vector=current.vector,
             parameters=current.parameters,
-            patches=current.patches,
+            patches=current.patches if reads_patches else (),
             training=self._config.training,
             codec=str(codec),
             deadline_seconds=max(0.0, current.state.deadline_at - self._clock()),
