@@ -22,12 +22,17 @@ class ClientRecord:
     ready: bool = False
     num_examples: int = 0
     runtime: str = ""
+    # Codec stages that it knows.
+    stages: frozenset[str] = frozenset()
     device: DeviceInfo = DeviceInfo()
     # What its updates reported last.
     resources: Resources = Resources()
     # (round, digest) of its last accepted update.
     last_accepted: tuple[int, bytes] | None = None
+    # Payload bytes from it so far; and what earlier rounds have counted of its traffic.
     bytes_up: int = 0
+    counted_up: int = 0
+    counted_down: int = 0
 
 
 class Roster:

@@ -83,12 +83,18 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     bundle: str
     # Run directory; a run that was interrupted goes on where it was.
     out: str
+    # Signing key, made if it is not there. Devices remember it, so it should outlive a run: by default it is
+    # coordinator.key beside the run directory.
+    key: str = ""
     # Start a broker on the address in [broker]: "mosquitto" or "embedded"; empty: one is running there.
     start_broker: Literal["", "mosquitto", "embedded"] = ""
     broker: BrokerConfig = BrokerConfig()
     strategy: str = "fedavg"
-    # Codec of the updates.
+    # Codec of the updates; a client that lacks one of its stages gets the nearest that it can do.
     codec: str = "topk:0.05|int8:block=256|rice"
+    # Codec of the way down, for clients that hold an earlier round's parameters: the change since then. What
+    # it loses is made up for in later rounds. "dense|float32" always sends the parameters whole.
+    downlink_codec: str = "dense|int8:block=256"
     # Chooses clients, shuffles their data.
     seed: Annotated[int, Meta(ge=0, lt=2**53)] = 0
     rounds: RoundsConfig = RoundsConfig()

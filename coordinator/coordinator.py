@@ -17,6 +17,7 @@ from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients import ClientRecord, Roster, select_random
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import FederationConfig
+from edgetrain.coordinator.downlink import WHOLE, Downlink, Release, vector_digest
 from edgetrain.coordinator.errors import RoundFailed
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.journal import RoundOpened
@@ -29,8 +30,8 @@ from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.stopping import stop_reason
 from edgetrain.coordinator.strategies import ServerState, make_strategy
 from edgetrain.protocol.bundle import Bundle
-from edgetrain.protocol.codecs import CodecSpec, Limits, encode
-from edgetrain.protocol.messages import Plan, RoundClosed
+from edgetrain.protocol.codecs import CodecSpec, Limits, encode, negotiate
+from edgetrain.protocol.messages import Patch, Plan, RoundClosed
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
 
@@ -44,8 +45,6 @@ BATCH_EVENTS = 256
 POLL_SECONDS = 0.5
 # Clients have so long to evaluate the final parameters.
 REPORT_SECONDS = 60.0
-# The round's parameters go out as they are.
-PARAMETERS_CODEC = "dense|float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,10 @@ class Coordinator:
         observe: events.Observer = lambda _event: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        CodecSpec.parse(config.codec)
+        self._codec = CodecSpec.parse(config.codec)
+        self._downlink = Downlink(
+            CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest)
+        )
         self._config = config
         self._bundle = bundle
         self._transport = transport
@@ -122,7 +124,7 @@ class Coordinator:
             observe=observe,
             clock=clock,
         )
-        self._bytes_down_counted = 0
+        self._resumed = self._round_number > 0
         self._started = clock()
 
     def run(self) -> Summary:
@@ -200,7 +202,7 @@ class Coordinator:
     def _open_round(self, number: int) -> OpenRound:
         """Opens the round, or takes up what an earlier process has left of it."""
         rounds = self._config.rounds
-        reference = self._blobs.add(encode(self._parameters, PARAMETERS_CODEC))
+        release = self._release(number)
         collection = Collection(
             self._strategy,
             self._num_parameters,
@@ -211,7 +213,7 @@ class Coordinator:
         opened = collection.open(
             self._directory,
             RoundOpened(
-                run=self._directory.run, round=number, nonce=os.urandom(16), parameters=reference.digest
+                run=self._directory.run, round=number, nonce=os.urandom(16), parameters=release.digest
             ),
         )
         state = Round(
@@ -221,7 +223,25 @@ class Coordinator:
             state.parts[client] = Part.ACCEPTED
             if record := self._roster.get(client):
                 record.last_accepted = (number, digest)
-        return OpenRound(state, collection, reference)
+        return OpenRound(
+            state,
+            collection,
+            vector=release.digest,
+            parameters=self._blobs.add(release.whole),
+            patches=tuple(
+                Patch(base=patch.base, blob=self._blobs.add(patch.data)) for patch in release.patches
+            ),
+        )
+
+    def _release(self, number: int) -> Release:
+        """The parameters of the round as clients see them; on disk before any update can name them."""
+        opened = self._directory.opened_round(number)
+        if opened and self._downlink.holds(opened.parameters):
+            return self._downlink.current()
+        release = self._downlink.release(self._parameters, seed=self._config.seed + number)
+        if release.patches:
+            self._directory.save_public(release.public)
+        return release
 
     def _gather(self, current: OpenRound) -> None:
         """Waits until enough clients are there; before the first round a while longer, for all of them."""
@@ -267,21 +287,26 @@ class Coordinator:
         now = self._clock()
         current.invited_at = now if current.invited_at is None else current.invited_at
         state.deadline_at = now + rounds.deadline_seconds
-        self._blobs.expect(current.parameters, audience=len(chosen))
+        newest = current.patches[-1].blob if current.patches else current.parameters
+        self._blobs.expect(newest, audience=len(chosen))
         for name in chosen:
             state.invite(name)
-            self._post.send(name, self._plan(current))
+            self._post.send(name, self._plan(current, name))
         self._observe(events.RoundStarted(state.number, state.attempt, len(chosen)))
 
-    def _plan(self, current: OpenRound) -> Plan:
+    def _plan(self, current: OpenRound, client: str) -> Plan:
+        record = self._roster.get(client)
+        codec = negotiate(self._codec, record.stages) if record else self._codec
         return Plan(
             run=self._directory.run,
             round=current.state.number,
             nonce=current.state.nonce,
             bundle=self._bundle.digest,
+            vector=current.vector,
             parameters=current.parameters,
+            patches=current.patches,
             training=self._config.training,
-            codec=self._config.codec,
+            codec=str(codec),
             deadline_seconds=max(0.0, current.state.deadline_at - self._clock()),
             seed=self._config.seed,
         )
@@ -299,18 +324,21 @@ class Coordinator:
             else None
         )
         now = self._clock()
+        bytes_up, bytes_down = self._traffic()
         record = round_record(
             current,
             parameters,
             seconds=now - (now if current.invited_at is None else current.invited_at),
             loss=evaluation.loss if evaluation else None,
             accuracy=evaluation.accuracy if evaluation else None,
-            bytes_down=self._bytes_down(),
+            bytes_up=bytes_up,
+            bytes_down=bytes_down,
         )
         self._save_clients()
         self._directory.close_round(record, parameters, client_rows(current))
         collection.close()
-        self._blobs.remove(current.parameters)
+        for blob in current.blobs:
+            self._blobs.remove(blob)
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
@@ -325,11 +353,17 @@ class Coordinator:
         self._observe(events.Evaluated(number, evaluation.loss, evaluation.accuracy))
         return evaluation
 
-    def _bytes_down(self) -> int:
-        """Bytes that clients say they received since this was asked last."""
-        total = sum(record.resources.bytes_received for record in self._roster.all())
-        fresh, self._bytes_down_counted = total - self._bytes_down_counted, total
-        return max(0, fresh)
+    def _traffic(self) -> tuple[int, int]:
+        """(bytes from clients, bytes that clients say they received) since this was asked last."""
+        up = down = 0
+        for record in self._roster.all():
+            received = record.resources.bytes_received
+            # A client counts from its own start: after ours, the first number says nothing about this round.
+            before = received if self._resumed and not record.counted_down else record.counted_down
+            up += record.bytes_up - record.counted_up
+            down += max(0, received - before)
+            record.counted_up, record.counted_down = record.bytes_up, received
+        return up, down
 
     def _collect_reports(self) -> None:
         """Lets every client evaluate the final parameters on its own validation data."""
@@ -337,7 +371,7 @@ class Coordinator:
         if not clients:
             return
         deadline = self._clock() + REPORT_SECONDS
-        reference = self._blobs.add(encode(self._parameters, PARAMETERS_CODEC))
+        reference = self._blobs.add(encode(self._parameters, WHOLE))
         self._blobs.expect(reference, audience=len(clients))
         plan = self._intake.evaluation_plan = Plan(
             run=self._directory.run,
@@ -345,6 +379,7 @@ class Coordinator:
             nonce=os.urandom(16),
             task="evaluate",
             bundle=self._bundle.digest,
+            vector=vector_digest(self._parameters),
             parameters=reference,
             deadline_seconds=REPORT_SECONDS,
         )

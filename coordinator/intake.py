@@ -54,7 +54,7 @@ class Intake:
         post: for answers.
         blobs: for `Want`.
         roster: the clients.
-        plan: makes the open round's plan, for those who may have lost it.
+        plan: makes the open round's plan for a client, for those who may have lost it.
         max_update_bytes: of one update.
         observe: is told what happens.
         clock: monotonic seconds.
@@ -69,7 +69,7 @@ class Intake:
         post: Post,
         blobs: BlobServer,
         roster: Roster,
-        plan: Callable[[OpenRound], Plan],
+        plan: Callable[[OpenRound, str], Plan],
         max_update_bytes: int,
         observe: events.Observer,
         clock: Callable[[], float],
@@ -185,6 +185,7 @@ class Intake:
             return
         record.connection = hello.connection
         record.device = hello.device
+        record.stages = frozenset(hello.stages)
         record.online = True
         record.ready = False
         self._post.send(client, Welcome(run=self._run))
@@ -201,7 +202,7 @@ class Intake:
         if current and current.state.parts.get(record.name) in {Part.INVITED, Part.TRAINING, Part.LOST}:
             # Back in the middle of a round: it may have lost the plan.
             current.state.advance(record.name, Part.INVITED)
-            self._post.send(record.name, self._plan(current))
+            self._post.send(record.name, self._plan(current, record.name))
         elif self.evaluation_plan and record.name not in self.reports:
             self._post.send(record.name, self.evaluation_plan)
 
@@ -212,8 +213,9 @@ class Intake:
 
     def _on_want(self, record: ClientRecord, want: Want) -> None:
         current = self.current
-        if current and want.digest == current.parameters.digest and current.state.waits_for(record.name):
-            current.state.advance(record.name, Part.TRAINING)
+        if current and current.state.parts.get(record.name) is Part.INVITED:
+            if any(want.digest == blob.digest for blob in current.blobs):
+                current.state.advance(record.name, Part.TRAINING)
         if not self._blobs.want(record.name, want.digest, want.ranges, self._clock()):
             logger.debug("%s wants a blob that is no more: %s", record.name, want.digest.hex()[:12])
 

@@ -37,7 +37,7 @@ class RoundOpened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
     run: bytes
     round: int
     nonce: bytes
-    # SHA-256 of the parameters' blob.
+    # SHA-256 of the vector that clients start from.
     parameters: bytes
 
 

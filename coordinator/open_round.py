@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.rounds import Round
 from edgetrain.protocol.blobs import Assembler
-from edgetrain.protocol.messages import BlobRef, Offer
+from edgetrain.protocol.messages import BlobRef, Offer, Patch
 
 
 @dataclass(slots=True)
@@ -28,10 +28,17 @@ class OpenRound:
 
     state: Round
     collection: Collection
-    # The parameters that the clients start from.
+    # SHA-256 of the vector that the clients start from, and how they get it.
+    vector: bytes
     parameters: BlobRef
+    patches: tuple[Patch, ...]
     # When the first invitations went out.
     invited_at: float | None = None
     # One per client at most.
     uploads: dict[str, Upload] = field(default_factory=dict)
     refused: int = 0
+
+    @property
+    def blobs(self) -> list[BlobRef]:
+        """What clients fetch for this round."""
+        return [self.parameters, *(patch.blob for patch in self.patches)]

@@ -2,11 +2,11 @@
 
 run.json                       which run this is
 config.toml                    the settings in force
-coordinator.key                the signing key, mode 0600
 clients.json                   names and their keys
 journal/round-00001.journal    accepted updates of the rounds that are not yet closed
 parameters/round-00001.safetensors   named tensors after a round
 parameters.safetensors         the latest
+public.bin                     parameters as clients see them, where the downlink compresses
 rounds.jsonl                   one line per closed round: the commit record
 clients.csv                    one line per client and round
 summary.json                   at the end
@@ -27,7 +27,7 @@ import tomli_w
 
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.journal import Journal
+from edgetrain.coordinator.journal import Journal, RoundOpened, read_journal
 from edgetrain.coordinator.parameters import decode_parameters, encode_parameters, vector_sha256
 from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
 from edgetrain.protocol.files import sync_directory, write_atomically
@@ -83,7 +83,8 @@ class RunDirectory:
             )
         except OSError as error:
             raise RunError(f"{self.path}: cannot use the run directory: {error}") from error
-        self.key = SigningKey.load_or_create(self.path / "coordinator.key")
+        key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
+        self.key = SigningKey.load_or_create(key)
         self.records = self._load_records()
 
     def _load_or_create_info(self, config: FederationConfig, bundle_digest: bytes) -> bytes:
@@ -175,11 +176,31 @@ class RunDirectory:
     def _parameters_path(self, number: int) -> Path:
         return self.path / "parameters" / f"round-{number:05d}.safetensors"
 
+    def save_public(self, vector: Vector) -> None:
+        """Keeps the parameters as clients see them, where those differ (see `downlink`)."""
+        self.write("public.bin", np.ascontiguousarray(vector, dtype="<f4").tobytes())
+
+    def load_public(self, manifest: Manifest) -> Vector | None:
+        """What `save_public` kept, if it is there and of the right length."""
+        path = self.path / "public.bin"
+        data = path.read_bytes() if path.exists() else b""
+        if len(data) != 4 * manifest.num_parameters:
+            return None
+        return np.frombuffer(data, dtype="<f4").astype(np.float32)
+
     # --- the rest ------------------------------------------------------------------------------------
 
     def journal_path(self, number: int) -> Path:
         """Where the journal of a round is."""
         return self.path / "journal" / f"round-{number:05d}.journal"
+
+    def opened_round(self, number: int) -> RoundOpened | None:
+        """The record that opened a round which has not closed."""
+        path = self.journal_path(number)
+        if not path.exists():
+            return None
+        first = next(read_journal(path), None)
+        return first[0] if first and isinstance(first[0], RoundOpened) else None
 
     def open_journal(self, number: int) -> Journal:
         """The journal of a round, for appending."""

@@ -23,15 +23,16 @@ from edgetrain.edge_client.data import Dataset, load_dataset
 from edgetrain.edge_client.device import device_info, peak_memory_mb
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import TrainingError
+from edgetrain.edge_client.held_parameters import HeldParameters
 from edgetrain.edge_client.installation import install_bundle
 from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Mailbox, RunOver
 from edgetrain.edge_client.runtimes import available_runtimes
-from edgetrain.edge_client.runtimes.base import Session, Vector
+from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.trainer import evaluate, train
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.blobs import blob_ref
-from edgetrain.protocol.codecs import Limits, decode
+from edgetrain.protocol.codecs import supported_stages
 from edgetrain.protocol.messages import (
     Decline,
     Goodbye,
@@ -103,6 +104,7 @@ class Client:
         self._session: Session | None = None
         self._training_data: Dataset | None = None
         self._validation_data: Dataset | None = None
+        self._held: HeldParameters | None = None
         self._feedback: ErrorFeedback | None = None
 
     def run(self) -> None:
@@ -161,6 +163,7 @@ class Client:
             self._training_data, self._validation_data = split_validation(
                 dataset, self._config.validation_fraction, self._config.name
             )
+            self._held = HeldParameters(session.manifest.num_parameters)
             self._session, self._bundle = session, announce.bundle.digest
         if self._feedback is None or self._feedback.run != announce.run:
             assert self._session, "installed above"
@@ -184,6 +187,7 @@ class Client:
                 connection=self._connection,
                 edgetrain=__version__,
                 runtimes=tuple(available_runtimes()),
+                stages=tuple(sorted(supported_stages())),
                 device=device_info(),
             )
         )
@@ -226,9 +230,10 @@ class Client:
 
     def _train_round(self, plan: Plan) -> None:
         assert self._session, "joined"
+        assert self._held, "joined"
         assert self._feedback, "joined"
         assert self._training_data, "joined"
-        parameters = self._fetch_parameters(plan)
+        parameters = self._held.advance(plan, self._mail.fetch)
         started = self._clock()
         result = train(
             self._session,
@@ -263,9 +268,10 @@ class Client:
 
     def _evaluate_round(self, plan: Plan) -> None:
         assert self._session, "joined"
+        assert self._held, "joined"
         data = self._validation_data or self._training_data
         assert data, "joined"
-        parameters = self._fetch_parameters(plan)
+        parameters = self._held.advance(plan, self._mail.fetch)
         started = self._clock()
         summary = evaluate(self._session, parameters, data)
         self._mail.send(
@@ -278,15 +284,6 @@ class Client:
                 resources=self._resources(self._clock() - started),
             )
         )
-
-    def _fetch_parameters(self, plan: Plan) -> Vector:
-        assert self._session, "joined"
-        length = self._session.manifest.num_parameters
-        data = self._mail.fetch(plan.parameters, limit=4 * length + 4096)
-        vector = decode(data, Limits(max_parameters=length)).dense()
-        if len(vector) != length:
-            raise CodecError(f"the round's parameters are {len(vector)}, the bundle has {length}")
-        return vector
 
     def _settle_pending(self) -> None:
         """Sends the pending update until the coordinator says what became of it."""

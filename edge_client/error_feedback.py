@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from edgetrain.edge_client.errors import StateError
 from edgetrain.protocol.blobs import blob_ref
-from edgetrain.protocol.codecs import Limits, decode, encode
+from edgetrain.protocol.codecs import encode, residual
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.messages import Offer
 
@@ -87,8 +87,7 @@ class ErrorFeedback:
     def settle(self, *, accepted: bool) -> None:
         """The coordinator's verdict on the pending update."""
         if accepted:
-            limits = Limits(max_parameters=len(self.residual))
-            self.residual = self.residual - decode(self.update, limits).dense()
+            self.residual = residual(self.residual, self.update)
         self.offer, self.update = None, b""
         self._save()
 

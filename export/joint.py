@@ -9,7 +9,8 @@ and of nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +117,8 @@ class TracedGraph:
     outputs: tuple[TensorSpec, ...]
     # Values of the inputs in the example.
     example: tuple[Tensor, ...]
+    # Of the step: traces it without its gradients, for runtimes that differentiate by themselves.
+    forward: Callable[[Decompositions], TracedGraph] | None = None
 
 
 def trace_step(problem: Problem, decompositions: Decompositions) -> TracedGraph:
@@ -127,7 +130,8 @@ def trace_step(problem: Problem, decompositions: Decompositions) -> TracedGraph:
         gradients = _gradients(evaluation, parameters)
         return evaluation.sums() | _named(problem, gradients)
 
-    return _trace("step", problem, step, problem.example.leaves, decompositions)
+    graph = _trace("step", problem, step, problem.example.leaves, decompositions)
+    return replace(graph, forward=partial(trace_eval, problem))
 
 
 def trace_eval(problem: Problem, decompositions: Decompositions) -> TracedGraph:

@@ -68,6 +68,8 @@ class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     # Version of edgetrain, for people.
     edgetrain: ShortText
     runtimes: Annotated[tuple[ShortText, ...], Meta(max_length=32)]
+    # Codec stages that the client can encode and decode.
+    stages: Annotated[tuple[ShortText, ...], Meta(max_length=64)]
     device: DeviceInfo = DeviceInfo()
 
 
@@ -159,6 +161,14 @@ class Refusal(Message, frozen=True, kw_only=True, tag="refusal"):
     reason: Text
 
 
+class Patch(msgspec.Struct, frozen=True, kw_only=True):
+    """What turns one round's parameters into a later round's: a delta, encoded by a codec."""
+
+    # SHA-256 of the vector that it is added to, as little-endian float32.
+    base: Digest
+    blob: BlobRef
+
+
 class Plan(Message, frozen=True, kw_only=True, tag="plan"):
     """What a client is asked to do in a round."""
 
@@ -168,8 +178,12 @@ class Plan(Message, frozen=True, kw_only=True, tag="plan"):
     nonce: Nonce
     task: Literal["train", "evaluate"] = "train"
     bundle: Digest
-    # The round's parameters, encoded by a codec.
+    # SHA-256 of the round's parameters, as little-endian float32.
+    vector: Digest
+    # They, whole, encoded by a codec.
     parameters: BlobRef
+    # Or for those who have older ones: patches, oldest first, each one's result the base of the next.
+    patches: Annotated[tuple[Patch, ...], Meta(max_length=64)] = ()
     training: TrainingConfig = TrainingConfig()
     # Codec of the update.
     codec: ShortText = "dense|float32"

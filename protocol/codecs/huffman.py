@@ -18,6 +18,8 @@ MAX_LENGTH = 15
 _FIRST_LENGTH = 7
 # A zigzag difference of lengths is at most 2 * 15, as unary at most 31 bits.
 _TABLE_BITS_PER_SYMBOL = 31
+# Counts summed over so many neighbours give lengths that are cheaper to send; it pays for short updates.
+_WINDOWS = (1, 3, 9, 17)
 
 
 def encode_symbols(symbols: Bytes) -> bytes:
@@ -27,7 +29,8 @@ def encode_symbols(symbols: Bytes) -> bytes:
     head = bytes([lowest, highest - lowest])
     if lowest == highest:
         return head
-    lengths = code_lengths(counts)
+    candidates = [code_lengths(_smoothed(counts, window)) for window in _WINDOWS]
+    lengths = min(candidates, key=lambda lengths: 8 * len(_pack_table(lengths)) + int(counts @ lengths))
     return head + _pack_table(lengths) + _pack_codes(symbols - np.uint8(lowest), lengths)
 
 
@@ -49,14 +52,14 @@ def decode_symbols(reader: Reader, count: int, largest: int) -> Bytes:
     return _read_codes(reader, count, order, per_length)
 
 
-def code_lengths(counts: npt.NDArray[np.int64]) -> Bytes:
+def code_lengths(counts: npt.NDArray[np.float64]) -> Bytes:
     """Optimal lengths of at most 15 bits for at least two symbols, each at least 1.
 
     Package-merge (Larmore and Hirschberg 1990). A symbol that does not occur gets a code too: the
     table then stays smooth, and costs less than it saves.
     """
     order = np.argsort(counts, kind="stable")
-    weights = np.maximum(counts[order], counts.sum() / 2**MAX_LENGTH)
+    weights = np.maximum(counts[order], 0.5)
     merged, is_leaf = [weights], [np.ones(len(weights), bool)]
     for _ in range(MAX_LENGTH - 1):
         last = merged[-1][: len(merged[-1]) // 2 * 2]
@@ -71,6 +74,11 @@ def code_lengths(counts: npt.NDArray[np.int64]) -> Bytes:
         lengths[order[:num_leaves]] += 1
         taken = 2 * (taken - num_leaves)
     return lengths
+
+
+def _smoothed(counts: npt.NDArray[np.int64], window: int) -> npt.NDArray[np.float64]:
+    padded = np.pad(counts.astype(np.float64), window // 2, mode="edge")
+    return np.convolve(padded, np.ones(window), "valid")
 
 
 def _canonical(lengths: Bytes) -> npt.NDArray[np.uint16]:
@@ -105,37 +113,44 @@ def _read_table(reader: Reader, size: int) -> Bytes:
 
 
 def _pack_codes(symbols: Bytes, lengths: Bytes) -> bytes:
-    codes = _canonical(lengths)
-    pending = symbols
+    codes = np.take(_canonical(lengths), symbols)
+    left = np.take(lengths, symbols)
+    shortest, longest = int(lengths.min()), int(lengths.max())
     levels = []
-    for level in range(1, int(lengths.max()) + 1):
-        if level > lengths.min():
-            pending = pending[(lengths >= level)[pending]]
-        bit = ((codes >> (MAX_LENGTH - level)) & 1).astype(np.uint8)
-        levels.append(bit[pending])
+    for level in range(1, longest + 1):
+        if level > shortest:
+            pending = np.flatnonzero(left >= level)
+            codes, left = codes[pending], left[pending]
+        levels.append(((codes >> (MAX_LENGTH - level)) & 1).astype(np.uint8))
     return pack_bits(np.concatenate(levels))
 
 
 def _read_codes(reader: Reader, count: int, order: Bytes, per_length: list[int]) -> Bytes:
-    symbols = np.zeros(count, np.uint8)
-    # Where the symbols that are not complete go; None for "all of them, in order".
-    places: npt.NDArray[np.intp] | None = None
+    symbols = np.zeros(0, np.uint8)
+    # The symbols that are not complete: where they go, and their bits so far.
+    places = np.arange(0)
     codes = np.zeros(count, np.uint16)
-    first = base = 0
+    # Of the codes of this length, in canonical order: the first, and its rank among all.
+    first = rank = 0
     levels = reader.bit_levels()
     for complete in per_length[1:]:
         first *= 2
-        codes = (codes << np.uint16(1)) | levels.take(len(codes), "Huffman codes")
-        if complete:
-            # Canonical: the complete codes of this length are the lowest ones.
-            done = codes < first + complete
-            values = order[base + (codes[done] - np.uint16(first))]
-            if places is None:
-                places = np.arange(count)
-            symbols[places[done]] = values
-            places, codes = places[~done], codes[~done]
-            first += complete
-            base += complete
+        codes <<= np.uint16(1)
+        codes |= levels.take(len(codes), "Huffman codes")
+        if not complete:
+            continue
+        # For codes that go on, a wrong symbol, which a later level replaces.
+        values = np.take(order, codes - np.uint16(first) + np.uint16(rank), mode="clip")
+        if rank:
+            symbols[places] = values
+        else:
+            symbols = values
+        first += complete
+        rank += complete
+        # Canonical: the complete codes of a length are its lowest.
+        pending = np.flatnonzero(codes >= first)
+        places = places[pending] if len(places) else pending
+        codes = codes[pending]
         if not len(codes):
             break
     levels.finish()

@@ -73,6 +73,7 @@ def encode(
         CodecError: no such codec, or a delta that it cannot carry.
     """
     spec = CodecSpec.parse(spec) if isinstance(spec, str) else spec
+    delta = np.asarray(delta)
     if delta.dtype != np.float32 or delta.ndim != 1:
         raise CodecError(f"a delta is float32 [n], not {delta.dtype} {list(delta.shape)}")
     if len(delta) > MAX_PARAMETERS:
@@ -231,8 +232,8 @@ def _decode_blocks(reader: Reader, count: int) -> Indices:
         return np.arange(0, count, size)
     num_blocks = reader.varint(count, "number of blocks")
     rest = decode_positions(reader, max(num_blocks - 1, 0), count)
-    if len(rest) and rest[0] == 0:
-        raise CodecError("an empty block")
+    if num_blocks == 0 or (len(rest) and rest[0] == 0):
+        raise CodecError(f"{num_blocks} blocks, or an empty one, for {count} values")
     return np.concatenate([np.zeros(1, np.int64), rest])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,8 +59,8 @@ class SparseOrDense:
         vector[self.indices] = self.values
         return vector
 
-    def add_to(self, vector: Vector, scale: float = 1.0) -> None:
-        """`vector += scale * self`, in place, in the dtype of `vector`, touching only the sent positions.
+    def add_to(self, vector: npt.NDArray[np.floating[Any]], scale: float = 1.0) -> None:
+        """`vector += scale * self` in place, in the dtype of `vector`; touches only what was sent.
 
         Raises:
             CodecError: `vector` has another length.

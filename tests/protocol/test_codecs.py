@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgetrain.protocol import CodecError, CodecSpec, Limits, decode, encode
-from edgetrain.protocol.codecs import received, residual
+from edgetrain.protocol.codecs import received, residual, supported_stages, wrap
 
 
 def roundtrip(delta, spec, **options):
@@ -101,6 +101,44 @@ def test_a_delta_that_is_not_finite_is_refused(bad):
         encode(delta, "topk:1|int8")
 
 
+@pytest.mark.parametrize("delta", [[0.5, 1.0], np.zeros(3), np.zeros((2, 2), np.float32)])
+def test_a_delta_of_another_type_or_shape_is_refused(delta):
+    with pytest.raises(CodecError, match="float32"):
+        encode(delta, "dense")
+
+
+def test_stages_that_work_by_tensor_need_the_offsets():
+    for offsets in (None, [1], [0, 5], [0, 3, 2]):
+        with pytest.raises(CodecError, match="offsets"):
+            encode(np.ones(4, np.float32), "topk:1:per=tensor", offsets=offsets)
+
+
+def test_float16_refuses_what_it_cannot_hold():
+    with pytest.raises(CodecError, match="beyond float16"):
+        encode(np.array([70000], np.float32), "float16")
+
+
+def test_add_to_refuses_another_length():
+    decoded = roundtrip(np.ones(4, np.float32), "topk:2")
+    total = np.zeros(4)
+    decoded.add_to(total, 0.5)
+    assert total.tolist() == [0.5, 0.5, 0, 0]
+    with pytest.raises(CodecError, match="4 parameters"):
+        decoded.add_to(np.zeros(5))
+
+
+def test_without_zstd_the_stage_is_not_offered_and_its_error_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(wrap, "_zstd", None)
+    assert "zstd" not in supported_stages()
+    assert CodecSpec.parse("topk:0.01|int8").stages <= supported_stages()
+    for call in (
+        lambda: encode(np.ones(4, np.float32), "dense|zstd"),
+        lambda: decode(b"\xe7\x01\x00\x10\x05\x00", Limits(max_parameters=4)),
+    ):
+        with pytest.raises(CodecError, match="pip install"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("text", "canonical"),
     [
@@ -118,7 +156,8 @@ def test_specs_have_a_canonical_name(text, canonical):
 
 NO_CODECS = """
 gzip | topk | topk:0 | topk:1.5 | topk:-1 | topk:nan | dense:3 | int8:block=0 | int8:block=x | rice:3
-float16:stochastic | sign:stochastic | ternary | threshold:-1 | threshold:inf | randk:0.1:per=tensor | topk:0.1:0.2
+float16:stochastic | sign:stochastic | ternary | threshold:-1 | threshold:inf | randk:0.1:per=tensor
+topk:0.1:0.2
 """
 
 

@@ -1,0 +1,104 @@
+"""The way down: parameters as compressed changes against those that clients already hold.
+
+Clients follow a chain of *public* parameters. Round by round
+
+    patch = encode(parameters - public);  public = public + decode(patch)
+
+so what a patch loses stays in the next difference: error feedback at the server (Tang et al. 2019,
+"DoubleSqueeze"), and the public parameters cannot drift from the true ones. The same patch serves every client
+that holds the base, so the broker fans it out; whoever holds an older link of the chain applies several, whoever
+holds none takes the public parameters whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.protocol.codecs import CodecSpec, Limits, decode, encode
+
+Vector = npt.NDArray[np.float32]
+
+WHOLE = "dense|float32"
+# Older links are not worth their memory: whoever is further behind takes the parameters whole.
+KEEP_PATCHES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPatch:
+    """A link of the chain: the base's digest, and the encoded change."""
+
+    base: bytes
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What the clients of a round are given."""
+
+    # They train from these.
+    public: Vector
+    # SHA-256 of `public`.
+    digest: bytes
+    # `public`, encoded whole.
+    whole: bytes
+    # Oldest first, ending at `public`.
+    patches: tuple[EncodedPatch, ...]
+
+
+class Downlink:
+    """The chain of public parameters.
+
+    Args:
+        codec: of the patches; `dense|float32` makes none and releases the parameters as they are.
+        public: the last public parameters, if an earlier process has released some.
+    """
+
+    def __init__(self, codec: CodecSpec, public: Vector | None = None) -> None:
+        self._codec = codec
+        self._public = public
+        self._patches: deque[EncodedPatch] = deque(maxlen=KEEP_PATCHES)
+
+    def release(self, parameters: Vector, *, seed: int) -> Release:
+        """The next link.
+
+        Args:
+            parameters: the true ones, float32 [num_parameters].
+            seed: of stochastic codecs.
+        """
+        if self._public is None or str(self._codec) == str(CodecSpec.parse(WHOLE)):
+            self._public = parameters
+            self._patches.clear()
+        else:
+            base = self._public
+            data = encode(parameters - base, self._codec, seed=seed)
+            change = decode(data, Limits(max_parameters=len(parameters)))
+            # float32 additions in order: clients do the same and get the same bits.
+            public = base.copy()
+            change.add_to(public)
+            self._public = public
+            self._patches.append(EncodedPatch(vector_digest(base), data))
+        return self.current()
+
+    def holds(self, digest: bytes) -> bool:
+        """Whether the last link is the one with this digest."""
+        return self._public is not None and vector_digest(self._public) == digest
+
+    def current(self) -> Release:
+        """The last link again."""
+        assert self._public is not None, "release comes first"
+        return Release(
+            public=self._public,
+            digest=vector_digest(self._public),
+            whole=encode(self._public, WHOLE),
+            patches=tuple(self._patches),
+        )
+
+
+def vector_digest(vector: Vector) -> bytes:
+    """SHA-256 of a vector as little-endian float32."""
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).digest()
