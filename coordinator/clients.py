@@ -29,7 +29,10 @@ class ClientRecord:
     resources: Resources = Resources()
     # (round, digest) of its last accepted update.
     last_accepted: tuple[int, bytes] | None = None
+    # Payload bytes from it so far; and what earlier rounds have counted of its traffic.
     bytes_up: int = 0
+    counted_up: int = 0
+    counted_down: int = 0
 
 
 class Roster:

@@ -83,6 +83,9 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     bundle: str
     # Run directory; a run that was interrupted goes on where it was.
     out: str
+    # Signing key, made if it is not there. Devices remember it, so it should outlive a run: by default it is
+    # coordinator.key beside the run directory.
+    key: str = ""
     # Start a broker on the address in [broker]: "mosquitto" or "embedded"; empty: one is running there.
     start_broker: Literal["", "mosquitto", "embedded"] = ""
     broker: BrokerConfig = BrokerConfig()

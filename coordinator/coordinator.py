@@ -124,7 +124,7 @@ class Coordinator:
             observe=observe,
             clock=clock,
         )
-        self._bytes_down_counted = 0
+        self._resumed = self._round_number > 0
         self._started = clock()
 
     def run(self) -> Summary:
@@ -324,13 +324,15 @@ class Coordinator:
             else None
         )
         now = self._clock()
+        bytes_up, bytes_down = self._traffic()
         record = round_record(
             current,
             parameters,
             seconds=now - (now if current.invited_at is None else current.invited_at),
             loss=evaluation.loss if evaluation else None,
             accuracy=evaluation.accuracy if evaluation else None,
-            bytes_down=self._bytes_down(),
+            bytes_up=bytes_up,
+            bytes_down=bytes_down,
         )
         self._save_clients()
         self._directory.close_round(record, parameters, client_rows(current))
@@ -351,11 +353,17 @@ class Coordinator:
         self._observe(events.Evaluated(number, evaluation.loss, evaluation.accuracy))
         return evaluation
 
-    def _bytes_down(self) -> int:
-        """Bytes that clients say they received since this was asked last."""
-        total = sum(record.resources.bytes_received for record in self._roster.all())
-        fresh, self._bytes_down_counted = total - self._bytes_down_counted, total
-        return max(0, fresh)
+    def _traffic(self) -> tuple[int, int]:
+        """(bytes from clients, bytes that clients say they received) since this was asked last."""
+        up = down = 0
+        for record in self._roster.all():
+            received = record.resources.bytes_received
+            # A client counts from its own start: after ours, the first number says nothing about this round.
+            before = received if self._resumed and not record.counted_down else record.counted_down
+            up += record.bytes_up - record.counted_up
+            down += max(0, received - before)
+            record.counted_up, record.counted_down = record.bytes_up, received
+        return up, down
 
     def _collect_reports(self) -> None:
         """Lets every client evaluate the final parameters on its own validation data."""

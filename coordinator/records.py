@@ -22,8 +22,12 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     # Mean of the clients' own training loss, weighted by examples.
     train_loss: float | None = None
     num_examples: int = 0
+    # All payload bytes from clients since the round before: updates, messages, requests.
     bytes_up: int = 0
+    # The updates alone, and what they would be as dense float32.
+    update_bytes: int = 0
     bytes_up_float32: int = 0
+    # All payload bytes that clients say they received since the round before.
     bytes_down: int = 0
     # SHA-256 of the float32 vector after the round, little-endian.
     parameters_sha256: str
@@ -55,11 +59,13 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     final_accuracy: float | None
     final_loss: float | None
     best_accuracy: float | None
-    # Everything that clients published, in payload bytes, and what dense float32 updates would have been.
+    # All payload bytes from clients in closed rounds, and what their updates alone would be as dense float32.
     bytes_up: int
     bytes_up_float32: int
+    # All payload bytes that they received.
     bytes_down: int
-    # Bytes of the updates alone, per client and round, and float32 divided by that.
+    # Accepted updates, their mean size, and how many times smaller than float32 they are.
+    updates: int
     update_bytes_mean: float
     reduction: float
     seconds: float

@@ -24,6 +24,7 @@ def round_record(
     seconds: float,
     loss: float | None,
     accuracy: float | None,
+    bytes_up: int,
     bytes_down: int,
 ) -> RoundRecord:
     """The record of a round that closes with these parameters."""
@@ -44,7 +45,8 @@ def round_record(
         accuracy=accuracy,
         train_loss=sum(value * weight for value, weight in weights) / total if total else None,
         num_examples=sum(row.num_examples for row in collection.rows),
-        bytes_up=collection.update_bytes,
+        bytes_up=bytes_up,
+        update_bytes=collection.update_bytes,
         bytes_up_float32=4 * len(parameters) * accepted,
         bytes_down=bytes_down,
         parameters_sha256=vector_sha256(parameters),
@@ -73,7 +75,7 @@ def summarize(
     """The summary of a run; `seconds` is the time of this process."""
     last = records[-1] if records else None
     updates = sum(record.accepted for record in records)
-    bytes_up = sum(record.bytes_up for record in records)
+    update_bytes = sum(record.update_bytes for record in records)
     float32 = sum(record.bytes_up_float32 for record in records)
     return Summary(
         federation=federation,
@@ -86,11 +88,12 @@ def summarize(
         best_accuracy=max(
             (record.accuracy for record in records if record.accuracy is not None), default=None
         ),
-        bytes_up=bytes_up,
+        bytes_up=sum(record.bytes_up for record in records),
         bytes_up_float32=float32,
         bytes_down=sum(record.bytes_down for record in records),
-        update_bytes_mean=round(bytes_up / updates, 1) if updates else 0.0,
-        reduction=round(float32 / bytes_up, 2) if bytes_up else 0.0,
+        updates=updates,
+        update_bytes_mean=round(update_bytes / updates, 1) if updates else 0.0,
+        reduction=round(float32 / update_bytes, 2) if update_bytes else 0.0,
         seconds=round(seconds, 3),
         seconds_per_round=round(sum(record.seconds for record in records) / len(records), 4)
         if records

@@ -2,7 +2,6 @@
 
 run.json                       which run this is
 config.toml                    the settings in force
-coordinator.key                the signing key, mode 0600
 clients.json                   names and their keys
 journal/round-00001.journal    accepted updates of the rounds that are not yet closed
 parameters/round-00001.safetensors   named tensors after a round
@@ -84,7 +83,8 @@ class RunDirectory:
             )
         except OSError as error:
             raise RunError(f"{self.path}: cannot use the run directory: {error}") from error
-        self.key = SigningKey.load_or_create(self.path / "coordinator.key")
+        key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
+        self.key = SigningKey.load_or_create(key)
         self.records = self._load_records()
 
     def _load_or_create_info(self, config: FederationConfig, bundle_digest: bytes) -> bytes:

@@ -230,7 +230,7 @@ def _print_summary(console: Any, summary: Summary, directory: Path, seconds: flo
 
     from edgetrain.cli.progress import size
 
-    updates = summary.bytes_up / summary.update_bytes_mean if summary.update_bytes_mean else 0
+    updates = max(1, summary.updates)
     accuracies = summary.accuracy_by_client
     table = Table(title="summary", title_justify="left", show_header=False)
     table.add_row(
@@ -242,12 +242,12 @@ def _print_summary(console: Any, summary: Summary, directory: Path, seconds: flo
     )
     table.add_row(
         "update",
-        f"{size(summary.update_bytes_mean)} up per client and round, {summary.reduction:.1f}x below float32",
+        f"{size(summary.update_bytes_mean)} per client and round, {summary.reduction:.1f}x smaller than float32",
     )
     table.add_row(
-        "traffic",
-        f"{size(summary.bytes_up)} of updates up (float32: {size(summary.bytes_up_float32)}), "
-        f"{size(summary.bytes_down)} down ({size(summary.bytes_down / updates if updates else 0)} per client and round)",
+        "all traffic",
+        f"{size(summary.bytes_up / updates)} up and {size(summary.bytes_down / updates)} down per client and round; "
+        f"{size(summary.bytes_up)} up in all (float32 updates: {size(summary.bytes_up_float32)})",
     )
     table.add_row("client memory", f"{summary.client_peak_mb:.0f} MB at the peak of the largest process")
     table.add_row(
