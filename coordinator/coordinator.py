@@ -6,19 +6,22 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator import events
+from edgetrain.coordinator.adaptation import adapted_setting, rule_for
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients import ClientRecord, Roster, select_random
+from edgetrain.coordinator.clients import ClientRecord, Roster
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import FederationConfig
+from edgetrain.coordinator.deadlines import deadline_seconds
 from edgetrain.coordinator.downlink import WHOLE, Downlink, Release, vector_digest
 from edgetrain.coordinator.errors import RoundFailed
+from edgetrain.coordinator.history import History
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.journal import RoundOpened
 from edgetrain.coordinator.open_round import OpenRound
@@ -27,10 +30,12 @@ from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.reports import client_rows, round_record, summarize
 from edgetrain.coordinator.rounds import Outcome, Part, Round
 from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.selection import Candidate, admitted, select
 from edgetrain.coordinator.stopping import stop_reason
-from edgetrain.coordinator.strategies import ServerState, make_strategy
+from edgetrain.coordinator.strategies import Setting, check_strategy, described, make_strategy
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec, Limits, encode, negotiate
+from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import Patch, Plan, RoundClosed
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
@@ -93,13 +98,26 @@ class Coordinator:
         self._evaluate = evaluate
         self._observe = observe
         self._clock = clock
-        self._strategy = make_strategy(config.strategy)
-        self._server_state: ServerState = {}
+        setting = Setting(
+            codec=self._codec,
+            training=config.training,
+            minimum=config.rounds.least,
+            goal=config.rounds.goal,
+        )
+        self._strategy = make_strategy(config.strategy, setting)
+        for rule in config.devices:
+            check_strategy(self._strategy, adapted_setting(setting, rule))
+        self._server_state = directory.load_server_state()
         self._num_parameters = bundle.manifest.num_parameters
+        # What the devices keep to themselves stays as it was exported here.
+        self._personal = elements_of(bundle.manifest, config.personal)
         self._round_number, self._parameters = directory.load_parameters(bundle.initial_parameters())
         # What no codec exceeds, and a little.
         dense = 4 * self._num_parameters + self._num_parameters // 8 + 4096
+        dense *= 2 if self._strategy.control else 1
         self._max_update_bytes = config.limits.max_update_bytes or dense
+        self._history = History()
+        self._history.add(directory.load_rows())
         self._roster = Roster()
         for name, key, last in directory.load_clients():
             self._roster.add(ClientRecord(name, key, last_accepted=last))
@@ -217,15 +235,26 @@ class Coordinator:
             ),
         )
         state = Round(
-            number, opened.nonce, rounds.goal, rounds.least, self._clock() + rounds.deadline_seconds
+            number,
+            opened.nonce,
+            rounds.goal,
+            rounds.least,
+            self._clock() + rounds.deadline_seconds,
+            grace_seconds=rounds.grace_seconds,
         )
         for client, digest in collection.digests.items():
             state.parts[client] = Part.ACCEPTED
             if record := self._roster.get(client):
                 record.last_accepted = (number, digest)
+        control = self._strategy.control
         return OpenRound(
             state,
             collection,
+            control=self._blobs.add(
+                self._downlink.encode(control(self._num_parameters, self._server_state), seed=number)
+            )
+            if control
+            else None,
             vector=release.digest,
             parameters=self._blobs.add(release.whole),
             patches=tuple(
@@ -272,31 +301,57 @@ class Coordinator:
         self._pump(enough)
 
     def _pool(self, current: OpenRound) -> list[str]:
-        return [name for name in self._roster.eligible() if name not in current.collection.digests]
+        """Those that can be invited now."""
+        names = [name for name in self._roster.eligible() if name not in current.collection.digests]
+        least = self._config.rounds.least - current.state.count(Part.ACCEPTED)
+        pool = admitted(
+            self._config.selection,
+            self._candidates(names),
+            round_number=current.state.number,
+            least=max(least, 1),
+        )
+        return [candidate.name for candidate in pool]
+
+    def _candidates(self, names: Sequence[str]) -> list[Candidate]:
+        records = [self._roster[name] for name in names]
+        return [
+            Candidate(record.name, record.num_examples, record.state, self._history.of(record.name))
+            for record in records
+        ]
+
+    def _choose(self, names: Sequence[str], count: int, number: int, attempt: int) -> list[str]:
+        return select(
+            self._config.selection,
+            self._candidates(names),
+            count,
+            seed=self._config.seed,
+            round_number=number,
+            attempt=attempt,
+        )
 
     def _invite(self, current: OpenRound) -> None:
         state, rounds = current.state, self._config.rounds
         needed = rounds.goal - state.count(Part.ACCEPTED)
-        chosen = select_random(
-            self._pool(current),
-            math.ceil(needed * rounds.over_selection),
-            seed=self._config.seed,
-            round_number=state.number,
-            attempt=state.attempt,
-        )
+        wanted = math.ceil(needed * rounds.over_selection)
+        chosen = self._choose(self._pool(current), wanted, state.number, state.attempt)
         now = self._clock()
         current.invited_at = now if current.invited_at is None else current.invited_at
-        state.deadline_at = now + rounds.deadline_seconds
+        state.deadline_at = now + deadline_seconds(rounds, self._history.durations, state.attempt)
         newest = current.patches[-1].blob if current.patches else current.parameters
         self._blobs.expect(newest, audience=len(chosen))
         for name in chosen:
             state.invite(name)
+            current.invited[name] = now
             self._post.send(name, self._plan(current, name))
         self._observe(events.RoundStarted(state.number, state.attempt, len(chosen)))
 
     def _plan(self, current: OpenRound, client: str) -> Plan:
         record = self._roster.get(client)
-        codec = negotiate(self._codec, record.stages) if record else self._codec
+        rule = rule_for(self._config.devices, record)
+        codec = CodecSpec.parse(rule.codec) if rule.codec else self._codec
+        if record:
+            codec = negotiate(codec, record.stages)
+        training = current.trainings[client] = self._strategy.training(rule.adapt(self._config.training))
         return Plan(
             run=self._directory.run,
             round=current.state.number,
@@ -305,7 +360,9 @@ class Coordinator:
             vector=current.vector,
             parameters=current.parameters,
             patches=current.patches,
-            training=self._config.training,
+            training=training,
+            control=current.control,
+            personal=self._config.personal,
             codec=str(codec),
             deadline_seconds=max(0.0, current.state.deadline_at - self._clock()),
             seed=self._config.seed,
@@ -313,10 +370,11 @@ class Coordinator:
 
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
-        self._post.broadcast(RoundClosed(run=self._directory.run, round=state.number, nonce=state.nonce))
+        self._dismiss(current)
         parameters, server_state = self._strategy.finish(
             collection.partial, self._parameters, self._server_state
         )
+        parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
         evaluation = (
             self._evaluate_after(state.number, parameters)
@@ -335,14 +393,28 @@ class Coordinator:
             bytes_down=bytes_down,
         )
         self._save_clients()
-        self._directory.close_round(record, parameters, client_rows(current))
+        rows = client_rows(current)
+        self._history.add(rows)
+        self._history.durations.extend(current.durations.values())
+        self._directory.close_round(
+            record,
+            parameters,
+            rows,
+            server_state=server_state,
+            strategy=described(self._strategy),
+        )
         collection.close()
-        for blob in current.blobs:
-            self._blobs.remove(blob)
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
         self._observe(events.RoundEnded(record))
+
+    def _dismiss(self, current: OpenRound) -> None:
+        """Whoever still trains for the round may stop."""
+        state = current.state
+        self._post.broadcast(RoundClosed(run=self._directory.run, round=state.number, nonce=state.nonce))
+        for blob in current.blobs:
+            self._blobs.remove(blob)
 
     # --- around the rounds ---------------------------------------------------------------------------
 
@@ -381,6 +453,7 @@ class Coordinator:
             bundle=self._bundle.digest,
             vector=vector_digest(self._parameters),
             parameters=reference,
+            personal=self._config.personal,
             deadline_seconds=REPORT_SECONDS,
         )
         for name in clients:

@@ -35,6 +35,7 @@ from edgetrain.protocol.messages import (
 )
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import PROTOCOL_VERSION, VersionError, unseal, verify
+from edgetrain.protocol.training import TrainingConfig
 from edgetrain.protocol.transport import Received
 
 logger = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ class Intake:
             self._observe(events.ClientJoined(record.name, ready.num_examples))
         record.online = record.ready = True
         record.num_examples, record.runtime = ready.num_examples, ready.runtime
+        record.state = ready.state
         current = self.current
         if current and current.state.parts.get(record.name) in {Part.INVITED, Part.TRAINING, Part.LOST}:
             # Back in the middle of a round: it may have lost the plan.
@@ -207,7 +209,7 @@ class Intake:
             self._post.send(record.name, self.evaluation_plan)
 
     def _on_decline(self, record: ClientRecord, decline: Decline) -> None:
-        if self.current and decline.nonce == self.current.state.nonce:
+        if self.current and self.current.admits(decline.round, decline.nonce):
             self.current.state.advance(record.name, Part.DECLINED)
             logger.info("%s declines round %d: %s", record.name, decline.round, decline.reason)
 
@@ -245,11 +247,7 @@ class Intake:
         if record.last_accepted == (offer.round, offer.update.digest):
             # A duplicate of what is already in: say so once more.
             self._verdicts.append((client, _accepted(offer)))
-        elif not current or (offer.run, offer.round, offer.nonce) != (
-            self._run,
-            current.state.number,
-            current.state.nonce,
-        ):
+        elif not current or offer.run != self._run or not current.admits(offer.round, offer.nonce):
             self._reject(client, offer, f"round {offer.round} is closed: too late")
         elif reason := self._objection(client, offer, current):
             current.state.advance(client, Part.REFUSED)
@@ -285,14 +283,16 @@ class Intake:
         del current.uploads[client]
         offer = upload.offer
         try:
-            current.collection.accept(client, offer, upload.envelope, upload.assembler.finish())
+            training = current.trainings.get(client, TrainingConfig())
+            current.collection.accept(client, offer, upload.envelope, upload.assembler.finish(), training)
         except (UpdateRefused, BlobError) as error:
             current.state.advance(client, Part.REFUSED)
             self._reject(client, offer, str(error))
             return
         record = self._roster[client]
         record.last_accepted = (offer.round, offer.update.digest)
-        record.resources = offer.resources
+        record.resources, record.state = offer.resources, offer.state
+        current.durations[client] = self._clock() - current.invited.get(client, self._clock())
         current.state.advance(client, Part.ACCEPTED)
         self._verdicts.append((client, _accepted(offer)))
         accepted = current.state.count(Part.ACCEPTED)

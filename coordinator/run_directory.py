@@ -6,6 +6,7 @@ clients.json                   names and their keys
 journal/round-00001.journal    accepted updates of the rounds that are not yet closed
 parameters/round-00001.safetensors   named tensors after a round
 parameters.safetensors         the latest
+strategy/round-00001.safetensors     what the strategy remembers after a round, if anything
 public.bin                     parameters as clients see them, where the downlink compresses
 rounds.jsonl                   one line per closed round: the commit record
 clients.csv                    one line per client and round
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -28,8 +30,15 @@ import tomli_w
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.journal import Journal, RoundOpened, read_journal
-from edgetrain.coordinator.parameters import decode_parameters, encode_parameters, vector_sha256
+from edgetrain.coordinator.parameters import (
+    decode_parameters,
+    decode_state,
+    encode_parameters,
+    encode_state,
+    vector_sha256,
+)
 from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
+from edgetrain.coordinator.strategies import ServerState
 from edgetrain.protocol.files import sync_directory, write_atomically
 from edgetrain.protocol.manifest import Manifest
 from edgetrain.protocol.signing import SigningKey
@@ -147,8 +156,42 @@ class RunDirectory:
             raise RunError(f"{path}: is not what round {record.round} wrote; restore it from a copy")
         return record.round, vector
 
-    def close_round(self, record: RoundRecord, parameters: Vector, rows: list[ClientRow]) -> None:
-        """Writes the parameters, then the line that makes the round count, then removes what is not needed.
+    def load_server_state(self) -> ServerState:
+        """What the strategy remembers from the last closed round.
+
+        Raises:
+            RunError: the file is missing or not what the round's record says.
+        """
+        if not self.records or not self.records[-1].server_state_sha256:
+            return {}
+        record = self.records[-1]
+        path = self._state_path(record.round)
+        try:
+            data = path.read_bytes()
+            state = decode_state(data)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot read what the strategy remembers: {error}") from error
+        if hashlib.sha256(data).hexdigest() != record.server_state_sha256:
+            raise RunError(f"{path}: is not what round {record.round} wrote; restore it from a copy")
+        return state
+
+    def close_round(
+        self,
+        record: RoundRecord,
+        parameters: Vector,
+        rows: list[ClientRow],
+        *,
+        server_state: ServerState | None = None,
+        strategy: str = "",
+    ) -> None:
+        """Writes parameters and state, then the line that makes the round count, then removes what is old.
+
+        Args:
+            record: of the round.
+            parameters: after it.
+            rows: one per client.
+            server_state: what the strategy remembers.
+            strategy: its name, for people.
 
         Raises:
             RunError: not writable; then the round has not closed and its journal is still there.
@@ -156,11 +199,18 @@ class RunDirectory:
         try:
             data = encode_parameters(parameters, self._manifest, record.round)
             write_atomically(self._parameters_path(record.round), data)
+            if server_state:
+                remembered = encode_state(server_state, strategy)
+                self._state_path(record.round).parent.mkdir(exist_ok=True)
+                write_atomically(self._state_path(record.round), remembered)
+                digest = hashlib.sha256(remembered).hexdigest()
+                record = msgspec.structs.replace(record, server_state_sha256=digest)
             self._append("rounds.jsonl", msgspec.json.encode(record) + b"\n")
             self.records.append(record)
             self._append_rows(rows)
             write_atomically(self.path / "parameters.safetensors", data)
             self.journal_path(record.round).unlink(missing_ok=True)
+            self._state_path(record.round - 1).unlink(missing_ok=True)
             for old in (self.path / "parameters").glob("round-*.safetensors"):
                 number = int(old.stem.removeprefix("round-"))
                 if number <= record.round - KEEP_PARAMETERS and number != self._best_round():
@@ -175,6 +225,9 @@ class RunDirectory:
 
     def _parameters_path(self, number: int) -> Path:
         return self.path / "parameters" / f"round-{number:05d}.safetensors"
+
+    def _state_path(self, number: int) -> Path:
+        return self.path / "strategy" / f"round-{number:05d}.safetensors"
 
     def save_public(self, vector: Vector) -> None:
         """Keeps the parameters as clients see them, where those differ (see `downlink`)."""
@@ -257,6 +310,24 @@ class RunDirectory:
     def close(self) -> None:
         """Lets go of the lock."""
         self._lock.close()
+
+    def load_rows(self) -> list[ClientRow]:
+        """clients.csv.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        path = self.path / "clients.csv"
+        if not path.exists():
+            return []
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                # A power cut may have torn the last line.
+                lines = [line for line in file if line.endswith("\n")]
+            rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]
+            return msgspec.convert(rows, list[ClientRow], strict=False)
+        except (OSError, msgspec.ValidationError, csv.Error) as error:
+            raise RunError(f"{path}: damaged: {error}") from error
 
     def _append_rows(self, rows: list[ClientRow]) -> None:
         buffer = io.StringIO()

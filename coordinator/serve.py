@@ -6,11 +6,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.broker import start_broker
+from edgetrain.coordinator.buffered import BufferedCoordinator
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.coordinator import Coordinator, Evaluation
 from edgetrain.coordinator.events import Observer
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.strategies import make_strategy
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session
 from edgetrain.edge_client.trainer import evaluate
@@ -35,7 +37,7 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
         client_id = f"edgetrain-{config.federation}-coordinator-{directory.run.hex()[:8]}"
         transport = MqttTransport(config.broker, client_id=client_id)
         try:
-            return Coordinator(
+            return coordinator_kind(config)(
                 config,
                 bundle=bundle,
                 transport=transport,
@@ -49,6 +51,15 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
         if broker:
             broker.stop()
         directory.close()
+
+
+def coordinator_kind(config: FederationConfig) -> type[Coordinator]:
+    """The coordinator for a strategy: of rounds, or of a buffer that clients fill at their own pace.
+
+    Raises:
+        ConfigError: there is no such strategy.
+    """
+    return BufferedCoordinator if make_strategy(config.strategy).asynchronous else Coordinator
 
 
 class Evaluator:

@@ -19,20 +19,24 @@ import numpy.typing as npt
 
 from edgetrain import __version__
 from edgetrain.edge_client.config import ClientConfig
+from edgetrain.edge_client.control_variate import ControlVariate, control_change
 from edgetrain.edge_client.data import Dataset, load_dataset
-from edgetrain.edge_client.device import device_info, peak_memory_mb
+from edgetrain.edge_client.device import device_info, device_state, peak_memory_mb
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.held_parameters import HeldParameters
 from edgetrain.edge_client.installation import install_bundle
 from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Mailbox, RunOver
+from edgetrain.edge_client.personal import PersonalParameters
 from edgetrain.edge_client.runtimes import available_runtimes
-from edgetrain.edge_client.runtimes.base import Session
+from edgetrain.edge_client.runtimes.base import Session, Vector
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.trainer import evaluate, train
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.blobs import blob_ref
-from edgetrain.protocol.codecs import supported_stages
+from edgetrain.protocol.codecs import Limits, decode, encode, supported_stages
+from edgetrain.protocol.errors import ConfigError
+from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import (
     Decline,
     Goodbye,
@@ -43,6 +47,7 @@ from edgetrain.protocol.messages import (
     Report,
     Resources,
     encode_message,
+    split_update,
 )
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import seal
@@ -106,6 +111,10 @@ class Client:
         self._validation_data: Dataset | None = None
         self._held: HeldParameters | None = None
         self._feedback: ErrorFeedback | None = None
+        # Where plans ask for them.
+        self._control: ControlVariate | None = None
+        self._personal: PersonalParameters | None = None
+        self._personal_patterns: tuple[str, ...] = ()
 
     def run(self) -> None:
         """Takes part until the run ends (or for ever, see `exit_when_done`).
@@ -155,7 +164,8 @@ class Client:
         self._send_hello()
         mail.wait(lambda: mail.welcomed, repeat=self._send_hello)
         if self._bundle != announce.bundle.digest:
-            self._bundle = self._feedback = None
+            self._bundle = self._feedback = self._personal = None
+            self._personal_patterns = ()
             session = install_bundle(
                 announce.bundle, fetch=mail.fetch, state=self._state, config=self._config
             )
@@ -172,6 +182,7 @@ class Client:
                 run=announce.run,
                 num_parameters=self._session.manifest.num_parameters,
             )
+            self._control = None
         self._send_ready()
 
     def _introduce(self) -> None:
@@ -201,6 +212,7 @@ class Client:
                 bundle=self._bundle,
                 runtime=self._session.runtime,
                 num_examples=len(self._training_data),
+                state=device_state(),
             )
         )
 
@@ -223,7 +235,7 @@ class Client:
                     self._train_round(plan)
                 else:
                     self._evaluate_round(plan)
-            except (TrainingError, CodecError, BlobError) as error:
+            except (TrainingError, CodecError, BlobError, ConfigError) as error:
                 logger.warning("round %d: %s", plan.round, error)
                 self._decline(plan, str(error)[:1000])
             self._done.append(plan.nonce)
@@ -233,7 +245,8 @@ class Client:
         assert self._held, "joined"
         assert self._feedback, "joined"
         assert self._training_data, "joined"
-        parameters = self._held.advance(plan, self._mail.fetch)
+        parameters = self._personalized(plan, self._held.advance(plan, self._mail.fetch))
+        server_control = self._server_control(plan)
         started = self._clock()
         result = train(
             self._session,
@@ -241,28 +254,48 @@ class Client:
             self._training_data,
             plan.training,
             seed=_mix_seed(plan.seed, self._config.name, plan.round),
+            gradient_correction=None
+            if server_control is None
+            else server_control - self._own_control(plan).vector,
             may_continue=lambda: self._may_continue(plan),
         )
         if result.stopped is not None:
             logger.info("round %d: training stopped: %s", plan.round, result.stopped)
             return
+        offsets = tuple(entry.offset for entry in self._session.manifest.parameters)
         update = self._feedback.prepare(
-            result.parameters - parameters,
+            self._shared(result.parameters - parameters),
             plan.codec,
             seed=_mix_seed(plan.seed, self._config.name + "/codec", plan.round),
-            offsets=tuple(entry.offset for entry in self._session.manifest.parameters),
+            offsets=offsets,
         )
+        control = b""
+        if server_control is not None:
+            change = control_change(
+                server_control, parameters, result.parameters, plan.training, result.steps
+            )
+            control = encode(
+                self._shared(change),
+                plan.codec,
+                seed=_mix_seed(plan.seed, self._config.name + "/control", plan.round),
+                offsets=offsets,
+            )
+        if self._personal:
+            self._personal.keep(result.parameters)
         self._feedback.commit(
             Offer(
                 run=plan.run,
                 round=plan.round,
                 nonce=plan.nonce,
-                update=blob_ref(update),
+                update=blob_ref(update + control),
                 num_examples=result.num_examples,
                 steps=result.steps,
+                control_bytes=len(control),
                 metrics=_scalars(result.loss, result.metrics),
                 resources=self._resources(self._clock() - started),
-            )
+                state=device_state(),
+            ),
+            control,
         )
         self._settle_pending()
 
@@ -271,7 +304,7 @@ class Client:
         assert self._held, "joined"
         data = self._validation_data or self._training_data
         assert data, "joined"
-        parameters = self._held.advance(plan, self._mail.fetch)
+        parameters = self._personalized(plan, self._held.advance(plan, self._mail.fetch))
         started = self._clock()
         summary = evaluate(self._session, parameters, data)
         self._mail.send(
@@ -299,11 +332,58 @@ class Client:
         mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
         mail.upload = None
         verdict = mail.verdicts[digest]
+        if verdict.accepted and offer.control_bytes:
+            _, change = split_update(offer, feedback.update)
+            control = self._own_control(offer)
+            control.apply(digest, decode(change, Limits(max_parameters=len(control.vector))))
         feedback.settle(accepted=verdict.accepted)
         if verdict.accepted:
             logger.info("round %d: update of %d bytes accepted", offer.round, offer.update.size)
         else:
             logger.warning("round %d: update refused: %s", offer.round, verdict.reason)
+
+    # --- what stays here -----------------------------------------------------------------------------
+
+    def _personalized(self, plan: Plan, parameters: Vector) -> Vector:
+        """The round's parameters with this device's own, if the plan says that some stay here."""
+        assert self._session, "joined"
+        assert self._bundle, "joined"
+        if plan.personal != self._personal_patterns:
+            self._personal = None
+            if plan.personal:
+                mask = elements_of(self._session.manifest, plan.personal)
+                self._personal = self._state.personal_parameters(
+                    bundle=self._bundle, patterns=plan.personal, mask=mask
+                )
+            self._personal_patterns = plan.personal
+        return self._personal.overlay(parameters) if self._personal else parameters
+
+    def _shared(self, change: Vector) -> Vector:
+        """The part of a change that may leave the device."""
+        if self._personal:
+            change[self._personal.mask] = 0
+        return change
+
+    def _server_control(self, plan: Plan) -> Vector | None:
+        assert self._session, "joined"
+        length = self._session.manifest.num_parameters
+        if plan.control is None:
+            return None
+        data = self._mail.fetch(plan.control, limit=8 * length + 4096)
+        control = decode(data, Limits(max_parameters=length)).dense()
+        if len(control) != length:
+            raise CodecError("the coordinator's control variate is not of the bundle's length")
+        return control
+
+    def _own_control(self, of: Plan | Offer) -> ControlVariate:
+        assert self._session, "joined"
+        if self._control is None or self._control.run != of.run:
+            self._control = self._state.control_variate(
+                run=of.run, num_parameters=self._session.manifest.num_parameters
+            )
+        return self._control
+
+    # --- around the rounds ---------------------------------------------------------------------------
 
     def _may_continue(self, plan: Plan) -> bool | str:
         self._mail.pump(0)

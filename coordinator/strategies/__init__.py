@@ -8,7 +8,7 @@ from edgetrain.coordinator.strategies.base import (
     Vector,
     described,
 )
-from edgetrain.coordinator.strategies.make import STRATEGIES, StrategyTable, make_strategy
+from edgetrain.coordinator.strategies.make import STRATEGIES, StrategyTable, check_strategy, make_strategy
 
 __all__ = [
     "STRATEGIES",
@@ -18,6 +18,7 @@ __all__ = [
     "Strategy",
     "StrategyTable",
     "Vector",
+    "check_strategy",
     "described",
     "make_strategy",
 ]

@@ -21,6 +21,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -86,9 +87,20 @@ def make_strategy(table: StrategyTable, setting: Setting | None = None) -> Strat
             something in the setting that the strategy cannot work with.
     """
     strategy = _make(table, "strategy")
-    if setting is not None and (objection := strategy.objection(setting)):
-        raise ConfigError(f"strategy {described(strategy)!r} cannot work here: {objection}")
+    if setting is not None:
+        check_strategy(strategy, setting)
     return strategy
+
+
+def check_strategy(strategy: Strategy, setting: Setting) -> None:
+    """Returns if the strategy can work in a setting.
+
+    Raises:
+        ConfigError: it cannot; the message says why and what to do.
+    """
+    setting = replace(setting, training=strategy.training(setting.training))
+    if objection := strategy.objection(setting):
+        raise ConfigError(f"strategy {described(strategy)!r} cannot work here: {objection}")
 
 
 def _make(table: StrategyTable, where: str) -> Strategy:

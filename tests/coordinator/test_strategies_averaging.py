@@ -206,7 +206,7 @@ def test_norm_bound_shields_a_robust_strategy_too():
             "smaller bound",
         ),
         ({"name": "fedavg", "inner": "median"}, "no setting called `inner`"),
-        ({"name": "norm-bound"}, "missing required field `max_norm`"),
+        ({"name": "norm-bound"}, "missing: `max_norm`"),
         ({"name": "fedprox", "mu": 0}, "> 0"),
         ({"name": "fedadam", "inner": 3}, "strategy.inner"),
         ({"mu": 1}, "needs a name"),
