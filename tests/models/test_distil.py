@@ -3,6 +3,8 @@ import pytest
 import torch
 from torch import nn
 
+from edgetrain.edge_client import open_session
+from edgetrain.export import export_bundle
 from edgetrain.models import ModelError, ModelSource, get_model
 from edgetrain.models.data import digits
 from edgetrain.models.distil import distil, distillation_loss, teacher_logits
@@ -76,3 +78,18 @@ def test_teacher_logits_leave_the_teachers_mode_alone():
 def test_impossible_distillation_is_refused(options):
     with pytest.raises(ModelError, match=next(iter(options))):
         distillation_loss(**options)
+
+
+def test_the_loss_exports_with_the_teachers_logits_as_targets(tmp_path):
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    inputs, targets = torch.randn(4, 6), (torch.tensor([0, 2, 1, 1]), torch.randn(4, 3))
+    loss = distillation_loss()
+    expected = loss(student(inputs), targets).sum()
+    expected.backward()
+    session = open_session(export_bundle(student, loss, (inputs, targets), out=tmp_path / "student"))
+    parameters = np.concatenate([p.detach().numpy().ravel() for p in student.parameters()])
+    result = session.step(parameters, (inputs.numpy(), tuple(target.numpy() for target in targets)))
+    assert result.loss_sum == pytest.approx(expected.item(), rel=1e-5)
+    gradients = np.concatenate([p.grad.numpy().ravel() for p in student.parameters()])
+    np.testing.assert_allclose(result.gradients, gradients, atol=1e-5)

@@ -64,7 +64,7 @@ def test_seq2seq_spells_numbers_it_has_not_seen():
             return source.module(torch.from_numpy(numbers), torch.from_numpy(words)).numpy()
 
     words = greedy_decode(predict, data.test.inputs[0])
-    assert exact_matches(words, data.test.targets) >= 0.95
+    assert exact_matches(words, data.test.targets) >= 0.9
 
 
 def test_language_model_is_causal():
