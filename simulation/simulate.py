@@ -24,6 +24,7 @@ from edgetrain.coordinator.strategies import (
     make_strategy,
 )
 from edgetrain.edge_client.data import Dataset
+from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.runtimes import Session
 from edgetrain.edge_client.trainer import evaluate
 from edgetrain.protocol import CodecError
@@ -74,6 +75,8 @@ class SimulatedRound:
     parameters: Vector
     # Clients whose updates were refused, with the reason.
     refused: Mapping[str, str]
+    # Clients that could not train, with the reason.
+    declined: Mapping[str, str]
 
 
 def simulate(
@@ -120,12 +123,15 @@ def simulate(
             data = downlink.encode(strategy.control(len(parameters), state), seed=number)
             control, sent = decode(data, Limits(max_parameters=len(parameters))).dense(), sent + data
         chosen = select_random(sorted(clients), count, seed=config.seed, round_number=number, attempt=1)
-        results: Mapping[str, LocalResult] = {
-            name: clients[name].train(
-                release.public, training, control=control, seed=config.seed + 1_000_003 * number + index
-            )
-            for index, name in ((int(name.removeprefix("client-")), name) for name in chosen)
-        }
+        trained: dict[str, LocalResult] = {}
+        declined: dict[str, str] = {}
+        for name in chosen:
+            seed = config.seed + 1_000_003 * number + int(name.removeprefix("client-"))
+            try:
+                trained[name] = clients[name].train(release.public, training, control=control, seed=seed)
+            except TrainingError as error:
+                declined[name] = str(error)
+        results: Mapping[str, LocalResult] = trained
         if tamper:
             results = tamper(number, results)
         partial = strategy.init(len(parameters), state)
@@ -136,9 +142,10 @@ def simulate(
             except (CodecError, UpdateRefused) as error:
                 refused[name] = str(error)
             clients[name].settle(result, accepted=name not in refused)
-        before = parameters
-        parameters, state = strategy.finish(partial, parameters, state)
-        parameters[personal] = before[personal]
+        if len(refused) < len(results):
+            before = parameters
+            parameters, state = strategy.finish(partial, parameters, state)
+            parameters[personal] = before[personal]
         due = number % config.evaluate_every == 0 or number == config.rounds
         summary = evaluate(session, parameters, test) if due else None
         accuracy = None if summary is None else summary.metrics.get("correct")
@@ -153,6 +160,7 @@ def simulate(
             bytes_down=len(sent) * len(chosen),
             parameters=parameters,
             refused=refused,
+            declined=declined,
         )
 
 
