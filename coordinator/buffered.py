@@ -18,6 +18,7 @@ from edgetrain.coordinator.coordinator import Coordinator
 from edgetrain.coordinator.errors import RoundFailed
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.rounds import OUTSTANDING, Part
+from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.messages import BlobRef, Plan
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,11 @@ class BufferedCoordinator(Coordinator):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        if self._config.evaluation.by_clients_every:
+            raise ConfigError(
+                "evaluation.by_clients_every: clients of an asynchronous strategy are never all free at "
+                "once; set it to 0, the final parameters are still evaluated"
+            )
         # What each client that is out works on: the number of its buffer, and when to give it up.
         self._working: dict[str, tuple[int, float]] = {}
         self._blobs_of: dict[int, list[BlobRef]] = {}

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from edgetrain.coordinator.adaptation import DeviceRule
+from edgetrain.coordinator.observability.config import ObservabilityConfig
 from edgetrain.coordinator.selection import SelectionConfig
 from edgetrain.coordinator.strategies import StrategyTable
 from edgetrain.protocol.training import TrainingConfig
@@ -62,7 +63,8 @@ class StopConfig(Section, frozen=True, kw_only=True):
     # Stop when the metric has not improved by `min_improvement` over so many rounds; 0 for never.
     patience: Annotated[int, Meta(ge=0)] = 0
     min_improvement: Annotated[float, Meta(ge=0)] = 1e-3
-    metric: Literal["loss", "accuracy"] = "loss"
+    # Of the round's record (loss, accuracy, train_loss), or of the clients' evaluations (clients.accuracy).
+    metric: Annotated[str, Meta(pattern=r"^(loss|accuracy|train_loss|clients\.[A-Za-z0-9_.-]+)$")] = "loss"
 
 
 class EvaluationConfig(Section, frozen=True, kw_only=True):
@@ -74,6 +76,8 @@ class EvaluationConfig(Section, frozen=True, kw_only=True):
     every: Annotated[int, Meta(ge=1)] = 1
     # Let the clients evaluate the final parameters on their own validation data.
     by_clients: bool = True
+    # And those after every so many rounds; 0 for the final ones only.
+    by_clients_every: Annotated[int, Meta(ge=0)] = 0
     threads: Annotated[int, Meta(ge=0)] = 1
 
 
@@ -119,5 +123,6 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     stop: StopConfig = StopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     limits: LimitsConfig = LimitsConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
     # What changes for devices of some kind; the first that fits counts.
     devices: tuple[DeviceRule, ...] = ()

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +21,21 @@ from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.deadlines import deadline_seconds
 from edgetrain.coordinator.downlink import WHOLE, Downlink, Release, vector_digest
-from edgetrain.coordinator.errors import RoundFailed
+from edgetrain.coordinator.errors import RoundFailed, StopRequested
 from edgetrain.coordinator.history import History
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.journal import RoundOpened
 from edgetrain.coordinator.open_round import OpenRound
+from edgetrain.coordinator.past_run import read_rows
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.reports import client_rows, round_record, summarize
+from edgetrain.coordinator.requests import Request, read_request, write_request
 from edgetrain.coordinator.rounds import Outcome, Part, Round
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.selection import Candidate, admitted, select
-from edgetrain.coordinator.stopping import stop_reason
+from edgetrain.coordinator.spread import evaluation_of
+from edgetrain.coordinator.stopping import metric_series, stop_reason
 from edgetrain.coordinator.strategies import Setting, check_strategy, described, make_strategy
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec, Limits, encode, negotiate
@@ -111,13 +115,15 @@ class Coordinator:
         self._num_parameters = bundle.manifest.num_parameters
         # What the devices keep to themselves stays as it was exported here.
         self._personal = elements_of(bundle.manifest, config.personal)
+        # As announced last: what whoever connects later is told.
+        self._status: tuple[Literal["open", "paused", "ended"], str] = ("open", "")
         self._round_number, self._parameters = directory.load_parameters(bundle.initial_parameters())
         # What no codec exceeds, and a little.
         dense = 4 * self._num_parameters + self._num_parameters // 8 + 4096
         dense *= 2 if self._strategy.control else 1
         self._max_update_bytes = config.limits.max_update_bytes or dense
         self._history = History()
-        self._history.add(directory.load_rows())
+        self._history.add(read_rows(directory.path / "clients.csv"))
         self._roster = Roster()
         for name, key, last in directory.load_clients():
             self._roster.add(ClientRecord(name, key, last_accepted=last))
@@ -157,22 +163,29 @@ class Coordinator:
             self._open()
             reason = self._run_rounds()
             if self._config.evaluation.by_clients and self._round_number:
-                self._collect_reports()
+                self._ask_clients_for_reports(self._parameters)
+        except StopRequested:
+            reason = "stopped on request; the same command goes on where it stopped"
+            self._announce("ended", reason)
+            return self._summarize("stopped", reason)
         except KeyboardInterrupt:
-            self._post.announce("paused", "the coordinator was interrupted")
+            self._announce("paused", "the coordinator was interrupted")
             self._summarize("interrupted", "interrupted; the same command goes on where it stopped")
             raise
         except RoundFailed as error:
-            self._post.announce("ended", str(error))
+            self._announce("ended", str(error))
             self._summarize("failed", str(error))
             raise
         finally:
             if self._intake.current:
                 self._intake.current.collection.close()
-        self._post.announce("ended", reason)
+        self._announce("ended", reason)
         return self._summarize("completed", reason)
 
     def _open(self) -> None:
+        if read_request(self._directory.path) == "stop":
+            # It was obeyed by the process before.
+            write_request(self._directory.path, "run")
         for entry in self._bundle.manifest.files():
             self._blobs.add(self._bundle.read(entry))
         # The announcement follows when the transport says that it is connected.
@@ -182,12 +195,42 @@ class Coordinator:
 
     def _run_rounds(self) -> str:
         while True:
-            history = [(record.loss, record.accuracy) for record in self._directory.records]
-            if reason := stop_reason(self._config.stop, history):
+            self._pause_if_asked()
+            records, stop = self._directory.records, self._config.stop
+            history = [(record.loss, record.accuracy) for record in records]
+            series = metric_series(stop.metric, records, self._directory.evaluations)
+            if reason := stop_reason(stop, history, series):
                 return reason
             if self._round_number >= self._config.rounds.total:
                 return f"all {self._config.rounds.total} rounds done"
             self._run_round(self._round_number + 1)
+            every = self._config.evaluation.by_clients_every
+            if every and self._round_number % every == 0:
+                self._evaluate_by_clients()
+
+    def _pause_if_asked(self) -> None:
+        if self._request() != "pause":
+            return
+        self._announce("paused", "paused on request")
+        self._observe(events.Paused())
+        self._pump(lambda: self._request() != "pause")
+        self._announce("open")
+        self._observe(events.Resumed())
+
+    def _request(self) -> Request:
+        """What people ask for.
+
+        Raises:
+            StopRequested: to end.
+        """
+        request = read_request(self._directory.path)
+        if request == "stop":
+            raise StopRequested
+        return request
+
+    def _announce(self, status: Literal["open", "paused", "ended"], reason: str = "") -> None:
+        self._status = (status, reason)
+        self._post.announce(status, reason)
 
     # --- one round -----------------------------------------------------------------------------------
 
@@ -437,13 +480,23 @@ class Coordinator:
             record.counted_up, record.counted_down = record.bytes_up, received
         return up, down
 
-    def _collect_reports(self) -> None:
-        """Lets every client evaluate the final parameters on its own validation data."""
+    def _evaluate_by_clients(self) -> None:
+        self._ask_clients_for_reports(self._parameters)
+        if not self._intake.reports:
+            return
+        before = self._directory.evaluations[-1] if self._directory.evaluations else None
+        evaluation = evaluation_of(self._round_number, self._intake.reports, before)
+        self._directory.add_evaluation(evaluation)
+        self._observe(events.ClientsEvaluated(evaluation))
+
+    def _ask_clients_for_reports(self, parameters: Vector) -> None:
+        """Lets every client evaluate parameters on its own validation data, into `Intake.reports`."""
         clients = self._roster.eligible()
+        self._intake.reports.clear()
         if not clients:
             return
         deadline = self._clock() + REPORT_SECONDS
-        reference = self._blobs.add(encode(self._parameters, WHOLE))
+        reference = self._blobs.add(encode(parameters, WHOLE))
         self._blobs.expect(reference, audience=len(clients))
         plan = self._intake.evaluation_plan = Plan(
             run=self._directory.run,
@@ -451,7 +504,7 @@ class Coordinator:
             nonce=os.urandom(16),
             task="evaluate",
             bundle=self._bundle.digest,
-            vector=vector_digest(self._parameters),
+            vector=vector_digest(parameters),
             parameters=reference,
             personal=self._config.personal,
             deadline_seconds=REPORT_SECONDS,
@@ -465,6 +518,8 @@ class Coordinator:
             return not waiting or self._clock() >= deadline
 
         self._pump(complete)
+        self._intake.evaluation_plan = None
+        self._blobs.remove(reference)
 
     def _summarize(self, status: str, reason: str) -> Summary:
         self._save_clients()
@@ -476,6 +531,7 @@ class Coordinator:
             status=status,
             reason=reason,
             seconds=self._clock() - self._started,
+            best_round=self._directory.best_round(),
         )
         self._directory.write_summary(summary)
         self._observe(events.RunEnded(summary))
@@ -492,6 +548,7 @@ class Coordinator:
         """Handles events until `done`."""
         while True:
             now = self._clock()
+            self._request()
             self._blobs.tick(now)
             self._intake.ask_for_stalled()
             if done():
@@ -506,7 +563,7 @@ class Coordinator:
                     case Disconnected():
                         logger.warning("lost the broker: %s; reconnecting", event.reason)
                     case Connected():
-                        self._post.announce("open")
+                        self._post.announce(*self._status)
                 event = self._transport.receive(0)
             self._intake.send_verdicts()
 

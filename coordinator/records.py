@@ -77,3 +77,5 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     # The largest peak RSS that any client reported, in MB.
     client_peak_mb: float
     accuracy_by_client: dict[str, float]
+    # The round whose parameters are in best.safetensors.
+    best_round: int | None = None

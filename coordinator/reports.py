@@ -74,6 +74,7 @@ def summarize(
     status: str,
     reason: str,
     seconds: float,
+    best_round: int | None = None,
 ) -> Summary:
     """The summary of a run; `seconds` is the time of this process."""
     last = records[-1] if records else None
@@ -102,6 +103,7 @@ def summarize(
         if records
         else 0.0,
         client_peak_mb=max((record.resources.peak_memory_mb for record in clients), default=0.0),
+        best_round=best_round,
         accuracy_by_client={
             name: report.metrics["accuracy"]
             for name, report in sorted(reports.items())

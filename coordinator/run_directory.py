@@ -8,6 +8,10 @@ parameters/round-00001.safetensors   named tensors after a round
 parameters.safetensors         the latest
 strategy/round-00001.safetensors     what the strategy remembers after a round, if anything
 public.bin                     parameters as clients see them, where the downlink compresses
+best.safetensors               those that were best by [stop] metric
+evaluations.jsonl              the clients' own evaluations
+events.jsonl                   everything that happened
+request                        what people asked for: run, pause, stop
 rounds.jsonl                   one line per closed round: the commit record
 clients.csv                    one line per client and round
 summary.json                   at the end
@@ -38,6 +42,8 @@ from edgetrain.coordinator.parameters import (
     vector_sha256,
 )
 from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
+from edgetrain.coordinator.spread import FederatedEvaluation
+from edgetrain.coordinator.stopping import best_round, metric_series
 from edgetrain.coordinator.strategies import ServerState
 from edgetrain.protocol.files import sync_directory, write_atomically
 from edgetrain.protocol.manifest import Manifest
@@ -94,7 +100,9 @@ class RunDirectory:
             raise RunError(f"{self.path}: cannot use the run directory: {error}") from error
         key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
         self.key = SigningKey.load_or_create(key)
+        self._metric = config.stop.metric
         self.records = self._load_records()
+        self.evaluations = self._load_evaluations()
 
     def _load_or_create_info(self, config: FederationConfig, bundle_digest: bytes) -> bytes:
         path = self.path / "run.json"
@@ -209,19 +217,50 @@ class RunDirectory:
             self.records.append(record)
             self._append_rows(rows)
             write_atomically(self.path / "parameters.safetensors", data)
+            if self.best_round() == record.round:
+                write_atomically(self.path / "best.safetensors", data)
             self.journal_path(record.round).unlink(missing_ok=True)
             self._state_path(record.round - 1).unlink(missing_ok=True)
             for old in (self.path / "parameters").glob("round-*.safetensors"):
                 number = int(old.stem.removeprefix("round-"))
-                if number <= record.round - KEEP_PARAMETERS and number != self._best_round():
+                if number <= record.round - KEEP_PARAMETERS and number != self.best_round():
                     old.unlink()
         except OSError as error:
             raise RunError(f"{self.path}: cannot write round {record.round}: {error}") from error
 
-    def _best_round(self) -> int | None:
-        """The round with the lowest held-out loss."""
-        losses = [(record.loss, record.round) for record in self.records if record.loss is not None]
-        return min(losses)[1] if losses else None
+    def best_round(self) -> int | None:
+        """The round with the best [stop] metric; while that has not been measured, with the lowest loss."""
+        for metric in (self._metric, "loss"):
+            series = metric_series(metric, self.records, self.evaluations)
+            if (best := best_round(metric, self.records, series)) is not None:
+                return best
+        return None
+
+    def add_evaluation(self, evaluation: FederatedEvaluation) -> None:
+        """Appends to evaluations.jsonl; if that makes the round the best, keeps its parameters.
+
+        Raises:
+            RunError: not writable.
+        """
+        try:
+            self._append("evaluations.jsonl", msgspec.json.encode(evaluation) + b"\n")
+            self.evaluations.append(evaluation)
+            path = self._parameters_path(evaluation.round)
+            if self.best_round() == evaluation.round and path.exists():
+                write_atomically(self.path / "best.safetensors", path.read_bytes())
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot write the evaluation: {error}") from error
+
+    def _load_evaluations(self) -> list[FederatedEvaluation]:
+        path = self.path / "evaluations.jsonl"
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            write_atomically(path, whole)
+        try:
+            return [msgspec.json.decode(line, type=FederatedEvaluation) for line in whole.splitlines()]
+        except msgspec.DecodeError as error:
+            raise RunError(f"{path}: damaged: {error}") from error
 
     def _parameters_path(self, number: int) -> Path:
         return self.path / "parameters" / f"round-{number:05d}.safetensors"
@@ -310,24 +349,6 @@ class RunDirectory:
     def close(self) -> None:
         """Lets go of the lock."""
         self._lock.close()
-
-    def load_rows(self) -> list[ClientRow]:
-        """clients.csv.
-
-        Raises:
-            RunError: it is damaged.
-        """
-        path = self.path / "clients.csv"
-        if not path.exists():
-            return []
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                # A power cut may have torn the last line.
-                lines = [line for line in file if line.endswith("\n")]
-            rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]
-            return msgspec.convert(rows, list[ClientRow], strict=False)
-        except (OSError, msgspec.ValidationError, csv.Error) as error:
-            raise RunError(f"{path}: damaged: {error}") from error
 
     def _append_rows(self, rows: list[ClientRow]) -> None:
         buffer = io.StringIO()

@@ -10,6 +10,7 @@ from edgetrain.coordinator.buffered import BufferedCoordinator
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.coordinator import Coordinator, Evaluation
 from edgetrain.coordinator.events import Observer
+from edgetrain.coordinator.observability import observers
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import make_strategy
@@ -37,14 +38,17 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
         client_id = f"edgetrain-{config.federation}-coordinator-{directory.run.hex()[:8]}"
         transport = MqttTransport(config.broker, client_id=client_id)
         try:
-            return coordinator_kind(config)(
-                config,
-                bundle=bundle,
-                transport=transport,
-                directory=directory,
-                evaluate=evaluator,
-                observe=observe,
-            ).run()
+            with observers(
+                config.observability, federation=config.federation, directory=directory.path, also=observe
+            ) as told:
+                return coordinator_kind(config)(
+                    config,
+                    bundle=bundle,
+                    transport=transport,
+                    directory=directory,
+                    evaluate=evaluator,
+                    observe=told,
+                ).run()
         finally:
             transport.close()
     finally:
