@@ -45,7 +45,7 @@ class BufferedCoordinator(Coordinator):
         self._blobs_of[number] = current.blobs
         if self._last:
             current.take_over(self._last)
-        if number == 1 and rounds.gather_seconds:
+        if not self._gathered:
             self._gather(current)
         state = current.state
         current.invited_at = started = self._clock()
@@ -79,7 +79,9 @@ class BufferedCoordinator(Coordinator):
         # Another choice every time, and the same again for the same order of events.
         current.invitations += 1
         now = self._clock()
-        for name in self._choose(free, wanted, current.state.number, current.invitations):
+        chosen = self._choose(free, wanted, current.state.number, current.invitations)
+        current.collection.invite(chosen)
+        for name in chosen:
             current.state.invite(name)
             current.invited[name] = now
             self._working[name] = (current.state.number, now + self._config.rounds.deadline_seconds)

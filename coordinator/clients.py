@@ -43,6 +43,9 @@ class Roster:
     def __init__(self) -> None:
         self._clients: dict[str, ClientRecord] = {}
 
+    def __len__(self) -> int:
+        return len(self._clients)
+
     def __getitem__(self, name: str) -> ClientRecord:
         return self._clients[name]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from edgetrain.coordinator.errors import RunError, UpdateRefused
-from edgetrain.coordinator.journal import Journal, RoundOpened, UpdateAccepted, read_journal
+from edgetrain.coordinator.journal import Invited, Journal, RoundOpened, UpdateAccepted, read_journal
 from edgetrain.coordinator.records import ClientRow
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Contribution, ServerState, Strategy
-from edgetrain.protocol import CodecError
+from edgetrain.protocol import CodecError, MessageError
 from edgetrain.protocol.codecs import Limits, SparseOrDense, decode
 from edgetrain.protocol.messages import Offer, decode_from_client, split_update
 from edgetrain.protocol.signing import unseal
@@ -39,6 +41,8 @@ class Collection:
         self.partial: Any = strategy.init(num_parameters, state)
         # Accepted clients with the digests of their updates.
         self.digests: dict[str, bytes] = {}
+        # Those whom an earlier process has invited.
+        self.invited: set[str] = set()
         self.rows: list[ClientRow] = []
         self.update_bytes = 0
 
@@ -70,12 +74,35 @@ class Collection:
         ):
             raise RunError(f"{path}: is not the journal of this run's round {opened.round}; move it away")
         for meta, payload in entries[1:]:
-            if isinstance(meta, UpdateAccepted):
-                offer = decode_from_client(unseal(meta.envelope).body)
-                if not isinstance(offer, Offer):
-                    raise RunError(f"{path}: holds something that is no offer")
-                self._fold(meta.client, offer, payload, meta.training)
+            match meta:
+                case Invited():
+                    self.invited.update(meta.clients)
+                case UpdateAccepted():
+                    try:
+                        self._replay(meta, payload)
+                    except (MessageError, UpdateRefused) as error:
+                        raise RunError(
+                            f"{path}: the update of {meta.client} cannot be taken back: {error}. Go on with the "
+                            "settings and the version of edgetrain that accepted it."
+                        ) from error
+                case RoundOpened():
+                    raise RunError(f"{path}: opens twice; restore it from a copy, or move it away")
         return first
+
+    def _replay(self, meta: UpdateAccepted, update: bytes) -> None:
+        offer = decode_from_client(unseal(meta.envelope).body)
+        if not isinstance(offer, Offer):
+            raise MessageError("it comes with another message than its offer")
+        self._fold(meta.client, offer, update, meta.training)
+
+    def invite(self, clients: Sequence[str]) -> None:
+        """Notes who gets a plan. Not synced: only a power cut loses it, and then updates go back to their clients.
+
+        Raises:
+            RunError: the journal cannot be written.
+        """
+        assert self._journal is not None, "open comes first"
+        self._journal.append(Invited(clients=tuple(clients)))
 
     def accept(
         self, client: str, offer: Offer, envelope: bytes, update: bytes, training: TrainingConfig
@@ -138,11 +165,11 @@ class Collection:
                 status="accepted",
                 num_examples=offer.num_examples,
                 steps=offer.steps,
-                loss=offer.metrics.get("loss"),
-                accuracy=offer.metrics.get("accuracy"),
+                loss=_finite(offer.metrics.get("loss")),
+                accuracy=_finite(offer.metrics.get("accuracy")),
                 update_bytes=len(data),
-                seconds=offer.resources.seconds,
-                peak_memory_mb=offer.resources.peak_memory_mb,
+                seconds=_finite(offer.resources.seconds) or 0.0,
+                peak_memory_mb=_finite(offer.resources.peak_memory_mb) or 0.0,
             )
         )
 
@@ -156,3 +183,6 @@ class Collection:
                 f"the {what} has {decoded.num_parameters} parameters, the model has {self._num_parameters}"
             )
         return decoded
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -54,6 +54,8 @@ BATCH_EVENTS = 256
 POLL_SECONDS = 0.5
 # Clients have so long to evaluate the final parameters.
 REPORT_SECONDS = 60.0
+# A failed round is tried again after a pause that doubles from one second up to this.
+MAX_RETRY_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,9 @@ class Coordinator:
             clock=clock,
         )
         self._resumed = self._round_number > 0
+        self._clients_saved = len(self._roster)
+        # Before its first round, a coordinator waits a while for all that are there.
+        self._gathered = False
         self._started = clock()
 
     def run(self) -> Summary:
@@ -254,10 +259,12 @@ class Coordinator:
             logger.warning("%s", message)
             if rounds.max_failures and failures >= rounds.max_failures:
                 raise RoundFailed(
-                    f"{message}, after {failures} attempts. Lower rounds.minimum, raise "
+                    f"{message}, after {failures} attempts{_said(current)}. Lower rounds.minimum, raise "
                     "rounds.deadline_seconds, or look at the clients' logs; the run can go on from here."
                 )
             state.attempt += 1
+            retry_at = self._clock() + min(2.0 ** (failures - 1), MAX_RETRY_SECONDS)
+            self._pump(lambda at=retry_at: self._clock() >= at or state.count(Part.ACCEPTED) >= rounds.goal)  # type: ignore[misc]
         self._close_round(current)
 
     def _open_round(self, number: int) -> OpenRound:
@@ -285,6 +292,8 @@ class Coordinator:
             self._clock() + rounds.deadline_seconds,
             grace_seconds=rounds.grace_seconds,
         )
+        for client in collection.invited:
+            state.parts[client] = Part.LOST
         for client, digest in collection.digests.items():
             state.parts[client] = Part.ACCEPTED
             if record := self._roster.get(client):
@@ -316,19 +325,23 @@ class Coordinator:
         return release
 
     def _gather(self, current: OpenRound) -> None:
-        """Waits until enough clients are there; before the first round a while longer, for all of them."""
+        """Waits until enough clients are there; the first time a while longer, for all of them."""
         rounds = self._config.rounds
-        accepted = current.state.count(Part.ACCEPTED)
-        patience = rounds.gather_seconds if current.state.number == 1 and current.state.attempt == 1 else 0.0
+        patience = 0.0 if self._gathered else rounds.gather_seconds
+        self._gathered = True
         start = self._clock()
         shown: int | None = None
 
         def enough() -> bool:
             nonlocal shown
             ready = len(self._pool(current))
+            accepted = current.state.count(Part.ACCEPTED)
             waited = self._clock() - start
-            if ready + accepted >= rounds.goal or (
-                ready and ready + accepted >= rounds.least and waited >= patience
+            if ready + accepted >= rounds.goal:
+                return True
+            # If only those are here whose updates an earlier process has accepted, the round ends as at its deadline.
+            if ready + accepted >= rounds.least and waited >= (
+                patience if ready else rounds.deadline_seconds
             ):
                 return True
             if rounds.idle_timeout_seconds and waited > rounds.idle_timeout_seconds:
@@ -382,6 +395,7 @@ class Coordinator:
         state.deadline_at = now + deadline_seconds(rounds, self._history.durations, state.attempt)
         newest = current.patches[-1].blob if current.patches else current.parameters
         self._blobs.expect(newest, audience=len(chosen))
+        current.collection.invite(chosen)
         for name in chosen:
             state.invite(name)
             current.invited[name] = now
@@ -541,6 +555,7 @@ class Coordinator:
         self._directory.save_clients(
             [(record.name, record.public_key, record.last_accepted) for record in self._roster.all()]
         )
+        self._clients_saved = len(self._roster)
 
     # --- events --------------------------------------------------------------------------------------
 
@@ -565,6 +580,9 @@ class Coordinator:
                     case Connected():
                         self._post.announce(*self._status)
                 event = self._transport.receive(0)
+            if len(self._roster) != self._clients_saved:
+                # A name belongs to its first key, also after a crash.
+                self._save_clients()
             self._intake.send_verdicts()
 
     def _patience(self, now: float) -> float:
@@ -575,3 +593,9 @@ class Coordinator:
         if (current := self._intake.current) and current.state.deadline_at > now:
             due.append(current.state.deadline_at)
         return max(0.001, min(due) - now)
+
+
+def _said(current: OpenRound) -> str:
+    """What clients gave as reasons, for an error message."""
+    said = [f"{client}: {reason}" for client, reason in sorted(current.reasons.items())]
+    return f" ({'; '.join(said[:3])}{'; …' if len(said) > 3 else ''})" if said else ""

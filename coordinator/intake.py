@@ -35,7 +35,6 @@ from edgetrain.protocol.messages import (
 )
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import PROTOCOL_VERSION, VersionError, unseal, verify
-from edgetrain.protocol.training import TrainingConfig
 from edgetrain.protocol.transport import Received
 
 logger = logging.getLogger(__name__)
@@ -182,18 +181,23 @@ class Intake:
         elif record.public_key != hello.public_key:
             reason = f"the name {client!r} belongs to another key in this run: choose another name"
             self._refuse(client, reason)
-            self._post.send(client, Refusal(reason=reason))
+            self._post.send(client, Refusal(reason=reason, connection=hello.connection))
             return
+        if record.connection != hello.connection:
+            # A new process, or its first Hello; a copy of the Hello of this connection changes nothing.
+            if record.ready:
+                self._observe(events.ClientLeft(client, "came back anew"))
+            record.ready = False
         record.connection = hello.connection
         record.device = hello.device
         record.stages = frozenset(hello.stages)
         record.online = True
-        record.ready = False
         self._post.send(client, Welcome(run=self._run))
 
     def _on_ready(self, record: ClientRecord, ready: Ready) -> None:
         if ready.bundle != self._bundle:
-            self._post.send(record.name, Refusal(reason="has another bundle than this run trains"))
+            reason = "has another bundle than this run trains"
+            self._post.send(record.name, Refusal(reason=reason, connection=record.connection))
             return
         if not record.ready:
             self._observe(events.ClientJoined(record.name, ready.num_examples))
@@ -211,6 +215,7 @@ class Intake:
     def _on_decline(self, record: ClientRecord, decline: Decline) -> None:
         if self.current and self.current.admits(decline.round, decline.nonce):
             self.current.state.advance(record.name, Part.DECLINED)
+            self.current.reasons[record.name] = decline.reason
             logger.info("%s declines round %d: %s", record.name, decline.round, decline.reason)
 
     def _on_want(self, record: ClientRecord, want: Want) -> None:
@@ -244,7 +249,8 @@ class Intake:
 
     def _on_offer(self, record: ClientRecord, offer: Offer, envelope: bytes) -> None:
         client, current = record.name, self.current
-        if record.last_accepted == (offer.round, offer.update.digest):
+        in_round = current.collection.digests.get(client) if current else None
+        if offer.update.digest == in_round or record.last_accepted == (offer.round, offer.update.digest):
             # A duplicate of what is already in: say so once more.
             self._verdicts.append((client, _accepted(offer)))
         elif not current or offer.run != self._run or not current.admits(offer.round, offer.nonce):
@@ -283,7 +289,8 @@ class Intake:
         del current.uploads[client]
         offer = upload.offer
         try:
-            training = current.trainings.get(client, TrainingConfig())
+            # A client that was invited before a restart: what its plan says, it said then.
+            training = current.trainings.get(client) or self._plan(current, client).training
             current.collection.accept(client, offer, upload.envelope, upload.assembler.finish(), training)
         except (UpdateRefused, BlobError) as error:
             current.state.advance(client, Part.REFUSED)
@@ -301,6 +308,7 @@ class Intake:
     def _reject(self, client: str, offer: Offer, reason: str) -> None:
         if self.current:
             self.current.refused += 1
+            self.current.reasons[client] = reason
         self._refuse(client, reason)
         verdict = Verdict(round=offer.round, digest=offer.update.digest, accepted=False, reason=reason[:1000])
         self._post.send(client, verdict)

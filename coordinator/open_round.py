@@ -40,6 +40,8 @@ class OpenRound:
     # One per client at most.
     uploads: dict[str, Upload] = field(default_factory=dict)
     refused: int = 0
+    # What clients said last when they declined, or were told when they were refused.
+    reasons: dict[str, str] = field(default_factory=dict)
     # What each client was told.
     trainings: dict[str, TrainingConfig] = field(default_factory=dict)
     # When each was invited, and how long it then took.
@@ -60,10 +62,12 @@ class OpenRound:
         for name, part in last.state.parts.items():
             if part in OUTSTANDING and name not in self.state.parts:
                 self.state.parts[name] = part
-                self.trainings[name] = last.trainings[name]
-                self.invited[name] = last.invited[name]
-                if upload := last.uploads.pop(name, None):
-                    self.uploads[name] = upload
+                if name in last.trainings:
+                    self.trainings[name] = last.trainings[name]
+                if name in last.invited:
+                    self.invited[name] = last.invited[name]
+                if name in last.uploads:
+                    self.uploads[name] = last.uploads[name]
 
     def forget_nonces(self, needed: set[int]) -> None:
         """Updates of earlier rounds count no more, but for these."""

@@ -88,21 +88,31 @@ class RunDirectory:
             (self.path / "journal").mkdir(parents=True, exist_ok=True)
             (self.path / "parameters").mkdir(exist_ok=True)
             self._lock = (self.path / "lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunError(f"{self.path}: another coordinator runs in this directory") from error
-            self.run = self._load_or_create_info(config, bundle_digest)
-            write_atomically(
-                self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600
-            )
         except OSError as error:
             raise RunError(f"{self.path}: cannot use the run directory: {error}") from error
+        try:
+            self._open(config, bundle_digest)
+        except BaseException as error:
+            self._lock.close()
+            if isinstance(error, OSError):
+                raise RunError(f"{self.path}: cannot use the run directory: {error}") from error
+            raise
+
+    def _open(self, config: FederationConfig, bundle_digest: bytes) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{self.path}: another coordinator runs in this directory") from error
+        self.run = self._load_or_create_info(config, bundle_digest)
+        write_atomically(
+            self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600
+        )
         key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
         self.key = SigningKey.load_or_create(key)
         self._metric = config.stop.metric
         self.records = self._load_records()
         self.evaluations = self._load_evaluations()
+        self._trim_rows()
 
     def _load_or_create_info(self, config: FederationConfig, bundle_digest: bytes) -> bytes:
         path = self.path / "run.json"
@@ -114,6 +124,8 @@ class RunDirectory:
         try:
             info = msgspec.json.decode(path.read_bytes(), type=_RunInfo)
             run = bytes.fromhex(info.run)
+            if len(run) != 16:
+                raise ValueError("the run's id has not 16 bytes")
         except (msgspec.DecodeError, ValueError) as error:
             raise RunError(f"{path}: damaged: {error}") from error
         if (
@@ -138,6 +150,10 @@ class RunDirectory:
                 records.append(msgspec.json.decode(line, type=RoundRecord))
             except msgspec.DecodeError as error:
                 raise RunError(f"{path}: line {len(records) + 1} is damaged: {error}") from error
+            if records[-1].round != len(records):
+                raise RunError(
+                    f"{path}: line {len(records)} is of round {records[-1].round}; restore the file"
+                )
             good += len(line)
         if good < len(data):
             # A power cut tore the last line: that round did not close, and its journal is still there.
@@ -157,11 +173,16 @@ class RunDirectory:
         record = self.records[-1]
         path = self._parameters_path(record.round)
         try:
-            vector = decode_parameters(path.read_bytes(), self._manifest)
+            data = path.read_bytes()
+            vector = decode_parameters(data, self._manifest)
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: cannot read the parameters of round {record.round}: {error}") from error
         if vector_sha256(vector) != record.parameters_sha256:
             raise RunError(f"{path}: is not what round {record.round} wrote; restore it from a copy")
+        try:
+            self._tidy(record.round, data)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written: {error}") from error
         return record.round, vector
 
     def load_server_state(self) -> ServerState:
@@ -192,7 +213,7 @@ class RunDirectory:
         server_state: ServerState | None = None,
         strategy: str = "",
     ) -> None:
-        """Writes parameters and state, then the line that makes the round count, then removes what is old.
+        """Writes state, parameters and rows, then the line that makes the round count, then tidies up.
 
         Args:
             record: of the round.
@@ -213,20 +234,30 @@ class RunDirectory:
                 write_atomically(self._state_path(record.round), remembered)
                 digest = hashlib.sha256(remembered).hexdigest()
                 record = msgspec.structs.replace(record, server_state_sha256=digest)
+            self._append_rows(rows)
             self._append("rounds.jsonl", msgspec.json.encode(record) + b"\n")
             self.records.append(record)
-            self._append_rows(rows)
-            write_atomically(self.path / "parameters.safetensors", data)
-            if self.best_round() == record.round:
-                write_atomically(self.path / "best.safetensors", data)
-            self.journal_path(record.round).unlink(missing_ok=True)
-            self._state_path(record.round - 1).unlink(missing_ok=True)
-            for old in (self.path / "parameters").glob("round-*.safetensors"):
-                number = int(old.stem.removeprefix("round-"))
-                if number <= record.round - KEEP_PARAMETERS and number != self.best_round():
-                    old.unlink()
+            self._tidy(record.round, data)
         except OSError as error:
             raise RunError(f"{self.path}: cannot write round {record.round}: {error}") from error
+
+    def _tidy(self, number: int, parameters: bytes) -> None:
+        """What follows when round `number` has closed; repeated at the next start, if a stop came between."""
+        latest = self.path / "parameters.safetensors"
+        if not latest.exists() or latest.read_bytes() != parameters:
+            write_atomically(latest, parameters)
+        if self.best_round() == number:
+            write_atomically(self.path / "best.safetensors", parameters)
+        for path in (self.path / "strategy").glob("round-*.safetensors"):
+            if (old := _number(path)) is not None and old < number:
+                path.unlink()
+        for path in (self.path / "journal").glob("round-*.journal"):
+            if (journal := _number(path)) is not None and journal <= number:
+                path.unlink()
+        for path in (self.path / "parameters").glob("round-*.safetensors"):
+            old = _number(path)
+            if old is not None and old <= number - KEEP_PARAMETERS and old != self.best_round():
+                path.unlink()
 
     def best_round(self) -> int | None:
         """The round with the best [stop] metric; while that has not been measured, with the lowest loss."""
@@ -350,10 +381,24 @@ class RunDirectory:
         """Lets go of the lock."""
         self._lock.close()
 
+    def _trim_rows(self) -> None:
+        """Drops rows of a round that did not close: they will be written again."""
+        path = self.path / "clients.csv"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        closed = [
+            line
+            for line in lines
+            if line.endswith(b"\n")
+            and not ((number := line.partition(b",")[0]).isdigit() and int(number) > len(self.records))
+        ]
+        if closed != lines:
+            write_atomically(path, b"".join(closed))
+
     def _append_rows(self, rows: list[ClientRow]) -> None:
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, ClientRow.__struct_fields__, lineterminator="\n")
-        if not (self.path / "clients.csv").exists():
+        path = self.path / "clients.csv"
+        if not path.exists() or not path.stat().st_size:
             writer.writeheader()
         writer.writerows(msgspec.to_builtins(rows))
         self._append("clients.csv", buffer.getvalue().encode())
@@ -367,3 +412,9 @@ class RunDirectory:
             os.fsync(file.fileno())
         if fresh:
             sync_directory(self.path)
+
+
+def _number(path: Path) -> int | None:
+    """The round of a file called round-NUMBER."""
+    number = path.stem.removeprefix("round-")
+    return int(number) if number.isdecimal() else None

@@ -35,7 +35,7 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
     broker = start_broker(config.start_broker, port=config.broker.port) if config.start_broker else None
     try:
         # One coordinator per run directory: the broker's session is the run's.
-        client_id = f"edgetrain-{config.federation}-coordinator-{directory.run.hex()[:8]}"
+        client_id = f"edgetrain/{config.federation}/coordinator/{directory.run.hex()[:8]}"
         transport = MqttTransport(config.broker, client_id=client_id)
         try:
             with observers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from edgetrain.coordinator.config import StopConfig
@@ -32,7 +33,7 @@ def stop_reason(
         if series is None:
             series = [row[1 if config.metric == "accuracy" else 0] for row in history]
         sign = 1.0 if smaller_is_better(config.metric) else -1.0
-        values = [sign * value for value in series if value is not None]
+        values = [sign * value for value in series if value is not None and math.isfinite(value)]
         if len(values) > config.patience:
             before, recent = min(values[: -config.patience]), min(values[-config.patience :])
             if recent > before - config.min_improvement:

@@ -98,6 +98,7 @@ class Client:
             Topics(config.federation),
             state=state,
             transport=transport,
+            connection=connection,
             coordinator_key=config.coordinator_key,
             clock=clock,
         )

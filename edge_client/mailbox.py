@@ -54,6 +54,7 @@ class Mailbox:
         topics: of the federation.
         state: holds the key and the pinned coordinator.
         transport: connected.
+        connection: as in this client's Hello.
         coordinator_key: the configured key in hex, or "".
         clock: monotonic seconds.
     """
@@ -65,6 +66,7 @@ class Mailbox:
         *,
         state: ClientState,
         transport: Transport,
+        connection: bytes,
         coordinator_key: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,6 +74,7 @@ class Mailbox:
         self._topics = topics
         self._state = state
         self._transport = transport
+        self._connection = connection
         self._configured_key = coordinator_key
         self._coordinator_key: bytes | None = None
         self._clock = clock
@@ -186,7 +189,7 @@ class Mailbox:
         match message:
             case Welcome():
                 self.welcomed = message.run == self.joined
-            case Refusal():
+            case Refusal() if message.connection == self._connection:
                 raise RefusedError(f"the coordinator refused this client: {message.reason}")
             case Plan():
                 if message.run == self.joined:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from edgetrain.export.adapters import Adapters, add_adapters, is_adapter_term
 from edgetrain.export.errors import SelectionError, UnsupportedError
-from edgetrain.export.select import select
+from edgetrain.export.select import select, terms
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Prepared:
 
     # A copy: the user's own module is never touched.
     module: nn.Module
+    # The same without adapters: what remains of it after training.
+    base: nn.Module
+    adapters: Adapters
     # The parameters that learn, by name, in manifest order.
     trainable: dict[str, Tensor]
     # The other parameters, and the buffers.
@@ -42,7 +46,14 @@ def prepare(module: nn.Module, selection: str) -> Prepared:
     _remove_randomness(module, notes)
     _freeze_statistics(module, notes)
     module.eval()
-    names = set(select(module, selection))
+    base, adapters = module, Adapters()
+    adapter_terms = [term for term in terms(selection) if is_adapter_term(term)]
+    if adapter_terms:
+        base = _copy(module)
+        base.requires_grad_(False)
+    for term in adapter_terms:
+        add_adapters(module, term, adapters)
+    names = set(select(module, selection, adapters.names))
     trainable: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
@@ -53,17 +64,21 @@ def prepare(module: nn.Module, selection: str) -> Prepared:
         parameter.requires_grad_(False)
         (trainable if name in names else frozen)[name] = parameter.detach()
     frozen |= dict(module.named_buffers())
-    return Prepared(module, trainable, frozen, tuple(notes))
+    return Prepared(module, base, adapters, trainable, frozen, tuple(notes))
 
 
 @contextmanager
-def plain_math() -> Iterator[None]:
-    """Attention and transformer layers as plain operations: fused kernels have no export."""
+def plain_math(module: nn.Module) -> Iterator[None]:
+    """Attention, transformer and recurrent layers as plain operations: fused kernels have no export."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+            # Not torch.backends.mkldnn.flags: it warns about settings of other devices.
+            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())  # noqa: SLF001
+            torch._C._set_mkldnn_enabled(False)  # noqa: SLF001
         yield
 
 
@@ -101,7 +116,7 @@ def _floats(module: nn.Module) -> Iterator[Tensor]:
 def _remove_randomness(module: nn.Module, notes: list[str]) -> None:
     removed = [
         name for name, part in module.named_modules() if isinstance(part, nn.modules.dropout._DropoutNd)
-    ]  # noqa: SLF001
+    ]
     for name in removed:
         parent, _, child = name.rpartition(".")
         if name:
@@ -115,7 +130,7 @@ def _freeze_statistics(module: nn.Module, notes: list[str]) -> None:
         (name, part)
         for name, part in module.named_modules()
         if isinstance(part, nn.modules.batchnorm._BatchNorm)
-    ]  # noqa: SLF001
+    ]
     for name, part in norms:
         if part.running_mean is None:
             raise UnsupportedError(

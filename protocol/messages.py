@@ -176,6 +176,9 @@ class Refusal(Message, frozen=True, kw_only=True, tag="refusal"):
     """The coordinator will not have this client: give up."""
 
     reason: Text
+    # Of the Hello that is refused, so that nobody can have a client refused by taking its name. None: to
+    # whoever speaks another version of the protocol.
+    connection: Nonce | None = None
 
 
 class Patch(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from edgetrain.coordinator.strategies.base import (
     Vector,
     described,
 )
+from edgetrain.coordinator.strategies.fedavg import fedavg
 from edgetrain.coordinator.strategies.make import STRATEGIES, StrategyTable, check_strategy, make_strategy
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "Vector",
     "check_strategy",
     "described",
+    "fedavg",
     "make_strategy",
 ]

@@ -7,8 +7,14 @@ from importlib.metadata import entry_points
 from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.lowering.base import Lowering
 from edgetrain.export.lowering.onnx import OnnxLowering
+from edgetrain.export.lowering.ort_training import OrtTrainingLowering
+from edgetrain.export.lowering.torch import TorchLowering
 
-_BUILTIN: dict[str, type[Lowering]] = {"onnxruntime": OnnxLowering}
+_BUILTIN: dict[str, type[Lowering]] = {
+    "onnxruntime": OnnxLowering,
+    "ort-training": OrtTrainingLowering,
+    "torch": TorchLowering,
+}
 
 
 def get_lowering(runtime: str) -> Lowering:

@@ -38,7 +38,7 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
         connection = new_connection()
         transport = MqttTransport(
             settings.broker,
-            client_id=f"edgetrain-{settings.federation}-{settings.name}",
+            client_id=f"edgetrain/{settings.federation}/{settings.name}",
             will=connection_will(settings, state, connection),
         )
         Client(settings, state=state, transport=transport, connection=connection).run()
