@@ -40,6 +40,8 @@ class RoundsConfig(Section, frozen=True, kw_only=True):
     min_deadline_seconds: Annotated[float, Meta(gt=0)] = 5.0
     # Wait so much longer for updates whose bytes are arriving at the deadline.
     grace_seconds: Annotated[float, Meta(ge=0)] = 0.0
+    # Send clients away that will not be needed for at least so many seconds; 0 to keep all connected.
+    pace_seconds: Annotated[float, Meta(ge=0)] = 0.0
     # Asynchronous strategies: clients that may work at the same time; 0 for all that are ready.
     concurrency: Annotated[int, Meta(ge=0)] = 0
     # Wait for the goal to be there; after so many seconds start with the minimum.

@@ -26,6 +26,7 @@ from edgetrain.coordinator.history import History
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.journal import RoundOpened
 from edgetrain.coordinator.open_round import OpenRound
+from edgetrain.coordinator.pace import come_back_seconds
 from edgetrain.coordinator.past_run import read_rows
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.records import Summary
@@ -54,6 +55,8 @@ BATCH_EVENTS = 256
 POLL_SECONDS = 0.5
 # Clients have so long to evaluate the final parameters.
 REPORT_SECONDS = 60.0
+# Rounds whose mean duration tells how long a client will not be needed.
+PACE_ROUNDS = 10
 # A failed round is tried again after a pause that doubles from one second up to this.
 MAX_RETRY_SECONDS = 30.0
 
@@ -150,6 +153,8 @@ class Coordinator:
             observe=observe,
             clock=clock,
         )
+        if config.rounds.pace_seconds:
+            self._intake.come_back = self._come_back_seconds
         self._resumed = self._round_number > 0
         self._clients_saved = len(self._roster)
         # Before its first round, a coordinator waits a while for all that are there.
@@ -481,6 +486,17 @@ class Coordinator:
         evaluation = self._evaluate(parameters)
         self._observe(events.Evaluated(number, evaluation.loss, evaluation.accuracy))
         return evaluation
+
+    def _come_back_seconds(self, client: str) -> float:
+        rounds, records = self._config.rounds, self._directory.records[-PACE_ROUNDS:]
+        return come_back_seconds(
+            population=len(self._roster),
+            per_round=math.ceil(rounds.goal * rounds.over_selection),
+            round_seconds=sum(record.seconds for record in records) / max(len(records), 1),
+            at_least=rounds.pace_seconds,
+            client=client,
+            round_number=self._round_number,
+        )
 
     def _traffic(self) -> tuple[int, int]:
         """(bytes from clients, bytes that clients say they received) since this was asked last."""

@@ -91,6 +91,8 @@ class Intake:
         self.reports: dict[str, Report] = {}
         # Verdicts that wait for the journal to be synced.
         self._verdicts: list[tuple[str, Verdict]] = []
+        # When a client whose update was accepted should come back, see `pace`.
+        self.come_back: Callable[[str], float] = lambda _client: 0.0
 
     def handle(self, event: Received) -> None:
         """Takes one message. Never raises for what a client sent.
@@ -252,7 +254,7 @@ class Intake:
         in_round = current.collection.digests.get(client) if current else None
         if offer.update.digest == in_round or record.last_accepted == (offer.round, offer.update.digest):
             # A duplicate of what is already in: say so once more.
-            self._verdicts.append((client, _accepted(offer)))
+            self._verdicts.append((client, _accepted(offer, self.come_back(client))))
         elif not current or offer.run != self._run or not current.admits(offer.round, offer.nonce):
             self._reject(client, offer, f"round {offer.round} is closed: too late")
         elif reason := self._objection(client, offer, current):
@@ -301,7 +303,7 @@ class Intake:
         record.resources, record.state = offer.resources, offer.state
         current.durations[client] = self._clock() - current.invited.get(client, self._clock())
         current.state.advance(client, Part.ACCEPTED)
-        self._verdicts.append((client, _accepted(offer)))
+        self._verdicts.append((client, _accepted(offer, self.come_back(client))))
         accepted = current.state.count(Part.ACCEPTED)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
 
@@ -318,5 +320,7 @@ class Intake:
         self._observe(events.Refused(client, reason))
 
 
-def _accepted(offer: Offer) -> Verdict:
-    return Verdict(round=offer.round, digest=offer.update.digest, accepted=True)
+def _accepted(offer: Offer, come_back: float) -> Verdict:
+    return Verdict(
+        round=offer.round, digest=offer.update.digest, accepted=True, come_back_seconds=come_back
+    )

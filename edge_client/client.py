@@ -68,6 +68,14 @@ def new_connection() -> bytes:
     return os.urandom(16)
 
 
+class ComeBack(Exception):  # noqa: N818  # no error
+    """The coordinator will not need this client for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"not needed for {seconds:.0f} s")
+        self.seconds = seconds
+
+
 class Client:
     """One client.
 
@@ -76,6 +84,7 @@ class Client:
         state: its directory.
         transport: connected, with the will of `connection_will`.
         connection: 16 random bytes, the same as in the will.
+        run: that this client took part in before it was sent away, if it was.
         clock: monotonic seconds.
     """
 
@@ -86,12 +95,14 @@ class Client:
         state: ClientState,
         transport: Transport,
         connection: bytes,
+        run: bytes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._state = state
         self._transport = transport
         self._connection = connection
+        self._earlier_run = run
         self._clock = clock
         self._mail = Mailbox(
             config.name,
@@ -117,8 +128,12 @@ class Client:
         self._personal: PersonalParameters | None = None
         self._personal_patterns: tuple[str, ...] = ()
 
-    def run(self) -> None:
+    def run(self) -> float | None:
         """Takes part until the run ends (or for ever, see `exit_when_done`).
+
+        Returns:
+            None; or, if the coordinator will not need this client for a while, in how many seconds to run a new
+            one on a new connection.
 
         Raises:
             RefusedError: the coordinator will not have this client.
@@ -136,12 +151,16 @@ class Client:
                 except RunOver as over:
                     logger.info("%s", over)
             reason = "the run has ended"
+        except ComeBack as later:
+            reason = f"comes back in {later.seconds:.0f} s"
+            return later.seconds
         except KeyboardInterrupt:
             reason = "interrupted"
             raise
         finally:
             self._mail.send(Goodbye(reason=reason, connection=self._connection))
             self._transport.close()
+        return None
 
     def _finished(self) -> bool:
         """Whether the run that this client took part in has ended."""
@@ -150,17 +169,24 @@ class Client:
             self._config.exit_when_done
             and announce is not None
             and announce.status == "ended"
-            and announce.run == self._mail.joined
+            and announce.run in {self._mail.joined, self._earlier_run}
         )
+
+    @property
+    def joined(self) -> bytes | None:
+        """The run that it took part in last."""
+        return self._mail.joined
 
     # --- joining -------------------------------------------------------------------------------------
 
     def _join(self) -> None:
         """Hello, Welcome, the bundle, Ready."""
         mail = self._mail
-        mail.wait(lambda: mail.announce is not None and mail.announce.status == "open")
+        mail.wait(lambda: (mail.announce is not None and mail.announce.status == "open") or self._finished())
         announce = mail.announce
         assert announce is not None, "just waited for"
+        if announce.status == "ended":
+            raise RunOver("the run ended meanwhile")
         mail.joined, mail.welcomed, mail.plan = announce.run, False, None
         self._send_hello()
         mail.wait(lambda: mail.welcomed, repeat=self._send_hello)
@@ -338,6 +364,8 @@ class Client:
             control = self._own_control(offer)
             control.apply(digest, decode(change, Limits(max_parameters=len(control.vector))))
         feedback.settle(accepted=verdict.accepted)
+        if verdict.accepted and verdict.come_back_seconds and self._config.leave_when_idle:
+            raise ComeBack(verdict.come_back_seconds)
         if verdict.accepted:
             logger.info("round %d: update of %d bytes accepted", offer.round, offer.update.size)
         else:

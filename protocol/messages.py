@@ -225,6 +225,8 @@ class Verdict(Message, frozen=True, kw_only=True, tag="verdict"):
     digest: Digest
     accepted: bool
     reason: Text = ""
+    # The client will not be needed before so many seconds have passed: it may leave and come back; 0: stay.
+    come_back_seconds: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class RoundClosed(Message, frozen=True, kw_only=True, tag="closed"):

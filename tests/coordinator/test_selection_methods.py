@@ -6,6 +6,7 @@ import pytest
 from edgetrain.coordinator.config import RoundsConfig
 from edgetrain.coordinator.deadlines import deadline_seconds
 from edgetrain.coordinator.history import ClientHistory, History
+from edgetrain.coordinator.pace import come_back_seconds
 from edgetrain.coordinator.records import ClientRow
 from edgetrain.coordinator.rounds import Outcome, Part, Round
 from edgetrain.coordinator.selection import (
@@ -172,3 +173,32 @@ def test_grace_is_for_those_whose_bytes_arrive():
     state.advance("b", Part.COLLECTING)
     assert state.outcome(14.9) is Outcome.OPEN
     assert state.outcome(15.0) is Outcome.CLOSED
+
+
+# --- pace --------------------------------------------------------------------------------------------
+
+
+def pace(client="c", population=100, per_round=10, round_seconds=60.0, at_least=60.0):
+    return come_back_seconds(
+        population=population,
+        per_round=per_round,
+        round_seconds=round_seconds,
+        at_least=at_least,
+        client=client,
+        round_number=3,
+    )
+
+
+def test_clients_come_back_spread_out_before_they_are_needed():
+    # Invited every 10 rounds of a minute: away for 4.5 to 9 minutes.
+    waits = [pace(f"c{number}") for number in range(500)]
+    assert min(waits) >= 270
+    assert max(waits) <= 540
+    assert np.mean(waits) == pytest.approx(405, rel=0.03)
+    assert pace("c7") == pace("c7")
+
+
+def test_small_populations_and_short_absences_stay():
+    assert pace(population=10) == 0.0
+    assert pace(population=11) == 0.0
+    assert pace(round_seconds=0.0) == 0.0

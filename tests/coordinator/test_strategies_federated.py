@@ -274,3 +274,17 @@ def test_one_who_stays_away_is_banned_and_comes_back(federation, monkeypatch):
     ]
     # Spoils round 1, sits out 2 and 3, spoils round 4, sits out 5.
     assert invited == [3, 2, 2, 3, 2]
+
+
+def test_clients_that_are_not_needed_leave_and_come_back(federation):
+    """Three clients, one per round: whoever has trained goes away for a while."""
+    coordinator, summary = run(
+        federation,
+        rounds=RoundsConfig(total=6, goal=1, deadline_seconds=20, pace_seconds=0.001),
+        selection=SelectionConfig(method="round-robin"),
+    )
+    assert summary.rounds == 6
+    assert len(federation.pauses) >= 3
+    # Whoever was away when the run ended came back, saw it, and left.
+    longest = max(record.seconds for record in coordinator._directory.records)
+    assert all(0.001 <= pause <= 2 * longest for pause in federation.pauses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class Federation:
         self.directory, self.bundle, self.broker = directory, bundle, MemoryBroker()
         self.clients: dict[str, Client] = {}
         self._data: dict[str, Path] = {}
+        # How long clients were sent away.
+        self.pauses: list[float] = []
         self.failures: list[BaseException] = []
         self._threads: list[threading.Thread] = []
         self._states: list[ClientState] = []
@@ -56,10 +59,14 @@ class Federation:
             state=str(self.directory / name),
             validation_fraction=0.0,
         )
-        state, connection = ClientState(Path(config.state)), new_connection()
-        transport = self.broker.connect(will=connection_will(config, state, connection))
-        self.clients[name] = Client(config, state=state, transport=transport, connection=connection)
+        state = ClientState(Path(config.state))
         self._states.append(state)
+        self.clients[name] = self._make(config, state)
+
+    def _make(self, config: ClientConfig, state: ClientState, run: bytes | None = None) -> Client:
+        connection = new_connection()
+        transport = self.broker.connect(will=connection_will(config, state, connection))
+        return Client(config, state=state, transport=transport, connection=connection, run=run)
 
     def start(self) -> None:
         for client in self.clients.values():
@@ -69,7 +76,10 @@ class Federation:
 
     def _run(self, client: Client) -> None:
         try:
-            client.run()
+            while (pause := client.run()) is not None:
+                self.pauses.append(pause)
+                time.sleep(pause)
+                client = self._make(client._config, client._state, client.joined)
         except BaseException as error:  # shown by `finish`
             self.failures.append(error)
 
