@@ -21,7 +21,7 @@ from edgetrain import __version__
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.control_variate import ControlVariate, control_change
 from edgetrain.edge_client.data import Dataset, load_dataset
-from edgetrain.edge_client.device import device_info, device_state, peak_memory_mb
+from edgetrain.edge_client.device import device_info, device_state, is_news, peak_memory_mb
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.held_parameters import HeldParameters
@@ -39,6 +39,7 @@ from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import (
     Decline,
+    DeviceState,
     Goodbye,
     Hello,
     Offer,
@@ -102,6 +103,8 @@ class Client:
         self._state = state
         self._transport = transport
         self._connection = connection
+        # The device's state as the coordinator knows it.
+        self._told = DeviceState()
         self._earlier_run = run
         self._clock = clock
         self._mail = Mailbox(
@@ -230,16 +233,21 @@ class Client:
             )
         )
 
+    def _tell_news(self) -> None:
+        if is_news(self._told, device_state()):
+            self._send_ready()
+
     def _send_ready(self) -> None:
         assert self._session, "joined"
         assert self._bundle, "joined"
         assert self._training_data, "joined"
+        self._told = device_state()
         self._mail.send(
             Ready(
                 bundle=self._bundle,
                 runtime=self._session.runtime,
                 num_examples=len(self._training_data),
-                state=device_state(),
+                state=self._told,
             )
         )
 
@@ -249,7 +257,8 @@ class Client:
         mail = self._mail
         self._settle_pending()
         while True:
-            mail.wait(lambda: mail.plan is not None)
+            # Whoever was not invited because of its battery or its heat says when that is over.
+            mail.wait(lambda: mail.plan is not None, repeat=self._tell_news)
             plan, mail.plan = mail.plan, None
             assert plan is not None, "just waited for"
             if plan.nonce in self._done or plan.nonce in mail.closed:

@@ -37,6 +37,22 @@ def device_state() -> DeviceState:
     )
 
 
+def is_news(told: DeviceState, now: DeviceState) -> bool:
+    """Whether a device's state has changed enough to tell the coordinator."""
+    return (
+        (told.charging, told.network) != (now.charging, now.network)
+        or _apart(told.battery_percent, now.battery_percent, 5.0)
+        or _apart(told.temperature_c, now.temperature_c, 5.0)
+        or _apart(told.free_memory_mb, now.free_memory_mb, 0.25 * (told.free_memory_mb or 0))
+    )
+
+
+def _apart(told: float | None, now: float | None, by: float) -> bool:
+    if told is None or now is None:
+        return told is not now
+    return abs(now - told) > by
+
+
 def _network() -> str:
     """The kind of the fastest guess: the first interface that is up and not the loopback."""
     kinds = {"wl": "wifi", "en": "ethernet", "eth": "ethernet", "ww": "cellular", "rmnet": "cellular"}

@@ -1,5 +1,6 @@
 """Who is invited, by every method."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from edgetrain.coordinator.selection import (
     select,
     unfit,
 )
+from edgetrain.edge_client.device import device_state, is_news
 from edgetrain.protocol.messages import DeviceState
 
 
@@ -202,3 +204,34 @@ def test_small_populations_and_short_absences_stay():
     assert pace(population=10) == 0.0
     assert pace(population=11) == 0.0
     assert pace(round_seconds=0.0) == 0.0
+
+
+# --- what a device says of itself --------------------------------------------------------------------
+
+
+def test_a_device_tells_what_matters_and_no_more():
+    told = DeviceState(
+        battery_percent=50.0, charging=False, network="wifi", free_memory_mb=400, temperature_c=40.0
+    )
+    for change in (
+        {"battery_percent": 54.0},
+        {"free_memory_mb": 310},
+        {"temperature_c": 44.0},
+        {},
+    ):
+        assert not is_news(told, msgspec.structs.replace(told, **change)), change
+    for change in (
+        {"battery_percent": 56.0},
+        {"charging": True},
+        {"network": "cellular"},
+        {"free_memory_mb": 290},
+        {"temperature_c": 34.0},
+        {"temperature_c": None},
+    ):
+        assert is_news(told, msgspec.structs.replace(told, **change)), change
+
+
+def test_this_device_says_what_it_knows():
+    state = device_state()
+    assert state.free_memory_mb > 0
+    assert state.battery_percent is None or 0 <= state.battery_percent <= 100
