@@ -110,7 +110,8 @@ def tamper_with(attack: Attack, attackers: set[str], seed: int) -> Tamper:
         lying = [name for name in results if name in attackers]
         others = [result.target for name, result in results.items() if name not in attackers]
         own = [results[name].target for name in lying]
-        sent = attack(np.random.default_rng((seed, number)), own, others)
+        # When an attack has won, nobody can train any more.
+        sent = attack(np.random.default_rng((seed, number)), own, others) if own and others else own
         changed = dict(results)
         for index, (name, what) in enumerate(zip(lying, sent, strict=True)):
             if isinstance(what, bytes):

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from edgetrain.coordinator.errors import UpdateRefused
 from edgetrain.coordinator.folding import FixedPointSum
-from edgetrain.coordinator.strategies.base import Contribution, ServerState, Strategy, Vector
+from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy, Vector
 
 
 def fedbuff(
@@ -63,4 +63,12 @@ def fedbuff(
     def finish(partial: FixedPointSum, parameters: Vector, state: ServerState) -> tuple[Vector, ServerState]:
         return (parameters + learning_rate * partial.mean()).astype(np.float32), state
 
-    return Strategy("fedbuff", init, fold, finish, asynchronous=True)
+    def objection(setting: Setting) -> str | None:
+        if setting.only_sums and staleness != "constant":
+            return (
+                "only sums of updates are seen, and each is scaled by its own staleness first: "
+                'set staleness = "constant"'
+            )
+        return None
+
+    return Strategy("fedbuff", init, fold, finish, asynchronous=True, objection=objection)

@@ -223,6 +223,7 @@ def test_senseless_tables_are_refused_with_the_reason(table, reason):
     [
         ("scaffold", Setting(training=TrainingConfig(momentum=0.5)), "momentum"),
         ("fednova", Setting(only_sums=True), "own norm"),
+        ("fedbuff", Setting(only_sums=True), "own staleness"),
         ("fednova", Setting(training=TrainingConfig(learning_rate=1.0, proximal_mu=1.0)), "overshoot"),
         (
             {"name": "fedadam", "inner": "scaffold"},
