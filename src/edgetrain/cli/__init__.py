@@ -23,6 +23,7 @@ _COMMANDS = {
     "export": ("export", "export", "Turn a torch model into a bundle that devices can train."),
     "verify": ("verify", "client", "Check a bundle's losses and gradients on this machine."),
     "inspect": ("inspect", "client", "Show what a bundle holds."),
+    "merge": ("merge", "export", "Write an ordinary inference model from trained parameters."),
     "client": ("client", "client", "Take part in a federation, on a device."),
     "coordinator": ("coordinator", "coordinator", "Run a federation."),
     "runs": ("runs", "coordinator", "List, show, plot, pause, resume and stop runs."),
