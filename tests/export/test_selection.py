@@ -50,7 +50,7 @@ def batch(n=3):
         (r"^depthwise\.", ["depthwise.weight", "depthwise.bias"]),
         ("bias;head", ["norm1.bias", "depthwise.bias", "norm2.bias", "fc.weight", "fc.bias"]),
         ("all;!norm;!bias", ["stem.weight", "depthwise.weight", "fc.weight"]),
-        ("!stem|fc", ["norm1.weight", "norm1.bias", "depthwise.weight", "depthwise.bias", "norm2.weight", "norm2.bias"]),
+        ("!stem|fc|norm", ["depthwise.weight", "depthwise.bias"]),
         ("re:head|fc", ["fc.weight", "fc.bias"]),
     ],
 )  # fmt: skip
