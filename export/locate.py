@@ -81,7 +81,8 @@ def refuse_randomness(problem: Problem) -> None:
                     where = _described(problem, running[-1]) if running else "the loss or a metric"
                     raise UnsupportedError(
                         f"random numbers in evaluation mode cannot be exported: {func} in {where}. Use "
-                        "nn.Dropout or F.dropout(…, training=self.training), or pass the noise as an input of the batch"
+                        "nn.Dropout or F.dropout(…, training=self.training), or pass the noise as an "
+                        "input of the batch"
                     )
                 return func(*args, **(kwargs or {}))
 

@@ -36,8 +36,7 @@ def merge(
     *,
     module: nn.Module | None = None,
 ) -> Path:
-    """Writes an ordinary inference model with the trained parameters in it; adapters are merged into the
-    weights.
+    """Writes an ordinary inference model with the trained parameters in it and no adapters left.
 
     Args:
         bundle: with a program for onnxruntime.
