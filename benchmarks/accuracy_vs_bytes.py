@@ -111,7 +111,9 @@ def char_lm_task(quick: bool) -> Task:
 
     def shard(title: str, part: str) -> Dataset:
         samples = getattr(next_characters(length=length, titles=[title]), part)
-        return Dataset(samples.inputs, np.where(samples.targets < 0, 0, samples.targets), token_weights(samples.targets))
+        return Dataset(
+            samples.inputs, np.where(samples.targets < 0, 0, samples.targets), token_weights(samples.targets)
+        )
 
     titles = [title for title, text in topics().items() if len(text) > 2000]
     tests = [shard(title, "test") for title in titles]
@@ -127,7 +129,9 @@ def char_lm_task(quick: bool) -> Task:
         test,
         rounds=5 if quick else 60,
         clients_per_round=8,
-        training=TrainingConfig(epochs=1, max_steps=8, batch_size=16, learning_rate=0.5, momentum=0.9, max_grad_norm=1.0),
+        training=TrainingConfig(
+            epochs=1, max_steps=8, batch_size=16, learning_rate=0.5, momentum=0.9, max_grad_norm=1.0
+        ),
     )
 
 
@@ -152,7 +156,14 @@ def run(task: Task) -> list[dict[str, object]]:
             for result in simulate(session, task.bundle.initial_parameters(), task.shards, task.test, config):
                 total += result.bytes_up
                 if result.accuracy is not None:
-                    curve.append({"round": result.round, "accuracy": result.accuracy, "loss": result.loss, "bytes_up": total})
+                    curve.append(
+                        {
+                            "round": result.round,
+                            "accuracy": result.accuracy,
+                            "loss": result.loss,
+                            "bytes_up": total,
+                        }
+                    )
             updates = task.rounds * task.clients_per_round
             rows.append({
                 "task": task.name, "codec": codec, "error_feedback": feedback,
@@ -171,13 +182,15 @@ def run(task: Task) -> list[dict[str, object]]:
 
 
 def plot(rows: list[dict[str, object]], out: Path) -> None:
-    import matplotlib as mpl  # noqa: PLC0415
+    import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib import pyplot as plt
 
     names = sorted({row["task"] for row in rows})
-    figure, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 4.5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(6 * len(names), 4.5), layout="constrained", squeeze=False
+    )
     for axis, name in zip(axes[0], names, strict=True):
         for row in rows:
             if row["task"] == name:
