@@ -36,12 +36,13 @@ def merge(
     *,
     module: nn.Module | None = None,
 ) -> Path:
-    """Writes an ordinary inference model with the trained parameters in it; adapters are merged into the weights.
+    """Writes an ordinary inference model with the trained parameters in it and no adapters left.
 
     Args:
         bundle: with a program for onnxruntime.
         parameters: the flat vector, or a file of it: `.safetensors` by name, `.npy`, or raw float32.
-        out: `.onnx` for a model that takes the inputs and nothing else, or `.pt` for the `state_dict` of `module`.
+        out: `.onnx` for a model that takes the inputs and nothing else, or `.pt` for the `state_dict` of
+            `module`.
         module: for `.pt`, the module that was exported, with the same frozen weights.
 
     Returns:
@@ -64,7 +65,8 @@ def merge(
     elif out.suffix == ".pt":
         if module is None:
             raise MergeError(
-                f"{out}: a state_dict needs the module that was exported: give it (--model SOURCE), or write .onnx"
+                f"{out}: a state_dict needs the module that was exported: give it (--model SOURCE), "
+                "or write .onnx"
             )
         data = _state_dict(opened.manifest, vector, module, inputs, expected)
     else:
@@ -89,7 +91,8 @@ def read_parameters(parameters: str | os.PathLike[str] | npt.ArrayLike, manifest
         vector = np.asarray(parameters, dtype=np.float32)
     if vector.shape != (manifest.num_parameters,):
         raise MergeError(
-            f"the parameters have shape {list(vector.shape)}, bundle {manifest.name!r} has {manifest.num_parameters}"
+            f"the parameters have shape {list(vector.shape)}, bundle {manifest.name!r} has "
+            f"{manifest.num_parameters}"
         )
     if not np.isfinite(vector).all():
         raise MergeError("the parameters hold values that are NaN or infinite")
@@ -101,7 +104,8 @@ def _read_file(path: Path, manifest: Manifest) -> Vector:
         if path.suffix == ".safetensors":
             return _by_name(path, manifest)
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False).astype(np.float32)
+            loaded: Vector = np.load(path, allow_pickle=False).astype(np.float32)
+            return loaded
         return np.frombuffer(path.read_bytes(), dtype="<f4").astype(np.float32)
     except (OSError, ValueError) as error:
         raise MergeError(f"{path}: cannot be read as parameters: {error}") from error

@@ -1,8 +1,8 @@
 """The proof: the lowered graph's numbers against eager torch, parameter by parameter.
 
-Eager is an independent computation: the ordinary module, called and differentiated by autograd, not the trace.
-Two points are compared, the initial parameters and a neighbour of them, because a fresh model may be degenerate
-(zero-initialised layers, symmetric biases) and hide a wrong gradient.
+Eager is an independent computation: the ordinary module, called and differentiated by autograd, not the
+trace. Two points are compared, the initial parameters and a neighbour of them, because a fresh model may be
+degenerate (zero-initialised layers, symmetric biases) and hide a wrong gradient.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from edgetrain.export.batch import HalfBatch, flatten_outputs
 from edgetrain.export.errors import ExportError, ParityError
 from edgetrain.export.joint import Problem, TracedGraph
-from edgetrain.export.lowering.base import Array, Run
+from edgetrain.export.lowering.base import Run
 from edgetrain.export.metrics import weighted_sum
 from edgetrain.export.prepare import plain_math
 from edgetrain.export.user_code import user_code
+
+# Of any dtype; arithmetic between them is what this file is about.
+Array = npt.NDArray[Any]
 
 # Largest error of a tensor, as a share of its largest element.
 TOLERANCE = 1e-4

@@ -103,7 +103,7 @@ def test_wrong_parameters_modules_and_formats_are_refused(trained, tmp_path):
         merge(path, np.full_like(vector, np.nan), tmp_path / "m.onnx")
     with pytest.raises(MergeError, match="cannot be read"):
         merge(path, tmp_path / "missing.npy", tmp_path / "m.onnx")
-    with pytest.raises(MergeError, match="not .tflite"):
+    with pytest.raises(MergeError, match=r"not \.tflite"):
         merge(path, vector, tmp_path / "m.tflite")
     with pytest.raises(MergeError, match="needs the module"):
         merge(path, vector, tmp_path / "m.pt")

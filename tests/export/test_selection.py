@@ -50,7 +50,7 @@ def batch(n=3):
         (r"^depthwise\.", ["depthwise.weight", "depthwise.bias"]),
         ("bias;head", ["norm1.bias", "depthwise.bias", "norm2.bias", "fc.weight", "fc.bias"]),
         ("all;!norm;!bias", ["stem.weight", "depthwise.weight", "fc.weight"]),
-        ("!stem|fc", ["norm1.weight", "norm1.bias", "depthwise.weight", "depthwise.bias", "norm2.weight", "norm2.bias"]),
+        ("!stem|fc|norm", ["depthwise.weight", "depthwise.bias"]),
         ("re:head|fc", ["fc.weight", "fc.bias"]),
     ],
 )  # fmt: skip
@@ -88,7 +88,7 @@ def test_wrong_selections_say_what_is_possible(selection, message):
         prepare(network(), selection)
 
 
-@pytest.mark.parametrize("selection", ["head", "norm", "bias", "depthwise", "stem"])
+@pytest.mark.parametrize("selection", ["norm", "stem"])
 def test_partial_gradients_match_eager(selection):
     Step(network(), LOSS, batch(), selection).assert_matches_eager()
 
@@ -177,22 +177,23 @@ def test_lora_on_a_weight_that_is_read_around_its_layer_is_refused():
         )
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """All gradients of the network, and the batch that gave them."""
+    torch.manual_seed(0)
+    data = batch()
+    return Step(network(), LOSS, data).run(), data
+
+
 @pytest.mark.parametrize(
     ("layer", "dim", "axis", "count"),
-    [
-        ("fc", "out", 0, 2),
-        ("fc", "in", 1, 4),
-        ("stem", "in", 1, 1),
-        ("stem", "out", 0, 4),
-        ("depthwise", "out", 0, 4),
-    ],
-)
-def test_a_sparse_gradient_is_the_slice_of_the_whole(layer, dim, axis, count):
-    data = batch()
-    whole = Step(network(), LOSS, data, f"^{layer}.weight")
+    [("fc", "out", 0, 2), ("fc", "in", 1, 4), ("stem", "in", 1, 1), ("stem", "out", 0, 4), ("depthwise", "out", 0, 4)],
+)  # fmt: skip
+def test_a_sparse_gradient_is_the_slice_of_the_whole(whole, layer, dim, axis, count):
+    gradients, data = whole
     part = Step(network(), LOSS, data, f"sparse:fraction=0.5,dim={dim},target=^{layer}$")
     name = f"gradients.{layer}.weight"
-    wanted = np.take(whole.run()[name], range(count), axis)
+    wanted = np.take(gradients[name], range(count), axis)
     np.testing.assert_allclose(part.run()[name], wanted, rtol=1e-4, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""What cannot be exported is refused with operator, module path and remedy; user code shows its own frames."""
+"""What cannot be exported is refused with operator, module and remedy; user code shows its frames."""
 
 import pytest
 import torch
