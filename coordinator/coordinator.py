@@ -97,9 +97,8 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._codec = CodecSpec.parse(config.codec)
-        self._downlink = Downlink(
-            CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest)
-        )
+        self._downlink_codec = CodecSpec.parse(config.downlink_codec)
+        self._downlink = Downlink(self._downlink_codec, directory.load_public(bundle.manifest))
         self._config = config
         self._bundle = bundle
         self._transport = transport
@@ -414,6 +413,7 @@ class Coordinator:
         if record:
             codec = negotiate(codec, record.stages)
         training = current.trainings[client] = self._strategy.training(rule.adapt(self._config.training))
+        reads_patches = record is not None and self._downlink_codec.stages <= record.stages
         return Plan(
             run=self._directory.run,
             round=current.state.number,
@@ -421,7 +421,7 @@ class Coordinator:
             bundle=self._bundle.digest,
             vector=current.vector,
             parameters=current.parameters,
-            patches=current.patches,
+            patches=current.patches if reads_patches else (),
             training=training,
             control=current.control,
             personal=self._config.personal,
