@@ -60,9 +60,9 @@ class Collection:
             entries = list(read_journal(path)) if path.exists() else []
         except OSError as error:
             raise RunError(f"{path}: cannot read the journal: {error}") from error
-        self._journal = directory.open_journal(opened.round)
         self._round = opened.round
         if not entries:
+            self._journal = directory.open_journal(opened.round)
             self._journal.append(opened)
             self._journal.commit()
             return opened
@@ -87,6 +87,7 @@ class Collection:
                         ) from error
                 case RoundOpened():
                     raise RunError(f"{path}: opens twice; restore it from a copy, or move it away")
+        self._journal = directory.open_journal(opened.round)
         return first
 
     def _replay(self, meta: UpdateAccepted, update: bytes) -> None:

@@ -11,8 +11,8 @@ import logging
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,8 @@ from edgetrain.edge_client.device import device_info, device_state, is_news, pea
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.held_parameters import HeldParameters
-from edgetrain.edge_client.installation import install_bundle
-from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Mailbox, RunOver
+from edgetrain.edge_client.installation import Fetch, install_bundle
+from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Abandoned, Mailbox, RunOver
 from edgetrain.edge_client.personal import PersonalParameters
 from edgetrain.edge_client.runtimes import available_runtimes
 from edgetrain.edge_client.runtimes.base import Session, Vector
@@ -69,7 +69,7 @@ def new_connection() -> bytes:
     return os.urandom(16)
 
 
-class ComeBack(Exception):  # noqa: N818  # no error
+class ComeBack(Exception):  # no error
     """The coordinator will not need this client for so many seconds."""
 
     def __init__(self, seconds: float) -> None:
@@ -117,8 +117,8 @@ class Client:
             clock=clock,
         )
         self._mail.introduce = self._introduce
-        # Plans that are finished, one way or the other.
-        self._done: deque[bytes] = deque(maxlen=REMEMBERED_PLANS)
+        # Training plans that are finished, with the reason why not again; "" if the update was accepted.
+        self._done: dict[bytes, str] = {}
         self._bundle: bytes | None = None
         # Set by `_join`, in this order.
         self._session: Session | None = None
@@ -220,6 +220,8 @@ class Client:
         self._send_hello()
         if self._feedback:
             self._send_ready()
+        if self._feedback and self._feedback.offer and self._mail.upload:
+            self._mail.send(self._feedback.offer)
 
     def _send_hello(self) -> None:
         self._mail.send(
@@ -261,7 +263,12 @@ class Client:
             mail.wait(lambda: mail.plan is not None, repeat=self._tell_news)
             plan, mail.plan = mail.plan, None
             assert plan is not None, "just waited for"
-            if plan.nonce in self._done or plan.nonce in mail.closed:
+            if plan.nonce in mail.closed:
+                continue
+            if (reason := self._done.get(plan.nonce)) is not None:
+                if reason:
+                    # The round is tried again: silence would hold it up until its deadline.
+                    self._decline(plan, reason)
                 continue
             if plan.bundle != self._bundle:
                 self._decline(plan, "has another bundle")
@@ -271,17 +278,24 @@ class Client:
                     self._train_round(plan)
                 else:
                     self._evaluate_round(plan)
+            except Abandoned:
+                logger.info("round %d: over before its parameters came", plan.round)
             except (TrainingError, CodecError, BlobError, ConfigError) as error:
                 logger.warning("round %d: %s", plan.round, error)
+                self._finish(plan.nonce, str(error)[:1000])
                 self._decline(plan, str(error)[:1000])
-            self._done.append(plan.nonce)
+
+    def _finish(self, nonce: bytes, reason: str = "") -> None:
+        self._done[nonce] = reason
+        if len(self._done) > REMEMBERED_PLANS:
+            del self._done[next(iter(self._done))]
 
     def _train_round(self, plan: Plan) -> None:
         assert self._session, "joined"
         assert self._held, "joined"
         assert self._feedback, "joined"
         assert self._training_data, "joined"
-        parameters = self._personalized(plan, self._held.advance(plan, self._mail.fetch))
+        parameters = self._personalized(plan, self._held.advance(plan, self._fetch_for(plan)))
         server_control = self._server_control(plan)
         started = self._clock()
         result = train(
@@ -340,7 +354,7 @@ class Client:
         assert self._held, "joined"
         data = self._validation_data or self._training_data
         assert data, "joined"
-        parameters = self._personalized(plan, self._held.advance(plan, self._mail.fetch))
+        parameters = self._personalized(plan, self._held.advance(plan, self._fetch_for(plan)))
         started = self._clock()
         summary = evaluate(self._session, parameters, data)
         self._mail.send(
@@ -373,12 +387,22 @@ class Client:
             control = self._own_control(offer)
             control.apply(digest, decode(change, Limits(max_parameters=len(control.vector))))
         feedback.settle(accepted=verdict.accepted)
-        if verdict.accepted and verdict.come_back_seconds and self._config.leave_when_idle:
-            raise ComeBack(verdict.come_back_seconds)
+        why_not_again = "" if verdict.accepted else f"its update was refused: {verdict.reason}"
+        self._finish(offer.nonce, why_not_again[:1000])
         if verdict.accepted:
             logger.info("round %d: update of %d bytes accepted", offer.round, offer.update.size)
         else:
             logger.warning("round %d: update refused: %s", offer.round, verdict.reason)
+        if verdict.accepted and verdict.come_back_seconds and self._config.leave_when_idle:
+            raise ComeBack(verdict.come_back_seconds)
+
+    def _fetch_for(self, plan: Plan) -> Fetch:
+        """Fetches blobs as long as the plan is not over."""
+        return partial(self._mail.fetch, abandon=lambda: self._is_over(plan))
+
+    def _is_over(self, plan: Plan) -> bool:
+        newer = self._mail.plan
+        return plan.nonce in self._mail.closed or (newer is not None and newer.nonce != plan.nonce)
 
     # --- what stays here -----------------------------------------------------------------------------
 
@@ -407,7 +431,7 @@ class Client:
         length = self._session.manifest.num_parameters
         if plan.control is None:
             return None
-        data = self._mail.fetch(plan.control, limit=8 * length + 4096)
+        data = self._fetch_for(plan)(plan.control, limit=8 * length + 4096)
         control = decode(data, Limits(max_parameters=length)).dense()
         if len(control) != length:
             raise CodecError("the coordinator's control variate is not of the bundle's length")

@@ -38,12 +38,18 @@ class ClientState:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StateError(f"{path}: another client runs with this state directory") from error
         except OSError as error:
             raise StateError(f"{path}: cannot use the state directory: {error}") from error
-        self.key = SigningKey.load_or_create(path / "identity.key")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.key = SigningKey.load_or_create(path / "identity.key")
+        except BaseException as error:
+            self._lock.close()
+            if isinstance(error, BlockingIOError):
+                raise StateError(f"{path}: another client runs with this state directory") from error
+            if isinstance(error, OSError):
+                raise StateError(f"{path}: cannot use the state directory: {error}") from error
+            raise
 
     def pin_coordinator(self, public_key: bytes, *, configured: str) -> None:
         """Trusts the configured key only; without one, the first that is seen.
@@ -52,7 +58,11 @@ class ClientState:
             RefusedError: this is another key.
         """
         path = self.path / "coordinator.pub"
-        expected = configured or (path.read_text(encoding="ascii").strip() if path.exists() else "")
+        try:
+            pinned = path.read_text(encoding="ascii", errors="replace").strip() if path.exists() else ""
+        except OSError as error:
+            raise StateError(f"{path}: cannot read the coordinator's key: {error}") from error
+        expected = configured.strip() or pinned
         if not expected:
             self._write(path, public_key.hex().encode() + b"\n")
         elif expected.lower() != public_key.hex():

@@ -241,12 +241,13 @@ def call_module(
 ) -> Any:
     """`module(*inputs)` with the parameters named in `state` replaced, wherever they are tied or shared."""
     args, kwargs = example.inputs.call_arguments(inputs)
-    with _replaced(module, state):
+    with replaced(module, state):
         return module(*args, **kwargs)
 
 
 @contextmanager
-def _replaced(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts the tensors of `state` in place of the parameters of these names, wherever they are tied or shared."""
     # torch.func.functional_call would leave the replacement behind in a module that is registered twice.
     canonical = {id(parameter): name for name, parameter in module.named_parameters()}
     places = [

@@ -26,6 +26,7 @@ from edgetrain.export.batch import (
     per_sample_loss,
     tensor_spec,
 )
+from edgetrain.export.fold import fold_batch_norms
 from edgetrain.export.metrics import Metric, weighted_sum
 from edgetrain.export.prepare import Prepared, plain_math
 from edgetrain.protocol.manifest import TensorSpec
@@ -226,12 +227,15 @@ def _trace(
         *further,
     )
     with plain_math(problem.prepared.module):
-        module = make_fx(flat, decomposition_table=dict(decompositions))(*values)
+        # A view must stay a view as long as something may be written through it.
+        views_kept = {op: rule for op, rule in decompositions.items() if op not in _VIEWS}
+        module = make_fx(flat, decomposition_table=views_kept)(*values)
         if _mutates(module):
             pure = torch.func.functionalize(fx.Interpreter(module).run, remove="mutations")
             module = make_fx(pure, decomposition_table=dict(decompositions))(*values)
     _name_constants(module, problem.prepared)
     _simplify(module)
+    fold_batch_norms(module)
     kept = _drop_unused_leaves(module, P)
     return TracedGraph(
         name=name,
@@ -246,11 +250,17 @@ def _trace(
 _ALIASES = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh.default)
 
 
+_ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+_VIEWS = (aten.as_strided.default,)
+
+
 def _mutates(module: fx.GraphModule) -> bool:
+    """Whether the graph writes in place, or holds views that only make sense with storage behind them."""
     return any(
         isinstance(node.target, torch._ops.OpOverload)
         and node.target._schema.is_mutable  # noqa: SLF001
         and node.target not in _ALIASES
+        or node.target in _VIEWS
         for node in module.graph.nodes
     )
 
@@ -284,6 +294,12 @@ def _simplify(module: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target in _ALIASES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target in _ARITHMETIC and isinstance(node.args[0], int | float):
+            with graph.inserting_before(node):
+                # As a tensor: some translators read a number in first place as the wrong type.
+                options = {"dtype": node.args[1].meta["val"].dtype}
+                number = graph.call_function(aten.scalar_tensor.default, (node.args[0],), options)
+            node.args = (number, *node.args[1:])
     output = graph.output_node()
     results = list(output.args[0])
     seen: set[fx.Node] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ def prepare(module: nn.Module, selection: str) -> Prepared:
     module = _copy(module)
     _convert_dtypes(module, notes)
     _remove_randomness(module, notes)
-    _freeze_statistics(module, notes)
+    _refuse_batch_statistics(module)
     module.eval()
     base, adapters = module, Adapters()
     adapter_terms = [term for term in terms(selection) if is_adapter_term(term)]
@@ -63,6 +63,7 @@ def prepare(module: nn.Module, selection: str) -> Prepared:
             )
         parameter.requires_grad_(False)
         (trainable if name in names else frozen)[name] = parameter.detach()
+    _describe_norms(module, trainable, notes)
     frozen |= dict(module.named_buffers())
     return Prepared(module, base, adapters, trainable, frozen, tuple(notes))
 
@@ -125,7 +126,7 @@ def _remove_randomness(module: nn.Module, notes: list[str]) -> None:
         notes.append(f"{len(removed)} dropout layers were removed (training on the device uses none)")
 
 
-def _freeze_statistics(module: nn.Module, notes: list[str]) -> None:
+def _refuse_batch_statistics(module: nn.Module) -> None:
     norms = [
         (name, part)
         for name, part in module.named_modules()
@@ -137,8 +138,20 @@ def _freeze_statistics(module: nn.Module, notes: list[str]) -> None:
                 f"{name} ({type(part).__name__}) keeps no running statistics: its output would depend on who "
                 "shares the micro-batch. Use track_running_stats=True, or GroupNorm"
             )
-    if norms:
+
+
+def _describe_norms(module: nn.Module, trainable: Collection[str], notes: list[str]) -> None:
+    norms = [
+        name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
+    ]  # noqa: SLF001
+    learning = [name for name in norms if {f"{name}.weight", f"{name}.bias"} & set(trainable)]
+    if learning:
         notes.append(
-            f"{len(norms)} batch normalisations use their running statistics and do not update them; "
-            "their weight and bias can learn"
+            f"{len(learning)} batch normalisations learn weight and bias with frozen statistics: the running mean "
+            "and variance of the given model are used and not updated"
+        )
+    if frozen := len(norms) - len(learning):
+        notes.append(
+            f"{frozen} frozen batch normalisations use their running statistics, folded into the convolution "
+            "before them where that is frozen too"
         )

@@ -98,7 +98,7 @@ def _table() -> tuple[int, ...]:
     entries = []
     for value in range(256):
         for _ in range(8):
-            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)  # noqa: PLW2901
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
         entries.append(value)
     return tuple(entries)
 

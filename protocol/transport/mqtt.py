@@ -6,6 +6,7 @@ Persistent sessions and QoS 1 shorten the way back after a cut, but nothing reli
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import queue
 import re
@@ -288,4 +289,9 @@ def parse_broker(address: str) -> tuple[str, int]:
     port = int(found["port"] or 1883) if found else 0
     if not found or not 0 < port < 65536:
         raise TransportError(f"broker {address!r} is not HOST or HOST:PORT")
+    if found["ipv6"]:
+        try:
+            ipaddress.IPv6Address(found["ipv6"])
+        except ValueError as error:
+            raise TransportError(f"broker {address!r} is not HOST or HOST:PORT: {error}") from error
     return found["name"] or found["ipv6"], port

@@ -24,9 +24,9 @@ from support.tiny_bundle import NUM_PARAMETERS, initial_parameters
 
 
 @pytest.fixture
-def federate(tiny_bundle, tmp_path):
+def federate(tiny_bundle, ram_path):
     def make(**settings):
-        return ScriptedFederation(tiny_bundle, tmp_path / f"run-{len(os.listdir(tmp_path))}", **settings)
+        return ScriptedFederation(tiny_bundle, ram_path / "run", **settings)
 
     return make
 
@@ -584,7 +584,7 @@ def test_clients_report_on_their_own_data(federate):
     federation = federate(rounds={"total": 1, "goal": 3, "minimum": 3}, evaluation=EvaluationConfig(by_clients=True))
 
     class Reporting(ScriptedClient):
-        metrics = {"accuracy": 0.75}  # noqa: RUF012
+        metrics = {"accuracy": 0.75}
 
         def on_plan(self, plan):
             super().on_plan(plan)
@@ -642,7 +642,8 @@ def test_the_limits_are_the_configured_ones(federate):
 
 
 def test_a_chunk_has_no_more_bytes_than_configured(federate):
-    federation = federate(rounds={"total": 1}, limits=LimitsConfig(chunk_bytes=1024))
+    federation = federate(rounds={"total": 1, "goal": 3, "minimum": 2}, limits=LimitsConfig(chunk_bytes=1024))
+    federation.add("z", Disturber)  # so that time passes
     largest = []
 
     class Curious(ScriptedClient):

@@ -132,6 +132,7 @@ def test_missing_fields_are_schema_errors(tree):
 
 
 def test_each_file_is_listed_once_and_only_those_of_the_runtime(tree):
+    tree["programs"] = tree["programs"][:1]
     other = json.loads(json.dumps(tree["programs"][0]))
     other["runtime"] = "elsewhere"
     other["graphs"]["step"]["file"] = {"file": "elsewhere/step.bin", "sha256": "0" * 64, "size": 5}
@@ -144,8 +145,8 @@ def test_each_file_is_listed_once_and_only_those_of_the_runtime(tree):
 
 
 def test_a_runtime_that_the_bundle_lacks_is_named_with_those_it_has(tree):
-    with pytest.raises(BundleError, match="'executorch', only for: onnxruntime"):
-        decode(tree).program("executorch")
+    with pytest.raises(BundleError, match="'abacus', only for: onnxruntime, "):
+        decode(tree).program("abacus")
 
 
 def test_probe_signs_by_hand():

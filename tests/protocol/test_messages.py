@@ -21,6 +21,7 @@ from edgetrain.protocol.messages import (
     Goodbye,
     Hello,
     Offer,
+    Patch,
     Plan,
     Ready,
     Refusal,
@@ -77,6 +78,7 @@ from_coordinator = st.one_of(
     st.builds(Refusal, reason=texts, connection=nonces),
     st.builds(
         Plan, run=nonces, round=counts, nonce=nonces, task=st.sampled_from(["train", "evaluate"]), bundle=digests,
+        vector=digests, patches=st.lists(st.builds(Patch, base=digests, blob=refs), max_size=3).map(tuple),
         parameters=refs, training=trainings, codec=texts, deadline_seconds=st.floats(0, 1e9), seed=counts,
     ),
     st.builds(Verdict, round=counts, digest=digests, accepted=st.booleans(), reason=texts),
@@ -180,7 +182,10 @@ def test_deep_nesting_is_a_message_error():
 
 
 def test_a_plan_that_no_trainer_can_follow_is_refused():
-    plan = Plan(run=bytes(16), round=1, nonce=bytes(16), bundle=bytes(32), parameters=OFFER.update, deadline_seconds=1)
+    plan = Plan(
+        run=bytes(16), round=1, nonce=bytes(16), bundle=bytes(32), vector=bytes(32), parameters=OFFER.update,
+        deadline_seconds=1,
+    )  # fmt: skip
     plain = msgspec.to_builtins(plan, builtin_types=(bytes,))
     for changes in ({"epochs": 0}, {"batch_size": -1}, {"learning_rate": -0.1}, {"momentum": 1.0}):
         with pytest.raises(MessageError, match="breaks the schema"):

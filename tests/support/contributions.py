@@ -20,7 +20,7 @@ def contribution(
     *,
     examples: int = 1,
     steps: int = 1,
-    training: TrainingConfig = TrainingConfig(),  # noqa: B008
+    training: TrainingConfig = TrainingConfig(),
     staleness: int = 0,
     control=None,
 ) -> Contribution:

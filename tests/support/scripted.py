@@ -118,6 +118,7 @@ class ScriptedClient:
         self.chunks: dict[bytes, int] = {}
         # The update without a verdict.
         self.pending: tuple[Offer, bytes] | None = None
+        self.deferred: Plan | None = None
         self.answered: set[bytes] = set()
         self.last_sent = clock.now
 
@@ -129,12 +130,17 @@ class ScriptedClient:
         return np.random.default_rng(seed).normal(0, 0.1, self.num_parameters(plan)).astype(np.float32)
 
     def on_plan(self, plan: Plan) -> None:
-        if plan.nonce not in self.answered:
+        if self.pending:
+            self.deferred = plan  # one thing after the other
+        elif plan.nonce not in self.answered:
             self.answer(plan)
 
     def on_verdict(self, verdict: Verdict) -> None:
         if self.pending and self.pending[0].update.digest == verdict.digest:
             self.pending = None
+            plan, self.deferred = self.deferred, None
+            if plan:
+                self.on_plan(plan)
 
     # --- steps ---------------------------------------------------------------------------------------
 
@@ -218,6 +224,8 @@ class ScriptedClient:
                 self.send(self.hello())
                 if self.ready:
                     self.say_ready()
+                if self.pending:
+                    self.send(self.pending[0])
             return
         verify(envelope, FEDERATION, self.coordinator_key)
         match message:

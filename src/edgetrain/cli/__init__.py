@@ -97,20 +97,19 @@ def main() -> None:
     """Runs a command; errors that we raise on purpose are one message, and the exit status is 1."""
     try:
         status = group.main(standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
         status = INTERRUPTED
     except click.ClickException as error:
         error.show()
         status = error.exit_code
-    except EdgetrainError as error:
-        click.secho("error: ", fg="red", nl=False, err=True)
-        click.echo(str(error), err=True)
-        status = 1
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        status = INTERRUPTED
     except BrokenPipeError:
         # The reader has gone, e.g. `edgetrain inspect … | head`; say nothing more, not at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except (EdgetrainError, OSError) as error:
+        # Of the system's own errors, those that nobody expected where they came: a full disk, most often.
+        click.secho("error: ", fg="red", nl=False, err=True)
+        click.echo(str(error), err=True)
+        status = 1
     sys.exit(status if isinstance(status, int) else 0)
