@@ -77,9 +77,9 @@ class BufferedCoordinator(Coordinator):
         # Another choice every time, and the same again for the same order of events.
         current.invitations += 1
         now = self._clock()
-        chosen = self._invitations.choose(
-            free, wanted, number=current.state.number, attempt=current.invitations
-        )
+        number, attempt = current.state.number, current.invitations
+        # Where selection is "all", concurrency still holds.
+        chosen = self._invitations.choose(free, wanted, number=number, attempt=attempt)[:wanted]
         current.collection.invite(chosen)
         for name in chosen:
             current.state.invite(name)
