@@ -172,7 +172,8 @@ def _columns(table: _Table, name: str, structure: Structure, columns: list[int])
     values: Array = table.values[:, columns].reshape(len(table.values), *shape)
     if np.dtype(spec.dtype).kind == "f":
         return values
-    wrong = np.argwhere(np.mod(table.values[:, columns], 1) != 0)
+    with np.errstate(invalid="ignore"):  # infinity has no remainder
+        wrong = np.argwhere(np.mod(table.values[:, columns], 1) != 0)
     if len(wrong):
         row, column = wrong[0]
         raise DataError(

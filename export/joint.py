@@ -9,7 +9,8 @@ and of nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,6 +89,8 @@ class TracedGraph:
     outputs: tuple[TensorSpec, ...]
     # Values of the inputs in the example.
     example: tuple[Tensor, ...]
+    # Of the step: traces it without its gradients, for runtimes that differentiate by themselves.
+    forward: Callable[[Decompositions], TracedGraph] | None = None
 
 
 def trace_step(problem: Problem, decompositions: Decompositions) -> TracedGraph:
@@ -100,7 +103,8 @@ def trace_step(problem: Problem, decompositions: Decompositions) -> TracedGraph:
         named = {f"gradients.{name}": g for name, g in zip(problem.names, gradients, strict=True)}
         return _sums(losses.detach(), values, weights) | named
 
-    return _trace("step", problem, step, problem.example.leaves, decompositions)
+    graph = _trace("step", problem, step, problem.example.leaves, decompositions)
+    return replace(graph, forward=partial(trace_eval, problem))
 
 
 def trace_eval(problem: Problem, decompositions: Decompositions) -> TracedGraph:

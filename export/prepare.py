@@ -101,7 +101,7 @@ def _floats(module: nn.Module) -> Iterator[Tensor]:
 def _remove_randomness(module: nn.Module, notes: list[str]) -> None:
     removed = [
         name for name, part in module.named_modules() if isinstance(part, nn.modules.dropout._DropoutNd)
-    ]  # noqa: SLF001
+    ]
     for name in removed:
         parent, _, child = name.rpartition(".")
         if name:
@@ -115,7 +115,7 @@ def _freeze_statistics(module: nn.Module, notes: list[str]) -> None:
         (name, part)
         for name, part in module.named_modules()
         if isinstance(part, nn.modules.batchnorm._BatchNorm)
-    ]  # noqa: SLF001
+    ]
     for name, part in norms:
         if part.running_mean is None:
             raise UnsupportedError(

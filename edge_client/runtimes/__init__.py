@@ -1,13 +1,14 @@
 """The runtimes that can run a bundle, and how to open one.
 
-A runtime registers under the entry-point group `edgetrain.runtimes`; a package outside this repository can
-add one, or replace one of ours by taking its name. Ours are also known without installed metadata, so a
-source tree on the path is enough.
+A package outside this repository adds one by an entry point of the group `edgetrain.runtimes`. Ours are
+known without installed metadata too, so a source tree on the path is enough.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 from edgetrain.edge_client.errors import SessionError
 from edgetrain.edge_client.runtimes.base import Batch, BundlePath, Half, Runtime, Session, Vector
@@ -27,8 +28,11 @@ __all__ = [
 
 GROUP = "edgetrain.runtimes"
 _HERE = "edgetrain.edge_client.runtimes"
+# In the order in which they are named to users.
 _BUILT_IN = {
     "onnxruntime": f"{_HERE}.onnxruntime:OnnxRuntime",
+    "ort-training": f"{_HERE}.ort_training:OrtTrainingRuntime",
+    "torch": f"{_HERE}.torch:TorchRuntime",
 }
 
 
@@ -65,7 +69,7 @@ def open_session(bundle: BundlePath | Bundle, runtime: str | None = None, *, thr
 
 def registered_runtimes() -> tuple[str, ...]:
     """Names of the runtimes that are known, able to run here or not."""
-    return tuple(_entry_points())
+    return (*_BUILT_IN, *_foreign())
 
 
 def available_runtimes() -> tuple[str, ...]:
@@ -86,15 +90,19 @@ def find_runtime(name: str) -> Runtime:
     Raises:
         SessionError: nobody registered it, or its module does not import.
     """
-    known = _entry_points()
-    if name not in known:
-        raise SessionError(f"no runtime is called {name!r}; known are: {', '.join(known)}")
     try:
-        runtime = known[name].load()()
+        if name in _BUILT_IN:
+            module, _, attribute = _BUILT_IN[name].partition(":")
+            runtime = getattr(importlib.import_module(module), attribute)()
+        else:
+            runtime = _foreign()[name]()()
+    except KeyError:
+        known = ", ".join(registered_runtimes())
+        raise SessionError(f"no runtime is called {name!r}; known are: {known}") from None
     except Exception as error:  # whatever a foreign package raises on import
-        raise SessionError(f"runtime {name!r} ({known[name].value}) does not load: {error}") from error
+        raise SessionError(f"runtime {name!r} does not load: {error}") from error
     if not isinstance(runtime, Runtime):
-        raise SessionError(f"runtime {name!r} ({known[name].value}) has no name, available() and open()")
+        raise SessionError(f"runtime {name!r} does not load: it has no name, available() and open()")
     return runtime
 
 
@@ -106,6 +114,9 @@ def _usable(name: str) -> Runtime:
     return runtime
 
 
-def _entry_points() -> dict[str, EntryPoint]:
-    built_in = {name: EntryPoint(name, value, GROUP) for name, value in _BUILT_IN.items()}
-    return built_in | {point.name: point for point in entry_points(group=GROUP)}
+def _foreign() -> dict[str, Callable[[], Any]]:
+    """How to load what other packages registered, by name."""
+    # Reads the metadata of every installed package: only when one of ours will not do.
+    from importlib.metadata import entry_points  # noqa: PLC0415
+
+    return {point.name: point.load for point in entry_points(group=GROUP) if point.name not in _BUILT_IN}

@@ -10,22 +10,20 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.runtimes.base import Batch, EvalResult, Half, StepResult, Vector
+from edgetrain.edge_client.runtimes.base import Vector
 from edgetrain.edge_client.runtimes.leaves import Array
-from edgetrain.edge_client.runtimes.staging import Staging, check_vector
+from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line, view
+from edgetrain.edge_client.runtimes.versions import check_minimum, parse_version
 from edgetrain.protocol.bundle import Bundle
-from edgetrain.protocol.manifest import Graph, Manifest, ParameterEntry
+from edgetrain.protocol.manifest import Graph, Manifest
 
 if TYPE_CHECKING:
     import onnxruntime
 
 # 1.21 crashes on a Raspberry Pi 4.
-MINIMUM_VERSION = (1, 22)
-INSTALL = 'pip install "onnxruntime>=1.22"'
+MINIMUM_VERSION = "1.22"
+INSTALL = f'pip install "onnxruntime>={MINIMUM_VERSION}"'
 
 
 class OnnxRuntime:
@@ -40,12 +38,12 @@ class OnnxRuntime:
         except ImportError:
             return f"runtime onnxruntime is not installed: {INSTALL}"
         version = onnxruntime.__version__
-        if parse_version(version) < MINIMUM_VERSION:
-            return f"onnxruntime {version} is too old, at least 1.22 is needed: {INSTALL}"
+        if parse_version(version) < parse_version(MINIMUM_VERSION):
+            return f"onnxruntime {version} is too old, at least {MINIMUM_VERSION} is needed: {INSTALL}"
         return None
 
     def open(self, bundle: Bundle, *, threads: int) -> OnnxSession:
-        """Loads the bundle's `step` graph; `eval` and `infer` load when first called.
+        """Loads the bundle's program for onnxruntime.
 
         Raises:
             SessionError: not installed, too old, or the program does not load.
@@ -53,194 +51,107 @@ class OnnxRuntime:
         """
         import onnxruntime  # noqa: PLC0415
 
-        program = bundle.manifest.program(self.name)
-        if parse_version(onnxruntime.__version__) < parse_version(program.minimum_version):
-            raise SessionError(
-                f"bundle {bundle.manifest.name!r} needs onnxruntime {program.minimum_version}, here is "
-                f'{onnxruntime.__version__}: pip install "onnxruntime>={program.minimum_version}"'
-            )
-        return OnnxSession(bundle, threads=threads)
+        check_minimum(bundle.manifest, self.name, onnxruntime.__version__, "onnxruntime")
+        return OnnxSession(self.name, bundle, threads=threads)
 
 
-class OnnxSession:
+class OnnxSession(GraphSession):
     """One bundle on onnxruntime. See `base.Session`."""
 
-    runtime = OnnxRuntime.name
-
-    def __init__(self, bundle: Bundle, *, threads: int) -> None:
-        self.manifest: Manifest = bundle.manifest
-        self._bundle = bundle
-        self._threads = threads
-        self._graphs = bundle.manifest.program(self.runtime).graphs
-        self._staging = Staging(self.manifest)
-        self._gradients: Vector = np.zeros(self.manifest.num_parameters, np.float32)
-        self._bound: dict[str, _BoundGraph] = {}
-        self._graph("step")
-
-    def step(
-        self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None
-    ) -> StepResult:
-        """Loss and gradients of one micro-batch."""
-        self._staging.fill(batch, weights)
-        loss_sum, weight_sum, *metrics = self._graph("step").run(parameters)
-        return StepResult(float(loss_sum), float(weight_sum), self._named(metrics), self._gradients)
-
-    def evaluate(
-        self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None
-    ) -> EvalResult:
-        """Loss and metrics of one micro-batch."""
-        self._staging.fill(batch, weights)
-        loss_sum, weight_sum, *metrics = self._graph("eval").run(parameters)
-        return EvalResult(float(loss_sum), float(weight_sum), self._named(metrics))
-
-    def infer(self, parameters: Vector, inputs: Half) -> dict[str, Array]:
-        """The module's outputs, cut to the number of samples where dimension 0 is the micro-batch."""
-        count = self._staging.fill_inputs(inputs)
-        graph = self._graph("infer")
-        outputs = graph.run(parameters)
-        return {
-            spec.name: (array[:count] if spec.shape[:1] == (self.manifest.micro_batch,) else array).copy()
-            for spec, array in zip(graph.spec.outputs, outputs, strict=True)
-        }
-
-    def _named(self, metrics: list[Array]) -> dict[str, npt.NDArray[np.float32]]:
-        return {
-            name: array.astype(np.float32)
-            for name, array in zip(self.manifest.metrics, metrics, strict=False)
-        }
-
-    def _graph(self, name: str) -> _BoundGraph:
-        if name not in self._bound:
-            if name not in self._graphs:
+    def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
+        """Loads a graph and binds our memory to it."""
+        del name
+        session = load_graph(self.bundle, graph, threads=self.threads)
+        for what, have, declared in (
+            ("inputs", session.get_inputs(), graph.inputs),
+            ("outputs", session.get_outputs(), graph.outputs),
+        ):
+            found = [(value.name, tuple(value.shape)) for value in have]
+            if found != [(spec.name, spec.shape) for spec in declared]:
                 raise SessionError(
-                    f"bundle {self.manifest.name!r} has no {name!r} graph for onnxruntime, only: "
-                    f"{', '.join(self._graphs)}"
+                    f"{self.bundle.path}: the {what} of {graph.file.file} are not the manifest's: {found}"
                 )
-            spec = self._graphs[name]
-            loaded = load_graph(self._bundle, spec, threads=self._threads)
-            self._bound[name] = _BoundGraph(
-                spec, loaded, self.manifest.parameters, self._staging, self._outputs(name, spec)
-            )
-        return self._bound[name]
-
-    def _outputs(self, name: str, spec: Graph) -> list[Array]:
-        """Where the graph writes: `step`'s gradients into the flat vector, everything else to own buffers."""
-        outputs: list[Array] = [np.zeros(output.shape, output.dtype) for output in spec.outputs]
-        if name != "step":
-            return outputs
-        first = 2 + len(self.manifest.metrics)
-        if len(outputs) != first + len(self.manifest.parameters):
-            raise SessionError(
-                f"{spec.file.file}: {len(outputs)} outputs, but the manifest's parameters and metrics make "
-                f"{first + len(self.manifest.parameters)}"
-            )
-        views: list[Array] = [view(self._gradients, entry) for entry in self.manifest.parameters]
-        return outputs[:first] + views
+        bound = OnnxGraph(session, graph, self.manifest, self.staging.arrays)
+        for spec, array in zip(graph.outputs, outputs, strict=True):
+            bound.binding.bind_output(spec.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        # `bind_output` keeps the address only.
+        bound.outputs = outputs
+        return bound
 
 
-class _BoundGraph:
-    """A loaded graph with its inputs and outputs bound to our memory."""
+class OnnxGraph:
+    """A loaded graph with the parameters and the staged batch bound as its inputs."""
+
+    outputs: list[Array]
 
     def __init__(
         self,
-        spec: Graph,
         session: onnxruntime.InferenceSession,
-        parameters: tuple[ParameterEntry, ...],
-        staging: Staging,
-        outputs: list[Array],
+        graph: Graph,
+        manifest: Manifest,
+        leaves: dict[str, Array],
     ) -> None:
-        self.spec = spec
+        self.binding = session.io_binding()
         self._session = session
-        self._binding = session.io_binding()
-        self._outputs = outputs
-        self._parameters: Vector | None = None
-        self._entries = parameters
-        self._num_parameters = sum(entry.numel for entry in parameters)
-        # A graph has its parameters first, then those leaves that it needs.
-        self._parameter_inputs = spec.inputs[: len(parameters)]
-        for entry, declared in zip(parameters, self._parameter_inputs, strict=True):
-            if declared.shape != entry.shape or declared.dtype != "float32":
-                raise SessionError(
-                    f"{spec.file.file}: input {declared.name!r} is not parameter {entry.name!r}"
-                )
-        for declared in spec.inputs[len(parameters) :]:
-            array = staging.arrays.get(declared.name)
-            if array is None or array.shape != declared.shape or array.dtype != declared.dtype:
-                raise SessionError(f"{spec.file.file}: input {declared.name!r} is no leaf of the batch")
-            self._binding.bind_cpu_input(declared.name, array)
-        for declared, array in zip(spec.outputs, outputs, strict=True):
-            if array.shape != declared.shape or array.dtype != declared.dtype:
-                raise SessionError(f"{spec.file.file}: output {declared.name!r} has shape {declared.shape}")
-            self._binding.bind_output(
-                declared.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data
-            )
+        self._file = graph.file.file
+        self._bound: Vector | None = None
+        count = len(manifest.parameters)
+        names = [spec.name for spec in graph.inputs[:count]]
+        self._parameters = list(zip(names, manifest.parameters, strict=True))
+        for spec in graph.inputs[count:]:
+            self.binding.bind_cpu_input(spec.name, leaves[spec.name])
 
-    def run(self, parameters: Vector) -> list[Array]:
-        """Runs on the staged batch; returns the outputs before the gradients' views, overwritten next time."""
-        if parameters is not self._parameters:
-            check_vector(parameters, self._num_parameters)
-            for entry, declared in zip(self._entries, self._parameter_inputs, strict=True):
-                self._binding.bind_cpu_input(declared.name, view(parameters, entry))
-            self._parameters = parameters
+    def run(self, parameters: Vector) -> None:
+        """One call; see `BoundGraph`."""
+        if parameters is not self._bound:
+            for name, entry in self._parameters:
+                self.binding.bind_cpu_input(name, view(parameters, entry))
+            self._bound = parameters
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self.binding)
         except Exception as error:  # onnxruntime's exceptions share no base of their own
-            message = f"{self.spec.file.file}: {first_line(error)}"
-            if re.search(r"out of (data )?bounds|out of range|outside", str(error)):
+            message = f"{self._file}: {first_line(error)}"
+            if re.search(r"out of (data )?bounds|out of range", str(error)):
                 raise DataError(f"an index in the batch is out of range: {message}") from error
-            raise SessionError(f"the step failed in onnxruntime: {message}") from error
-        return self._outputs
-
-
-def view(vector: Vector, entry: ParameterEntry) -> Array:
-    """One parameter of a flat vector, without a copy."""
-    return vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
+            raise SessionError(f"onnxruntime failed in {message}") from error
 
 
 def load_graph(bundle: Bundle, graph: Graph, *, threads: int) -> onnxruntime.InferenceSession:
-    """Loads one verified graph and checks that it is the one that the manifest describes.
+    """Loads one verified graph.
 
     Raises:
-        SessionError: onnxruntime refuses the model, or it has other inputs or outputs.
+        SessionError: onnxruntime refuses the model.
         BundleError: a file is missing or corrupt.
     """
     import onnxruntime  # noqa: PLC0415
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    extra = [(Path(entry.file).name, bundle.read(entry)) for entry in graph.extra_files]
-    if extra:
+    options = session_options(threads)
+    external = [(Path(entry.file).name, bundle.read(entry)) for entry in graph.extra_files]
+    if external:
         options.add_external_initializers_from_files_in_memory(
-            [name for name, _ in extra], [data for _, data in extra], [len(data) for _, data in extra]
+            [name for name, _ in external],
+            [data for _, data in external],
+            [len(data) for _, data in external],
         )
     data = bundle.read(graph.file)
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise SessionError(
             f"{bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {graph.file.file}: "
             f"{first_line(error)}"
         ) from error
-    for what, have, declared in (
-        ("inputs", session.get_inputs(), graph.inputs),
-        ("outputs", session.get_outputs(), graph.outputs),
-    ):
-        found = [(value.name, tuple(value.shape)) for value in have]
-        if found != [(spec.name, spec.shape) for spec in declared]:
-            raise SessionError(
-                f"{bundle.path}: the {what} of {graph.file.file} are not the manifest's: {found}"
-            )
-    return session
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text: onnxruntime appends C++ stack traces."""
-    return str(error).strip().partition("\n")[0]
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """Options for small machines."""
+    import onnxruntime  # noqa: PLC0415
 
-
-def parse_version(version: str) -> tuple[int, int]:
-    """(major, minor) of "1.22.0", "1.22" or "1.23.0.dev2"."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # One block for all activations at once: 24 of 135 MB more for a language model, and no faster.
+    options.enable_mem_pattern = False
+    # What goes wrong is raised; nothing is printed besides.
+    options.log_severity_level = 4
+    return options

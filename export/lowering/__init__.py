@@ -7,8 +7,9 @@ from importlib.metadata import entry_points
 from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.lowering.base import Lowering
 from edgetrain.export.lowering.onnx import OnnxLowering
+from edgetrain.export.lowering.torch import TorchLowering
 
-_BUILTIN: dict[str, type[Lowering]] = {"onnxruntime": OnnxLowering}
+_BUILTIN: dict[str, type[Lowering]] = {"onnxruntime": OnnxLowering, "torch": TorchLowering}
 
 
 def get_lowering(runtime: str) -> Lowering:

@@ -1,0 +1,123 @@
+"""The reference runtime: the same step graph in torch, for comparing and for machines that have it.
+
+The program is the traced step as `torch.export` saves it (`.pt2`), in operators that torch does not take
+apart. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgetrain.edge_client.errors import DataError, SessionError
+from edgetrain.edge_client.runtimes.base import Vector
+from edgetrain.edge_client.runtimes.leaves import Array
+from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line, view
+from edgetrain.edge_client.runtimes.versions import check_minimum
+from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.manifest import Graph, Manifest
+
+if TYPE_CHECKING:
+    import torch
+
+    Program = Callable[..., tuple[torch.Tensor, ...]]
+
+
+class TorchRuntime:
+    """Torch on the CPU."""
+
+    name = "torch"
+
+    def available(self) -> str | None:
+        """None if torch is installed, else the pip line. Does not import it, which takes seconds."""
+        if importlib.util.find_spec("torch") is None:
+            return "runtime torch is not installed: pip install torch"
+        return None
+
+    def open(self, bundle: Bundle, *, threads: int) -> TorchSession:
+        """Loads the bundle's program for torch.
+
+        `threads` is set for the whole process: torch knows no other way.
+
+        Raises:
+            SessionError: too old, or the program does not load.
+            BundleError: no program for this runtime, or a corrupt file.
+        """
+        import torch  # noqa: PLC0415 - only who runs a session pays for it
+
+        check_minimum(bundle.manifest, self.name, torch.__version__, "torch")
+        if threads:
+            torch.set_num_threads(threads)
+        return TorchSession(self.name, bundle, threads=threads)
+
+
+class TorchSession(GraphSession):
+    """One bundle on torch. See `base.Session`."""
+
+    def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
+        """Loads a graph."""
+        del name
+        import torch  # noqa: PLC0415
+
+        try:
+            program = torch.export.load(io.BytesIO(self.bundle.read(graph.file)))
+            module: Program = program.module()
+        except Exception as error:  # whatever unpickling, unzipping and checking the program raise
+            raise SessionError(
+                f"{self.bundle.path}: torch {torch.__version__} cannot load {graph.file.file}: "
+                f"{first_line(error)}"
+            ) from error
+        return _TorchGraph(module, graph, self.manifest, self.staging.arrays, outputs)
+
+
+class _TorchGraph:
+    """A loaded program with the staged batch as tensors that share its memory."""
+
+    def __init__(
+        self,
+        program: Program,
+        graph: Graph,
+        manifest: Manifest,
+        leaves: dict[str, Array],
+        outputs: list[Array],
+    ) -> None:
+        import torch  # noqa: PLC0415
+
+        self._program = program
+        self._file = graph.file.file
+        self._manifest = manifest
+        self._leaves = [
+            torch.from_numpy(leaves[spec.name]) for spec in graph.inputs[len(manifest.parameters) :]
+        ]
+        self._outputs = outputs
+        self._bound: Vector | None = None
+        self._parameters: list[torch.Tensor] = []
+
+    def run(self, parameters: Vector) -> None:
+        """One call; see `BoundGraph`."""
+        import torch  # noqa: PLC0415
+
+        if parameters is not self._bound:
+            # torch refuses to share memory that it may not write to.
+            shared = parameters if parameters.flags.writeable else parameters.copy()
+            self._parameters = [torch.from_numpy(view(shared, entry)) for entry in self._manifest.parameters]
+            self._bound = parameters if shared is parameters else None
+        try:
+            with torch.no_grad():
+                results = self._program(*self._parameters, *self._leaves)
+        except IndexError as error:
+            raise DataError(
+                f"an index in the batch is out of range: {self._file}: {first_line(error)}"
+            ) from error
+        except RuntimeError as error:
+            if "out of bounds" in str(error) or "out of range" in str(error):
+                raise DataError(
+                    f"an index in the batch is out of range: {self._file}: {first_line(error)}"
+                ) from error
+            raise SessionError(f"torch failed in {self._file}: {first_line(error)}") from error
+        for array, result in zip(self._outputs, results, strict=True):
+            np.copyto(array, result.numpy())
