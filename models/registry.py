@@ -29,6 +29,13 @@ class ModelSource(NamedTuple):
 MODELS: Mapping[str, str] = MappingProxyType(
     {
         "digits-cnn": "edgetrain.models.digits_cnn:digits_cnn",
+        "mobilenet-v2": "edgetrain.models.mobilenet_v2:mobilenet_v2",
+        "ds-cnn": "edgetrain.models.ds_cnn:ds_cnn",
+        "resnet-8": "edgetrain.models.resnet_8:resnet_8",
+        "char-lm": "edgetrain.models.char_lm:char_lm",
+        "bert-tiny": "edgetrain.models.bert_tiny:bert_tiny",
+        "vit-tiny": "edgetrain.models.vit_tiny:vit_tiny",
+        "seq2seq": "edgetrain.models.seq2seq:seq2seq",
     }
 )
 """Name -> the `module:function` that builds it."""

@@ -30,6 +30,8 @@ def train(
     """Trains in place and returns the mean loss of every step."""
     torch.set_num_threads(1)
     opt = optimizer(source.module.parameters())
+    # To zero in a straight line: a level reached at the end of a decay varies little.
+    decay = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=steps)
     source.module.train()
     history = []
     for batch in batches(samples, batch_size, epochs=steps, seed=seed):
@@ -41,6 +43,7 @@ def train(
         if max_grad_norm:
             torch.nn.utils.clip_grad_norm_(source.module.parameters(), max_grad_norm)
         opt.step()
+        decay.step()
         history.append(loss.item())
         if len(history) == steps:
             return history
