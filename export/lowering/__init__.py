@@ -6,10 +6,15 @@ from importlib.metadata import entry_points
 
 from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.lowering.base import Lowering
+from edgetrain.export.lowering.executorch import ExecutorchLowering
 from edgetrain.export.lowering.onnx import OnnxLowering
 from edgetrain.export.lowering.torch import TorchLowering
 
-_BUILTIN: dict[str, type[Lowering]] = {"onnxruntime": OnnxLowering, "torch": TorchLowering}
+_BUILTIN: dict[str, type[Lowering]] = {
+    "onnxruntime": OnnxLowering,
+    "executorch": ExecutorchLowering,
+    "torch": TorchLowering,
+}
 
 
 def get_lowering(runtime: str) -> Lowering:
