@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -46,6 +47,9 @@ class ExecutorchLowering:
 
     def lower(self, graph: TracedGraph) -> LoweredGraph:
         """Rewrites for XNNPACK, delegates what it takes, and plans the memory of the rest."""
+        # A dimension of size 1 may have any stride; ExecuTorch would take some for channels-last.
+        example = tuple(torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) for tensor in graph.example)
+        graph = replace(graph, example=example)
         with _quiet(), torch.no_grad():
             data, planned = _compile(rewrite(graph), graph)
         return LoweredGraph(file=f"{graph.name}.pte", data=data, planned_memory=planned)

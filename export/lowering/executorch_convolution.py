@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 aten = torch.ops.aten
 
@@ -130,7 +131,8 @@ def convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         + 1
         for i in range(2)
     ]
-    matrix = weight.reshape(G, O // G, I, -1).permute(0, 3, 2, 1).reshape(G, -1, O // G)
+    K = math.prod(geometry.kernel)
+    matrix = weight.reshape(G, O // G, I, K).permute(0, 3, 2, 1).reshape(G, K * I, O // G)
     return multiply(x, matrix, *geometry.forward(positions))
 
 
@@ -165,7 +167,8 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: Seque
             part = kernel[:, :, :, row_taps[0] : row_taps[-1] + 1 : _gap(row_taps)]
             part = part[:, :, :, :, column_taps[0] : column_taps[-1] + 1 : _gap(column_taps)]
             # Windows run upwards in the gradient, which is downwards in the kernel.
-            matrix = _flip(part).permute(0, 3, 4, 1, 2).reshape(G, -1, I)
+            matrix = _flip(part).permute(0, 3, 4, 1, 2)
+            matrix = matrix.reshape(G, math.prod(matrix.shape[1:4]), I)
             classes.append(multiply(grad, matrix, rows, columns))
     if len(classes) == 1:
         return classes[0]
@@ -197,9 +200,10 @@ def _gap(taps: Sequence[int]) -> int:
 
 
 def _flip(kernel: Tensor) -> Tensor:
-    """Reverses both kernel dimensions of [G, O, I, kh, kw] with one copy."""
+    """Reverses both kernel dimensions of [G, O, I, kh, kw], as a product with a mirrored identity."""
     *lead, kh, kw = kernel.shape
     if kh * kw == 1:
         return kernel
-    flat = kernel.reshape(*lead, kh * kw)
-    return aten.index_select.default(flat, 3, torch.arange(kh * kw - 1, -1, -1)).reshape(kernel.shape)
+    with disable_proxy_modes_tracing():
+        mirror = torch.eye(kh * kw).flip(0).reshape(1, kh * kw, kh * kw)
+    return torch.bmm(kernel.reshape(1, -1, kh * kw), mirror).reshape(kernel.shape)
