@@ -6,11 +6,14 @@ Readers trust nothing: every file is checked against the manifest's SHA-256 and 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -76,10 +79,28 @@ class Bundle:
         """
         data = self._read(entry.file, entry.size)
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise BundleError(
-                f"{self.path}: {entry.file} is corrupt: its size or SHA-256 is not the manifest's. "
-                "Copy or export the bundle again."
-            )
+            raise self._corrupt(entry)
+        return data
+
+    def map(self, entry: FileEntry) -> memoryview:
+        """The contents of one file, verified; of a directory mapped into memory, not copied.
+
+        For large files that are read once: their pages are the system's to drop and to read again.
+
+        Raises:
+            BundleError: missing, or its size or hash differ from the manifest.
+        """
+        if self._archive is not None or entry.size == 0:
+            return memoryview(self.read(entry))
+        with self._open(entry.file) as file:
+            if os.fstat(file.fileno()).st_size != entry.size:
+                raise self._corrupt(entry)
+            mapped = mmap.mmap(file.fileno(), entry.size, access=mmap.ACCESS_READ)
+        data = memoryview(mapped)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise self._corrupt(entry)
+        if hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_DONTNEED)
         return data
 
     def initial_parameters(self) -> np.ndarray:
@@ -97,19 +118,31 @@ class Bundle:
 
     def _read(self, name: str, limit: int) -> bytes:
         """At most `limit` + 1 bytes, so that a file larger than declared costs nothing."""
+        with self._open(name) as file:
+            return file.read(limit + 1)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
         try:
             if self._archive is None:
                 path = self.path / name
                 if not path.resolve().is_relative_to(self.path.resolve()):
                     raise BundleError(f"{self.path}: {name} points outside the bundle")
                 with path.open("rb") as file:
-                    return file.read(limit + 1)
-            with self._archive.open(name) as member:
-                return member.read(limit + 1)
+                    yield file
+            else:
+                with self._archive.open(name) as member:
+                    yield member
         except (FileNotFoundError, KeyError, IsADirectoryError) as error:
             raise BundleError(f"{self.path}: {name} is missing: not a bundle, or not a whole one") from error
         except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
             raise BundleError(f"{self.path}: {name} cannot be read: {error}") from error
+
+    def _corrupt(self, entry: FileEntry) -> BundleError:
+        return BundleError(
+            f"{self.path}: {entry.file} is corrupt: its size or SHA-256 is not the manifest's. "
+            "Copy or export the bundle again."
+        )
 
 
 def file_entry(name: str, data: bytes) -> FileEntry:
