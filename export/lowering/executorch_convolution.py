@@ -94,6 +94,38 @@ def _is_whole(x: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> bool:
     return expected == x.numel()
 
 
+def taps(x: Tensor, rows: Windows, columns: Windows) -> list[Tensor]:
+    """What each kernel position sees of an image [N, H, W, C]: [N, rows, columns, C] each."""
+    N, H, W, C = x.shape
+    (top, bottom), (left, right) = rows.padding(H), columns.padding(W)
+    if top or bottom or left or right:
+        x = aten.constant_pad_nd.default(x, [0, 0, left, right, top, bottom])
+    n, h, w, _ = x.stride()
+    sizes, strides = [N, rows.positions, columns.positions, C], [n, rows.step * h, columns.step * w, 1]
+    starts = [
+        (rows.first + top + i * rows.spacing) * h + (columns.first + left + j * columns.spacing) * w
+        for i in range(rows.taps)
+        for j in range(columns.taps)
+    ]
+    if len(starts) == 1 and sizes == list(x.shape):
+        return [x]
+    return [aten.as_strided_copy.default(x, sizes, strides, start) for start in starts]
+
+
+def multiply_channels(x: Tensor, weight_KC: Tensor, rows: Windows, columns: Windows) -> Tensor:
+    """Windows of each channel times its own weights [K, C], summed over the taps -> [N, C, rows, columns].
+
+    A matrix product would have a single column per channel; multiplying and adding whole images is faster.
+    """
+    image = x.permute(0, 2, 3, 1).contiguous()
+    total: Tensor | None = None
+    for k, tap in enumerate(taps(image, rows, columns)):
+        product = tap * weight_KC[k]
+        total = product if total is None else total + product
+    assert total is not None
+    return total.permute(0, 3, 1, 2).contiguous()
+
+
 def multiply(x: Tensor, weight_GKO: Tensor, rows: Windows, columns: Windows) -> Tensor:
     """Windows times weights [G, K*I, O] -> image [N, G*O, rows, columns]."""
     N, G, O = x.shape[0], weight_GKO.shape[0], weight_GKO.shape[2]
@@ -111,6 +143,10 @@ class Geometry:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    def depthwise(self, weight: Tensor) -> bool:
+        """Whether each channel has weights of its own and nothing else."""
+        return self.groups == weight.shape[0] and weight.shape[1] == 1 and self.groups > 1
 
     def forward(self, positions: Sequence[int]) -> list[Windows]:
         """What each output position reads."""
@@ -132,6 +168,8 @@ def convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         for i in range(2)
     ]
     K = math.prod(geometry.kernel)
+    if geometry.depthwise(weight):
+        return multiply_channels(x, weight.reshape(O, K).permute(1, 0), *geometry.forward(positions))
     matrix = weight.reshape(G, O // G, I, K).permute(0, 3, 2, 1).reshape(G, K * I, O // G)
     return multiply(x, matrix, *geometry.forward(positions))
 
@@ -140,6 +178,15 @@ def weight_gradient(x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
     """[G*O, I, kh, kw] from the input and the gradient of the output [N, G*O, H', W']."""
     G, N = geometry.groups, x.shape[0]
     O, I, P = grad.shape[1] // G, x.shape[1] // G, math.prod(grad.shape[2:])
+    if I == 1 and O == 1 and G > 1:
+        image = x.permute(0, 2, 3, 1).contiguous()
+        channels = grad.permute(0, 2, 3, 1).contiguous()
+        ones = ones_like_row(N * P)
+        sums = [
+            torch.bmm(ones, (tap * channels).reshape(1, N * P, G))
+            for tap in taps(image, *geometry.forward(grad.shape[2:]))
+        ]
+        return torch.cat(sums, 1).reshape(-1, G).permute(1, 0).reshape(G, 1, *geometry.kernel)
     gathered = windows(x, *geometry.forward(grad.shape[2:]), G, taps_first=True)
     right = grad.reshape(N, G, O, P).permute(1, 0, 3, 2).reshape(G, N * P, O)
     product = torch.bmm(gathered, right)
@@ -166,6 +213,10 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: Seque
             (rows, row_taps), (columns, column_taps) = (part for part in found if part is not None)
             part = kernel[:, :, :, row_taps[0] : row_taps[-1] + 1 : _gap(row_taps)]
             part = part[:, :, :, :, column_taps[0] : column_taps[-1] + 1 : _gap(column_taps)]
+            if geometry.depthwise(weight):
+                matrix = _flip(part).reshape(G, len(row_taps) * len(column_taps)).permute(1, 0)
+                classes.append(multiply_channels(grad, matrix, rows, columns))
+                continue
             # Windows run upwards in the gradient, which is downwards in the kernel.
             matrix = _flip(part).permute(0, 3, 4, 1, 2)
             matrix = matrix.reshape(G, math.prod(matrix.shape[1:4]), I)
@@ -197,6 +248,12 @@ def _class(geometry: Geometry, i: int, offset: int, count: int) -> tuple[Windows
 
 def _gap(taps: Sequence[int]) -> int:
     return taps[1] - taps[0] if len(taps) > 1 else 1
+
+
+def ones_like_row(size: int) -> Tensor:
+    """[1, 1, size]"""
+    with disable_proxy_modes_tracing():
+        return torch.ones(1, 1, size)
 
 
 def _flip(kernel: Tensor) -> Tensor:
