@@ -61,9 +61,12 @@ class ExecutorchLowering:
                 _load_for_executorch_from_buffer,
             )
 
-            module = _load_for_executorch_from_buffer(lowered.data)
+            # The module reads from the buffer for as long as it lives, and does not hold it.
+            data = lowered.data
+            module = _load_for_executorch_from_buffer(data)
 
         def run(arrays: Sequence[Array]) -> list[Array]:
+            assert data
             outputs = module.run_method("forward", [torch.from_numpy(array) for array in arrays])
             return [np.asarray(output) for output in outputs]
 
@@ -71,9 +74,6 @@ class ExecutorchLowering:
 
 
 def _compile(module: torch.fx.GraphModule, graph: TracedGraph) -> tuple[bytes, int]:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # noqa: PLC0415
-        XnnpackPartitioner,
-    )
     from executorch.exir import (  # noqa: PLC0415
         EdgeCompileConfig,
         ExecutorchBackendConfig,
@@ -81,10 +81,12 @@ def _compile(module: torch.fx.GraphModule, graph: TracedGraph) -> tuple[bytes, i
     )
     from executorch.exir.passes import MemoryPlanningPass  # noqa: PLC0415
 
+    from edgetrain.export.lowering.executorch_partition import partitioner  # noqa: PLC0415
+
     exported = torch.export.export(module, graph.example, strict=False)
     edge = to_edge_transform_and_lower(
         exported,
-        partitioner=[XnnpackPartitioner()],
+        partitioner=[partitioner()],
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     # Inputs and outputs are the caller's memory.

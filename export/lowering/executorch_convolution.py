@@ -120,7 +120,7 @@ def multiply_channels(x: Tensor, weight_KC: Tensor, rows: Windows, columns: Wind
     image = x.permute(0, 2, 3, 1).contiguous()
     total: Tensor | None = None
     for k, tap in enumerate(taps(image, rows, columns)):
-        product = tap * weight_KC[k]
+        product = tap * weight_KC[k : k + 1]
         total = product if total is None else total + product
     assert total is not None
     return total.permute(0, 3, 1, 2).contiguous()

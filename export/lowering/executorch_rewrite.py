@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import Tensor, fx
+from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
 from edgetrain.export.errors import UnsupportedError
@@ -32,9 +33,28 @@ def rewrite(graph: TracedGraph) -> fx.GraphModule:
     """The same function of the same inputs, in the operators of this module's rules."""
     with torch.no_grad():
         module = make_fx(_Rewriter(graph.module).run)(*graph.example)
+    _tidy(module)
+    return module
+
+
+def _tidy(module: fx.GraphModule) -> None:
+    """Removes what nobody reads, what is computed twice, views that change nothing, and views of views."""
+    module.graph.eliminate_dead_code()
+    module.graph = fx_graph_cse(module.graph)
+    for node in module.graph.nodes:
+        if node.op != "call_function" or any(user.op == "output" for user in node.users):
+            continue
+        if node.target in (aten.alias.default, aten.detach.default):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target == aten.view.default:
+            source = node.args[0]
+            if source.target == aten.view.default:
+                source = source.args[0]
+                node.update_arg(0, source)
+            if source.meta["val"].shape == node.meta["val"].shape:
+                node.replace_all_uses_with(source)
     module.graph.eliminate_dead_code()
     module.recompile()
-    return module
 
 
 class _Rewriter(fx.Interpreter):
@@ -167,10 +187,43 @@ def _mm_variable(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _expand(rewriter: _Rewriter, x: Tensor, size: Sequence[int], **kwargs: Any) -> Any:
-    """Nothing to do where the shape is the same."""
-    del rewriter, kwargs
+    """Nothing to do where the shape is the same, or where the reader broadcasts by itself."""
+    del kwargs
     wanted = [x.shape[i - len(size)] if n == -1 else n for i, n in enumerate(size)]
-    return x if wanted == list(x.shape) else NotImplemented
+    if wanted == list(x.shape):
+        return x
+    if len(size) != x.ndim or not all(_broadcasts(rewriter, user, wanted) for user in rewriter.node.users):
+        return NotImplemented
+    return x
+
+
+def _broadcasts(rewriter: _Rewriter, user: fx.Node, size: Sequence[int]) -> bool:
+    """Whether a reader of an expanded tensor brings another operand of the full size."""
+    if user.target == aten.div.Scalar:
+        return all(_broadcasts(rewriter, reader, size) for reader in user.users)
+    others = [a for a in user.args if isinstance(a, fx.Node) and a is not rewriter.node]
+    return user.target in _ELEMENTWISE and any(
+        list(other.meta["val"].shape) == list(size) and other.target not in _UNEXPANDED for other in others
+    )
+
+
+def _div(rewriter: _Rewriter, x: Tensor, divisor: float) -> Any:
+    """By a number: a product, before it is expanded rather than after."""
+    del rewriter
+    return x * (1 / divisor)
+
+
+def _unsqueeze(rewriter: _Rewriter, x: Tensor, dim: int) -> Tensor:
+    """A view, which XNNPACK takes for any dimension."""
+    del rewriter
+    dim %= x.ndim + 1
+    return x.reshape([*x.shape[:dim], 1, *x.shape[dim:]])
+
+
+def _squeeze(rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | int) -> Tensor:
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = {dim % x.ndim for dim in dims if x.shape[dim] == 1}
+    return x.reshape([size for dim, size in enumerate(x.shape) if dim not in gone])
 
 
 def _add(rewriter: _Rewriter, a: Tensor, b: Any, *, alpha: float = 1) -> Any:
@@ -425,6 +478,8 @@ def _max_pool_backward(rewriter: _Rewriter, grad: Tensor, x: Tensor, *settings: 
     return max_pool_backward(grad, x, *settings[:-1])
 
 
+_ELEMENTWISE = (aten.add.Tensor, aten.div.Tensor, aten.mul.Tensor, aten.sub.Tensor)
+_UNEXPANDED = (aten.div.Scalar, aten.expand.default)
 _SOFTMAX = (aten._safe_softmax.default, aten._softmax.default)  # noqa: SLF001
 _RULES: dict[Any, Callable[..., Any]] = {
     aten._native_batch_norm_legit_no_training.default: _batch_norm,  # noqa: SLF001
@@ -433,12 +488,16 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.addmm.default: _addmm,
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
+    aten.div.Scalar: _div,
     aten.expand.default: _expand,
     aten.max_pool2d_with_indices.default: _max_pool,
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
     aten.mean.dim: _mean,
     aten.mm.default: _mm,
     aten.native_batch_norm.default: _batch_norm,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
     aten.sum.default: _sum,
     aten.sum.dim_IntList: _sum,
+    aten.unsqueeze.default: _unsqueeze,
 }
