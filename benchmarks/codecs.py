@@ -62,7 +62,7 @@ def deltas(size: int) -> dict[str, np.ndarray]:
 
 def digits_delta() -> np.ndarray:
     """One epoch of SGD on scikit-learn's digits: a 64-256-10 perceptron in numpy, 19,210 parameters."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - only here
+    from sklearn.datasets import load_digits
 
     rng = np.random.default_rng(0)
     images, labels = load_digits(return_X_y=True)
@@ -210,10 +210,10 @@ def shown(value: object) -> str:
 
 def plot(report: dict[str, list[Row]], path: Path) -> None:
     """Bytes per parameter of every codec, and int8 values against their entropy."""
-    import matplotlib as mpl  # noqa: PLC0415 - only here
+    import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     sizes = {row["form"]: row["bytes_per_parameter"] for row in report["others"]}

@@ -60,7 +60,7 @@ class BlobServer:
         if blob is None:
             return False
         if ranges:
-            self._send(blob, self._topics.to_client(client, "blob"), ranges)
+            self._send(blob, self._topics.to_client(client, "blob"), _merge(ranges))
             return True
         if not blob.waiting:
             blob.due = now + GATHER_SECONDS
@@ -88,3 +88,14 @@ class BlobServer:
     def _send(self, blob: _Blob, topic: str, ranges: tuple[tuple[int, int], ...]) -> None:
         for chunk in cut(blob.ref, blob.data, ranges, self._chunk_bytes):
             self._publish(topic, chunk)
+
+
+def _merge(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The same bytes, each once: a request is never answered with more than the blob."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        elif start < stop:
+            merged.append((start, stop))
+    return tuple(merged)

@@ -134,14 +134,16 @@ class EmbeddedBroker:
         self.port = port
         self._loop = asyncio.new_event_loop()
         self._failure: BaseException | None = None
-        self._stopped = threading.Event()
+        self._end = asyncio.Event()
+        # Set when it listens, or never will.
+        self._settled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="embedded-broker", daemon=True)
         self._thread.start()
-        try:
-            _wait_until_open(port, alive=self._thread.is_alive)
-        except BrokerError as error:
+        self._settled.wait(START_SECONDS)
+        if self._failure or not self._settled.is_set():
             self.stop()
-            raise BrokerError(f"the embedded broker did not start: {self._failure or error}") from error
+            reason = self._failure or f"it does not listen after {START_SECONDS:.0f} s"
+            raise BrokerError(f"the embedded broker did not start: {reason}") from self._failure
 
     def stop(self) -> None:
         """See `LocalBroker`."""
@@ -156,6 +158,7 @@ class EmbeddedBroker:
         except Exception as error:
             self._failure = error
         finally:
+            self._settled.set()
             self._loop.close()
 
     async def _serve(self) -> None:
@@ -165,7 +168,6 @@ class EmbeddedBroker:
             raise BrokerError(
                 "the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'"
             ) from error
-        self._end = asyncio.Event()
         for name in ("amqtt", "transitions"):
             # It calls it an error when a client just goes away.
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -176,10 +178,16 @@ class EmbeddedBroker:
             }
         )
         await broker.start()
+        self._settled.set()
         try:
             await self._end.wait()
         finally:
             await broker.shutdown()
+            # It leaves the tasks of connections that were lost.
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
 
 def _check_free(port: int) -> None:

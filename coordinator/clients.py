@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgetrain.protocol.messages import DeviceInfo, Resources
+from edgetrain.protocol.messages import DeviceInfo, DeviceState, Resources
 
 
 @dataclass(slots=True)
@@ -25,11 +25,16 @@ class ClientRecord:
     # Codec stages that it knows.
     stages: frozenset[str] = frozenset()
     device: DeviceInfo = DeviceInfo()
+    # How it was when it said so last.
+    state: DeviceState = DeviceState()
     # What its updates reported last.
     resources: Resources = Resources()
     # (round, digest) of its last accepted update.
     last_accepted: tuple[int, bytes] | None = None
+    # Payload bytes from it so far; and what earlier rounds have counted of its traffic.
     bytes_up: int = 0
+    counted_up: int = 0
+    counted_down: int = 0
 
 
 class Roster:
@@ -37,6 +42,9 @@ class Roster:
 
     def __init__(self) -> None:
         self._clients: dict[str, ClientRecord] = {}
+
+    def __len__(self) -> int:
+        return len(self._clients)
 
     def __getitem__(self, name: str) -> ClientRecord:
         return self._clients[name]

@@ -6,31 +6,41 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator import events
+from edgetrain.coordinator.adaptation import adapted_setting, rule_for
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients import ClientRecord, Roster, select_random
+from edgetrain.coordinator.clients import ClientRecord, Roster
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import FederationConfig
+from edgetrain.coordinator.deadlines import deadline_seconds
 from edgetrain.coordinator.downlink import WHOLE, Downlink, Release, vector_digest
-from edgetrain.coordinator.errors import RoundFailed
+from edgetrain.coordinator.errors import RoundFailed, StopRequested
+from edgetrain.coordinator.history import History
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.journal import RoundOpened
 from edgetrain.coordinator.open_round import OpenRound
+from edgetrain.coordinator.pace import come_back_seconds
+from edgetrain.coordinator.past_run import read_rows
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.reports import client_rows, round_record, summarize
+from edgetrain.coordinator.requests import Request, read_request, write_request
 from edgetrain.coordinator.rounds import Outcome, Part, Round
 from edgetrain.coordinator.run_directory import RunDirectory
-from edgetrain.coordinator.stopping import stop_reason
-from edgetrain.coordinator.strategies import ServerState, make_strategy
+from edgetrain.coordinator.selection import Candidate, admitted, select
+from edgetrain.coordinator.spread import evaluation_of
+from edgetrain.coordinator.stopping import metric_series, stop_reason
+from edgetrain.coordinator.strategies import Setting, check_strategy, described, make_strategy
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec, Limits, encode, negotiate
+from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import Patch, Plan, RoundClosed
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
@@ -45,6 +55,10 @@ BATCH_EVENTS = 256
 POLL_SECONDS = 0.5
 # Clients have so long to evaluate the final parameters.
 REPORT_SECONDS = 60.0
+# Rounds whose mean duration tells how long a client will not be needed.
+PACE_ROUNDS = 10
+# A failed round is tried again after a pause that doubles from one second up to this.
+MAX_RETRY_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +107,28 @@ class Coordinator:
         self._evaluate = evaluate
         self._observe = observe
         self._clock = clock
-        self._strategy = make_strategy(config.strategy)
-        self._server_state: ServerState = {}
+        setting = Setting(
+            codec=self._codec,
+            training=config.training,
+            minimum=config.rounds.least,
+            goal=config.rounds.goal,
+        )
+        self._strategy = make_strategy(config.strategy, setting)
+        for rule in config.devices:
+            check_strategy(self._strategy, adapted_setting(setting, rule))
+        self._server_state = directory.load_server_state()
         self._num_parameters = bundle.manifest.num_parameters
+        # What the devices keep to themselves stays as it was exported here.
+        self._personal = elements_of(bundle.manifest, config.personal)
+        # As announced last: what whoever connects later is told.
+        self._status: tuple[Literal["open", "paused", "ended"], str] = ("open", "")
         self._round_number, self._parameters = directory.load_parameters(bundle.initial_parameters())
         # What no codec exceeds, and a little.
         dense = 4 * self._num_parameters + self._num_parameters // 8 + 4096
+        dense *= 2 if self._strategy.control else 1
         self._max_update_bytes = config.limits.max_update_bytes or dense
+        self._history = History()
+        self._history.add(read_rows(directory.path / "clients.csv"))
         self._roster = Roster()
         for name, key, last in directory.load_clients():
             self._roster.add(ClientRecord(name, key, last_accepted=last))
@@ -124,7 +153,12 @@ class Coordinator:
             observe=observe,
             clock=clock,
         )
-        self._bytes_down_counted = 0
+        if config.rounds.pace_seconds:
+            self._intake.come_back = self._come_back_seconds
+        self._resumed = self._round_number > 0
+        self._clients_saved = len(self._roster)
+        # Before its first round, a coordinator waits a while for all that are there.
+        self._gathered = False
         self._started = clock()
 
     def run(self) -> Summary:
@@ -139,22 +173,29 @@ class Coordinator:
             self._open()
             reason = self._run_rounds()
             if self._config.evaluation.by_clients and self._round_number:
-                self._collect_reports()
+                self._ask_clients_for_reports(self._parameters)
+        except StopRequested:
+            reason = "stopped on request; the same command goes on where it stopped"
+            self._announce("ended", reason)
+            return self._summarize("stopped", reason)
         except KeyboardInterrupt:
-            self._post.announce("paused", "the coordinator was interrupted")
+            self._announce("paused", "the coordinator was interrupted")
             self._summarize("interrupted", "interrupted; the same command goes on where it stopped")
             raise
         except RoundFailed as error:
-            self._post.announce("ended", str(error))
+            self._announce("ended", str(error))
             self._summarize("failed", str(error))
             raise
         finally:
             if self._intake.current:
                 self._intake.current.collection.close()
-        self._post.announce("ended", reason)
+        self._announce("ended", reason)
         return self._summarize("completed", reason)
 
     def _open(self) -> None:
+        if read_request(self._directory.path) == "stop":
+            # It was obeyed by the process before.
+            write_request(self._directory.path, "run")
         for entry in self._bundle.manifest.files():
             self._blobs.add(self._bundle.read(entry))
         # The announcement follows when the transport says that it is connected.
@@ -164,12 +205,42 @@ class Coordinator:
 
     def _run_rounds(self) -> str:
         while True:
-            history = [(record.loss, record.accuracy) for record in self._directory.records]
-            if reason := stop_reason(self._config.stop, history):
+            self._pause_if_asked()
+            records, stop = self._directory.records, self._config.stop
+            history = [(record.loss, record.accuracy) for record in records]
+            series = metric_series(stop.metric, records, self._directory.evaluations)
+            if reason := stop_reason(stop, history, series):
                 return reason
             if self._round_number >= self._config.rounds.total:
                 return f"all {self._config.rounds.total} rounds done"
             self._run_round(self._round_number + 1)
+            every = self._config.evaluation.by_clients_every
+            if every and self._round_number % every == 0:
+                self._evaluate_by_clients()
+
+    def _pause_if_asked(self) -> None:
+        if self._request() != "pause":
+            return
+        self._announce("paused", "paused on request")
+        self._observe(events.Paused())
+        self._pump(lambda: self._request() != "pause")
+        self._announce("open")
+        self._observe(events.Resumed())
+
+    def _request(self) -> Request:
+        """What people ask for.
+
+        Raises:
+            StopRequested: to end.
+        """
+        request = read_request(self._directory.path)
+        if request == "stop":
+            raise StopRequested
+        return request
+
+    def _announce(self, status: Literal["open", "paused", "ended"], reason: str = "") -> None:
+        self._status = (status, reason)
+        self._post.announce(status, reason)
 
     # --- one round -----------------------------------------------------------------------------------
 
@@ -193,10 +264,12 @@ class Coordinator:
             logger.warning("%s", message)
             if rounds.max_failures and failures >= rounds.max_failures:
                 raise RoundFailed(
-                    f"{message}, after {failures} attempts. Lower rounds.minimum, raise "
+                    f"{message}, after {failures} attempts{_said(current)}. Lower rounds.minimum, raise "
                     "rounds.deadline_seconds, or look at the clients' logs; the run can go on from here."
                 )
             state.attempt += 1
+            retry_at = self._clock() + min(2.0 ** (failures - 1), MAX_RETRY_SECONDS)
+            self._pump(lambda at=retry_at: self._clock() >= at or state.count(Part.ACCEPTED) >= rounds.goal)  # type: ignore[misc]
         self._close_round(current)
 
     def _open_round(self, number: int) -> OpenRound:
@@ -217,15 +290,28 @@ class Coordinator:
             ),
         )
         state = Round(
-            number, opened.nonce, rounds.goal, rounds.least, self._clock() + rounds.deadline_seconds
+            number,
+            opened.nonce,
+            rounds.goal,
+            rounds.least,
+            self._clock() + rounds.deadline_seconds,
+            grace_seconds=rounds.grace_seconds,
         )
+        for client in collection.invited:
+            state.parts[client] = Part.LOST
         for client, digest in collection.digests.items():
             state.parts[client] = Part.ACCEPTED
             if record := self._roster.get(client):
                 record.last_accepted = (number, digest)
+        control = self._strategy.control
         return OpenRound(
             state,
             collection,
+            control=self._blobs.add(
+                self._downlink.encode(control(self._num_parameters, self._server_state), seed=number)
+            )
+            if control
+            else None,
             vector=release.digest,
             parameters=self._blobs.add(release.whole),
             patches=tuple(
@@ -244,19 +330,23 @@ class Coordinator:
         return release
 
     def _gather(self, current: OpenRound) -> None:
-        """Waits until enough clients are there; before the first round a while longer, for all of them."""
+        """Waits until enough clients are there; the first time a while longer, for all of them."""
         rounds = self._config.rounds
-        accepted = current.state.count(Part.ACCEPTED)
-        patience = rounds.gather_seconds if current.state.number == 1 and current.state.attempt == 1 else 0.0
+        patience = 0.0 if self._gathered else rounds.gather_seconds
+        self._gathered = True
         start = self._clock()
         shown: int | None = None
 
         def enough() -> bool:
             nonlocal shown
             ready = len(self._pool(current))
+            accepted = current.state.count(Part.ACCEPTED)
             waited = self._clock() - start
-            if ready + accepted >= rounds.goal or (
-                ready and ready + accepted >= rounds.least and waited >= patience
+            if ready + accepted >= rounds.goal:
+                return True
+            # If only those are here whose updates an earlier process has accepted, the round ends as at its deadline.
+            if ready + accepted >= rounds.least and waited >= (
+                patience if ready else rounds.deadline_seconds
             ):
                 return True
             if rounds.idle_timeout_seconds and waited > rounds.idle_timeout_seconds:
@@ -272,31 +362,58 @@ class Coordinator:
         self._pump(enough)
 
     def _pool(self, current: OpenRound) -> list[str]:
-        return [name for name in self._roster.eligible() if name not in current.collection.digests]
+        """Those that can be invited now."""
+        names = [name for name in self._roster.eligible() if name not in current.collection.digests]
+        least = self._config.rounds.least - current.state.count(Part.ACCEPTED)
+        pool = admitted(
+            self._config.selection,
+            self._candidates(names),
+            round_number=current.state.number,
+            least=max(least, 1),
+        )
+        return [candidate.name for candidate in pool]
+
+    def _candidates(self, names: Sequence[str]) -> list[Candidate]:
+        records = [self._roster[name] for name in names]
+        return [
+            Candidate(record.name, record.num_examples, record.state, self._history.of(record.name))
+            for record in records
+        ]
+
+    def _choose(self, names: Sequence[str], count: int, number: int, attempt: int) -> list[str]:
+        return select(
+            self._config.selection,
+            self._candidates(names),
+            count,
+            seed=self._config.seed,
+            round_number=number,
+            attempt=attempt,
+        )
 
     def _invite(self, current: OpenRound) -> None:
         state, rounds = current.state, self._config.rounds
         needed = rounds.goal - state.count(Part.ACCEPTED)
-        chosen = select_random(
-            self._pool(current),
-            math.ceil(needed * rounds.over_selection),
-            seed=self._config.seed,
-            round_number=state.number,
-            attempt=state.attempt,
-        )
+        wanted = math.ceil(needed * rounds.over_selection)
+        chosen = self._choose(self._pool(current), wanted, state.number, state.attempt)
         now = self._clock()
         current.invited_at = now if current.invited_at is None else current.invited_at
-        state.deadline_at = now + rounds.deadline_seconds
+        state.deadline_at = now + deadline_seconds(rounds, self._history.durations, state.attempt)
         newest = current.patches[-1].blob if current.patches else current.parameters
         self._blobs.expect(newest, audience=len(chosen))
+        current.collection.invite(chosen)
         for name in chosen:
             state.invite(name)
+            current.invited[name] = now
             self._post.send(name, self._plan(current, name))
         self._observe(events.RoundStarted(state.number, state.attempt, len(chosen)))
 
     def _plan(self, current: OpenRound, client: str) -> Plan:
         record = self._roster.get(client)
-        codec = negotiate(self._codec, record.stages) if record else self._codec
+        rule = rule_for(self._config.devices, record)
+        codec = CodecSpec.parse(rule.codec) if rule.codec else self._codec
+        if record:
+            codec = negotiate(codec, record.stages)
+        training = current.trainings[client] = self._strategy.training(rule.adapt(self._config.training))
         return Plan(
             run=self._directory.run,
             round=current.state.number,
@@ -305,7 +422,9 @@ class Coordinator:
             vector=current.vector,
             parameters=current.parameters,
             patches=current.patches,
-            training=self._config.training,
+            training=training,
+            control=current.control,
+            personal=self._config.personal,
             codec=str(codec),
             deadline_seconds=max(0.0, current.state.deadline_at - self._clock()),
             seed=self._config.seed,
@@ -313,10 +432,11 @@ class Coordinator:
 
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
-        self._post.broadcast(RoundClosed(run=self._directory.run, round=state.number, nonce=state.nonce))
+        self._dismiss(current)
         parameters, server_state = self._strategy.finish(
             collection.partial, self._parameters, self._server_state
         )
+        parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
         evaluation = (
             self._evaluate_after(state.number, parameters)
@@ -324,23 +444,39 @@ class Coordinator:
             else None
         )
         now = self._clock()
+        bytes_up, bytes_down = self._traffic()
         record = round_record(
             current,
             parameters,
             seconds=now - (now if current.invited_at is None else current.invited_at),
             loss=evaluation.loss if evaluation else None,
             accuracy=evaluation.accuracy if evaluation else None,
-            bytes_down=self._bytes_down(),
+            bytes_up=bytes_up,
+            bytes_down=bytes_down,
         )
         self._save_clients()
-        self._directory.close_round(record, parameters, client_rows(current))
+        rows = client_rows(current)
+        self._history.add(rows)
+        self._history.durations.extend(current.durations.values())
+        self._directory.close_round(
+            record,
+            parameters,
+            rows,
+            server_state=server_state,
+            strategy=described(self._strategy),
+        )
         collection.close()
-        for blob in current.blobs:
-            self._blobs.remove(blob)
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
         self._observe(events.RoundEnded(record))
+
+    def _dismiss(self, current: OpenRound) -> None:
+        """Whoever still trains for the round may stop."""
+        state = current.state
+        self._post.broadcast(RoundClosed(run=self._directory.run, round=state.number, nonce=state.nonce))
+        for blob in current.blobs:
+            self._blobs.remove(blob)
 
     # --- around the rounds ---------------------------------------------------------------------------
 
@@ -351,19 +487,46 @@ class Coordinator:
         self._observe(events.Evaluated(number, evaluation.loss, evaluation.accuracy))
         return evaluation
 
-    def _bytes_down(self) -> int:
-        """Bytes that clients say they received since this was asked last."""
-        total = sum(record.resources.bytes_received for record in self._roster.all())
-        fresh, self._bytes_down_counted = total - self._bytes_down_counted, total
-        return max(0, fresh)
+    def _come_back_seconds(self, client: str) -> float:
+        rounds, records = self._config.rounds, self._directory.records[-PACE_ROUNDS:]
+        return come_back_seconds(
+            population=len(self._roster),
+            per_round=math.ceil(rounds.goal * rounds.over_selection),
+            round_seconds=sum(record.seconds for record in records) / max(len(records), 1),
+            at_least=rounds.pace_seconds,
+            client=client,
+            round_number=self._round_number,
+        )
 
-    def _collect_reports(self) -> None:
-        """Lets every client evaluate the final parameters on its own validation data."""
+    def _traffic(self) -> tuple[int, int]:
+        """(bytes from clients, bytes that clients say they received) since this was asked last."""
+        up = down = 0
+        for record in self._roster.all():
+            received = record.resources.bytes_received
+            # A client counts from its own start: after ours, the first number says nothing about this round.
+            before = received if self._resumed and not record.counted_down else record.counted_down
+            up += record.bytes_up - record.counted_up
+            down += max(0, received - before)
+            record.counted_up, record.counted_down = record.bytes_up, received
+        return up, down
+
+    def _evaluate_by_clients(self) -> None:
+        self._ask_clients_for_reports(self._parameters)
+        if not self._intake.reports:
+            return
+        before = self._directory.evaluations[-1] if self._directory.evaluations else None
+        evaluation = evaluation_of(self._round_number, self._intake.reports, before)
+        self._directory.add_evaluation(evaluation)
+        self._observe(events.ClientsEvaluated(evaluation))
+
+    def _ask_clients_for_reports(self, parameters: Vector) -> None:
+        """Lets every client evaluate parameters on its own validation data, into `Intake.reports`."""
         clients = self._roster.eligible()
+        self._intake.reports.clear()
         if not clients:
             return
         deadline = self._clock() + REPORT_SECONDS
-        reference = self._blobs.add(encode(self._parameters, WHOLE))
+        reference = self._blobs.add(encode(parameters, WHOLE))
         self._blobs.expect(reference, audience=len(clients))
         plan = self._intake.evaluation_plan = Plan(
             run=self._directory.run,
@@ -371,8 +534,9 @@ class Coordinator:
             nonce=os.urandom(16),
             task="evaluate",
             bundle=self._bundle.digest,
-            vector=vector_digest(self._parameters),
+            vector=vector_digest(parameters),
             parameters=reference,
+            personal=self._config.personal,
             deadline_seconds=REPORT_SECONDS,
         )
         for name in clients:
@@ -384,6 +548,8 @@ class Coordinator:
             return not waiting or self._clock() >= deadline
 
         self._pump(complete)
+        self._intake.evaluation_plan = None
+        self._blobs.remove(reference)
 
     def _summarize(self, status: str, reason: str) -> Summary:
         self._save_clients()
@@ -395,6 +561,7 @@ class Coordinator:
             status=status,
             reason=reason,
             seconds=self._clock() - self._started,
+            best_round=self._directory.best_round(),
         )
         self._directory.write_summary(summary)
         self._observe(events.RunEnded(summary))
@@ -404,6 +571,7 @@ class Coordinator:
         self._directory.save_clients(
             [(record.name, record.public_key, record.last_accepted) for record in self._roster.all()]
         )
+        self._clients_saved = len(self._roster)
 
     # --- events --------------------------------------------------------------------------------------
 
@@ -411,6 +579,7 @@ class Coordinator:
         """Handles events until `done`."""
         while True:
             now = self._clock()
+            self._request()
             self._blobs.tick(now)
             self._intake.ask_for_stalled()
             if done():
@@ -425,8 +594,11 @@ class Coordinator:
                     case Disconnected():
                         logger.warning("lost the broker: %s; reconnecting", event.reason)
                     case Connected():
-                        self._post.announce("open")
+                        self._post.announce(*self._status)
                 event = self._transport.receive(0)
+            if len(self._roster) != self._clients_saved:
+                # A name belongs to its first key, also after a crash.
+                self._save_clients()
             self._intake.send_verdicts()
 
     def _patience(self, now: float) -> float:
@@ -437,3 +609,9 @@ class Coordinator:
         if (current := self._intake.current) and current.state.deadline_at > now:
             due.append(current.state.deadline_at)
         return max(0.001, min(due) - now)
+
+
+def _said(current: OpenRound) -> str:
+    """What clients gave as reasons, for an error message."""
+    said = [f"{client}: {reason}" for client, reason in sorted(current.reasons.items())]
+    return f" ({'; '.join(said[:3])}{'; …' if len(said) > 3 else ''})" if said else ""

@@ -21,14 +21,12 @@ import msgspec
 
 from edgetrain.coordinator.errors import RunError
 from edgetrain.protocol.files import sync_directory
+from edgetrain.protocol.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("<2sBBIQI")
 _MAGIC, _VERSION = b"EJ", 1
-# A record's meta is a signed offer and a name; its payload at most one update.
-_MAX_META = 1 << 20
-_MAX_PAYLOAD = 1 << 34
 
 
 class RoundOpened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
@@ -41,15 +39,23 @@ class RoundOpened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
     parameters: bytes
 
 
+class Invited(msgspec.Struct, frozen=True, kw_only=True, tag="invited"):
+    """Who has got a plan: after a restart, their updates are still welcome."""
+
+    clients: tuple[str, ...]
+
+
 class UpdateAccepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
     """An update; the payload holds its bytes."""
 
     client: str
     # The client's signed offer as it came, for audits.
     envelope: bytes
+    # How the client was told to train.
+    training: TrainingConfig = TrainingConfig()
 
 
-Meta = RoundOpened | UpdateAccepted
+Meta = RoundOpened | Invited | UpdateAccepted
 
 
 class Journal:
@@ -128,17 +134,17 @@ def _records(path: Path) -> Iterator[tuple[Meta, bytes, int]]:
     decoder = msgspec.msgpack.Decoder(Meta)
     end = 0
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while len(header := file.read(_HEADER.size)) == _HEADER.size:
             magic, version, _, meta_length, payload_length, crc = _HEADER.unpack(header)
             if (
                 magic != _MAGIC
                 or version != _VERSION
-                or meta_length > _MAX_META
-                or payload_length > _MAX_PAYLOAD
+                or end + _HEADER.size + meta_length + payload_length > size
             ):
                 return
             encoded, payload = file.read(meta_length), file.read(payload_length)
-            if len(payload) != payload_length or zlib.crc32(payload, zlib.crc32(encoded)) != crc:
+            if zlib.crc32(payload, zlib.crc32(encoded)) != crc:
                 return
             try:
                 meta: Meta = decoder.decode(encoded)

@@ -22,11 +22,17 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     # Mean of the clients' own training loss, weighted by examples.
     train_loss: float | None = None
     num_examples: int = 0
+    # All payload bytes from clients since the round before: updates, messages, requests.
     bytes_up: int = 0
+    # The updates alone, and what they would be as dense float32.
+    update_bytes: int = 0
     bytes_up_float32: int = 0
+    # All payload bytes that clients say they received since the round before.
     bytes_down: int = 0
     # SHA-256 of the float32 vector after the round, little-endian.
     parameters_sha256: str
+    # SHA-256 of the file with what the strategy remembers; empty if that is nothing.
+    server_state_sha256: str = ""
 
 
 class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +48,8 @@ class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
     update_bytes: int = 0
     seconds: float = 0.0
     peak_memory_mb: float = 0.0
+    # It spoiled the round: lost, refused, or not there at the deadline.
+    failed: bool = False
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,11 +63,13 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     final_accuracy: float | None
     final_loss: float | None
     best_accuracy: float | None
-    # Everything that clients published, in payload bytes, and what dense float32 updates would have been.
+    # All payload bytes from clients in closed rounds, and what their updates alone would be as dense float32.
     bytes_up: int
     bytes_up_float32: int
+    # All payload bytes that they received.
     bytes_down: int
-    # Bytes of the updates alone, per client and round, and float32 divided by that.
+    # Accepted updates, their mean size, and how many times smaller than float32 they are.
+    updates: int
     update_bytes_mean: float
     reduction: float
     seconds: float
@@ -67,3 +77,5 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     # The largest peak RSS that any client reported, in MB.
     client_peak_mb: float
     accuracy_by_client: dict[str, float]
+    # The round whose parameters are in best.safetensors.
+    best_round: int | None = None

@@ -11,7 +11,7 @@ from edgetrain.coordinator.clients import ClientRecord
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.parameters import vector_sha256
 from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
-from edgetrain.coordinator.rounds import Part
+from edgetrain.coordinator.rounds import OUTSTANDING, Part
 from edgetrain.protocol.messages import Report
 
 Vector = npt.NDArray[np.float32]
@@ -24,6 +24,7 @@ def round_record(
     seconds: float,
     loss: float | None,
     accuracy: float | None,
+    bytes_up: int,
     bytes_down: int,
 ) -> RoundRecord:
     """The record of a round that closes with these parameters."""
@@ -44,7 +45,8 @@ def round_record(
         accuracy=accuracy,
         train_loss=sum(value * weight for value, weight in weights) / total if total else None,
         num_examples=sum(row.num_examples for row in collection.rows),
-        bytes_up=collection.update_bytes,
+        bytes_up=bytes_up,
+        update_bytes=collection.update_bytes,
         bytes_up_float32=4 * len(parameters) * accepted,
         bytes_down=bytes_down,
         parameters_sha256=vector_sha256(parameters),
@@ -53,8 +55,11 @@ def round_record(
 
 def client_rows(current: OpenRound) -> list[ClientRow]:
     """One row for every client that was invited."""
+    # Whoever still works when the goal is reached has done nothing wrong.
+    late = current.state.count(Part.ACCEPTED) < current.state.goal
+    failures = {Part.LOST, Part.REFUSED} | (OUTSTANDING if late else frozenset())
     return current.collection.rows + [
-        ClientRow(round=current.state.number, client=name, status=part.value)
+        ClientRow(round=current.state.number, client=name, status=part.value, failed=part in failures)
         for name, part in sorted(current.state.parts.items())
         if part is not Part.ACCEPTED
     ]
@@ -69,11 +74,12 @@ def summarize(
     status: str,
     reason: str,
     seconds: float,
+    best_round: int | None = None,
 ) -> Summary:
     """The summary of a run; `seconds` is the time of this process."""
     last = records[-1] if records else None
     updates = sum(record.accepted for record in records)
-    bytes_up = sum(record.bytes_up for record in records)
+    update_bytes = sum(record.update_bytes for record in records)
     float32 = sum(record.bytes_up_float32 for record in records)
     return Summary(
         federation=federation,
@@ -86,16 +92,18 @@ def summarize(
         best_accuracy=max(
             (record.accuracy for record in records if record.accuracy is not None), default=None
         ),
-        bytes_up=bytes_up,
+        bytes_up=sum(record.bytes_up for record in records),
         bytes_up_float32=float32,
         bytes_down=sum(record.bytes_down for record in records),
-        update_bytes_mean=round(bytes_up / updates, 1) if updates else 0.0,
-        reduction=round(float32 / bytes_up, 2) if bytes_up else 0.0,
+        updates=updates,
+        update_bytes_mean=round(update_bytes / updates, 1) if updates else 0.0,
+        reduction=round(float32 / update_bytes, 2) if update_bytes else 0.0,
         seconds=round(seconds, 3),
         seconds_per_round=round(sum(record.seconds for record in records) / len(records), 4)
         if records
         else 0.0,
         client_peak_mb=max((record.resources.peak_memory_mb for record in clients), default=0.0),
+        best_round=best_round,
         accuracy_by_client={
             name: report.metrics["accuracy"]
             for name, report in sorted(reports.items())

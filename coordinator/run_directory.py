@@ -2,12 +2,16 @@
 
 run.json                       which run this is
 config.toml                    the settings in force
-coordinator.key                the signing key, mode 0600
 clients.json                   names and their keys
 journal/round-00001.journal    accepted updates of the rounds that are not yet closed
 parameters/round-00001.safetensors   named tensors after a round
 parameters.safetensors         the latest
+strategy/round-00001.safetensors     what the strategy remembers after a round, if anything
 public.bin                     parameters as clients see them, where the downlink compresses
+best.safetensors               those that were best by [stop] metric
+evaluations.jsonl              the clients' own evaluations
+events.jsonl                   everything that happened
+request                        what people asked for: run, pause, stop
 rounds.jsonl                   one line per closed round: the commit record
 clients.csv                    one line per client and round
 summary.json                   at the end
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -29,8 +34,17 @@ import tomli_w
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.journal import Journal, RoundOpened, read_journal
-from edgetrain.coordinator.parameters import decode_parameters, encode_parameters, vector_sha256
+from edgetrain.coordinator.parameters import (
+    decode_parameters,
+    decode_state,
+    encode_parameters,
+    encode_state,
+    vector_sha256,
+)
 from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
+from edgetrain.coordinator.spread import FederatedEvaluation
+from edgetrain.coordinator.stopping import best_round, metric_series
+from edgetrain.coordinator.strategies import ServerState
 from edgetrain.protocol.files import sync_directory, write_atomically
 from edgetrain.protocol.manifest import Manifest
 from edgetrain.protocol.signing import SigningKey
@@ -74,18 +88,31 @@ class RunDirectory:
             (self.path / "journal").mkdir(parents=True, exist_ok=True)
             (self.path / "parameters").mkdir(exist_ok=True)
             self._lock = (self.path / "lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunError(f"{self.path}: another coordinator runs in this directory") from error
-            self.run = self._load_or_create_info(config, bundle_digest)
-            write_atomically(
-                self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600
-            )
         except OSError as error:
             raise RunError(f"{self.path}: cannot use the run directory: {error}") from error
-        self.key = SigningKey.load_or_create(self.path / "coordinator.key")
+        try:
+            self._open(config, bundle_digest)
+        except BaseException as error:
+            self._lock.close()
+            if isinstance(error, OSError):
+                raise RunError(f"{self.path}: cannot use the run directory: {error}") from error
+            raise
+
+    def _open(self, config: FederationConfig, bundle_digest: bytes) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{self.path}: another coordinator runs in this directory") from error
+        self.run = self._load_or_create_info(config, bundle_digest)
+        write_atomically(
+            self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600
+        )
+        key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
+        self.key = SigningKey.load_or_create(key)
+        self._metric = config.stop.metric
         self.records = self._load_records()
+        self.evaluations = self._load_evaluations()
+        self._trim_rows()
 
     def _load_or_create_info(self, config: FederationConfig, bundle_digest: bytes) -> bytes:
         path = self.path / "run.json"
@@ -97,6 +124,8 @@ class RunDirectory:
         try:
             info = msgspec.json.decode(path.read_bytes(), type=_RunInfo)
             run = bytes.fromhex(info.run)
+            if len(run) != 16:
+                raise ValueError("the run's id has not 16 bytes")
         except (msgspec.DecodeError, ValueError) as error:
             raise RunError(f"{path}: damaged: {error}") from error
         if (
@@ -121,6 +150,10 @@ class RunDirectory:
                 records.append(msgspec.json.decode(line, type=RoundRecord))
             except msgspec.DecodeError as error:
                 raise RunError(f"{path}: line {len(records) + 1} is damaged: {error}") from error
+            if records[-1].round != len(records):
+                raise RunError(
+                    f"{path}: line {len(records)} is of round {records[-1].round}; restore the file"
+                )
             good += len(line)
         if good < len(data):
             # A power cut tore the last line: that round did not close, and its journal is still there.
@@ -140,15 +173,54 @@ class RunDirectory:
         record = self.records[-1]
         path = self._parameters_path(record.round)
         try:
-            vector = decode_parameters(path.read_bytes(), self._manifest)
+            data = path.read_bytes()
+            vector = decode_parameters(data, self._manifest)
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: cannot read the parameters of round {record.round}: {error}") from error
         if vector_sha256(vector) != record.parameters_sha256:
             raise RunError(f"{path}: is not what round {record.round} wrote; restore it from a copy")
+        try:
+            self._tidy(record.round, data)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written: {error}") from error
         return record.round, vector
 
-    def close_round(self, record: RoundRecord, parameters: Vector, rows: list[ClientRow]) -> None:
-        """Writes the parameters, then the line that makes the round count, then removes what is not needed.
+    def load_server_state(self) -> ServerState:
+        """What the strategy remembers from the last closed round.
+
+        Raises:
+            RunError: the file is missing or not what the round's record says.
+        """
+        if not self.records or not self.records[-1].server_state_sha256:
+            return {}
+        record = self.records[-1]
+        path = self._state_path(record.round)
+        try:
+            data = path.read_bytes()
+            state = decode_state(data)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot read what the strategy remembers: {error}") from error
+        if hashlib.sha256(data).hexdigest() != record.server_state_sha256:
+            raise RunError(f"{path}: is not what round {record.round} wrote; restore it from a copy")
+        return state
+
+    def close_round(
+        self,
+        record: RoundRecord,
+        parameters: Vector,
+        rows: list[ClientRow],
+        *,
+        server_state: ServerState | None = None,
+        strategy: str = "",
+    ) -> None:
+        """Writes state, parameters and rows, then the line that makes the round count, then tidies up.
+
+        Args:
+            record: of the round.
+            parameters: after it.
+            rows: one per client.
+            server_state: what the strategy remembers.
+            strategy: its name, for people.
 
         Raises:
             RunError: not writable; then the round has not closed and its journal is still there.
@@ -156,25 +228,76 @@ class RunDirectory:
         try:
             data = encode_parameters(parameters, self._manifest, record.round)
             write_atomically(self._parameters_path(record.round), data)
+            if server_state:
+                remembered = encode_state(server_state, strategy)
+                self._state_path(record.round).parent.mkdir(exist_ok=True)
+                write_atomically(self._state_path(record.round), remembered)
+                digest = hashlib.sha256(remembered).hexdigest()
+                record = msgspec.structs.replace(record, server_state_sha256=digest)
+            self._append_rows(rows)
             self._append("rounds.jsonl", msgspec.json.encode(record) + b"\n")
             self.records.append(record)
-            self._append_rows(rows)
-            write_atomically(self.path / "parameters.safetensors", data)
-            self.journal_path(record.round).unlink(missing_ok=True)
-            for old in (self.path / "parameters").glob("round-*.safetensors"):
-                number = int(old.stem.removeprefix("round-"))
-                if number <= record.round - KEEP_PARAMETERS and number != self._best_round():
-                    old.unlink()
+            self._tidy(record.round, data)
         except OSError as error:
             raise RunError(f"{self.path}: cannot write round {record.round}: {error}") from error
 
-    def _best_round(self) -> int | None:
-        """The round with the lowest held-out loss."""
-        losses = [(record.loss, record.round) for record in self.records if record.loss is not None]
-        return min(losses)[1] if losses else None
+    def _tidy(self, number: int, parameters: bytes) -> None:
+        """What follows when round `number` has closed; repeated at the next start, if a stop came between."""
+        latest = self.path / "parameters.safetensors"
+        if not latest.exists() or latest.read_bytes() != parameters:
+            write_atomically(latest, parameters)
+        if self.best_round() == number:
+            write_atomically(self.path / "best.safetensors", parameters)
+        for path in (self.path / "strategy").glob("round-*.safetensors"):
+            if (old := _number(path)) is not None and old < number:
+                path.unlink()
+        for path in (self.path / "journal").glob("round-*.journal"):
+            if (journal := _number(path)) is not None and journal <= number:
+                path.unlink()
+        for path in (self.path / "parameters").glob("round-*.safetensors"):
+            old = _number(path)
+            if old is not None and old <= number - KEEP_PARAMETERS and old != self.best_round():
+                path.unlink()
+
+    def best_round(self) -> int | None:
+        """The round with the best [stop] metric; while that has not been measured, with the lowest loss."""
+        for metric in (self._metric, "loss"):
+            series = metric_series(metric, self.records, self.evaluations)
+            if (best := best_round(metric, self.records, series)) is not None:
+                return best
+        return None
+
+    def add_evaluation(self, evaluation: FederatedEvaluation) -> None:
+        """Appends to evaluations.jsonl; if that makes the round the best, keeps its parameters.
+
+        Raises:
+            RunError: not writable.
+        """
+        try:
+            self._append("evaluations.jsonl", msgspec.json.encode(evaluation) + b"\n")
+            self.evaluations.append(evaluation)
+            path = self._parameters_path(evaluation.round)
+            if self.best_round() == evaluation.round and path.exists():
+                write_atomically(self.path / "best.safetensors", path.read_bytes())
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot write the evaluation: {error}") from error
+
+    def _load_evaluations(self) -> list[FederatedEvaluation]:
+        path = self.path / "evaluations.jsonl"
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            write_atomically(path, whole)
+        try:
+            return [msgspec.json.decode(line, type=FederatedEvaluation) for line in whole.splitlines()]
+        except msgspec.DecodeError as error:
+            raise RunError(f"{path}: damaged: {error}") from error
 
     def _parameters_path(self, number: int) -> Path:
         return self.path / "parameters" / f"round-{number:05d}.safetensors"
+
+    def _state_path(self, number: int) -> Path:
+        return self.path / "strategy" / f"round-{number:05d}.safetensors"
 
     def save_public(self, vector: Vector) -> None:
         """Keeps the parameters as clients see them, where those differ (see `downlink`)."""
@@ -258,10 +381,24 @@ class RunDirectory:
         """Lets go of the lock."""
         self._lock.close()
 
+    def _trim_rows(self) -> None:
+        """Drops rows of a round that did not close: they will be written again."""
+        path = self.path / "clients.csv"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        closed = [
+            line
+            for line in lines
+            if line.endswith(b"\n")
+            and not ((number := line.partition(b",")[0]).isdigit() and int(number) > len(self.records))
+        ]
+        if closed != lines:
+            write_atomically(path, b"".join(closed))
+
     def _append_rows(self, rows: list[ClientRow]) -> None:
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, ClientRow.__struct_fields__, lineterminator="\n")
-        if not (self.path / "clients.csv").exists():
+        path = self.path / "clients.csv"
+        if not path.exists() or not path.stat().st_size:
             writer.writeheader()
         writer.writerows(msgspec.to_builtins(rows))
         self._append("clients.csv", buffer.getvalue().encode())
@@ -275,3 +412,9 @@ class RunDirectory:
             os.fsync(file.fileno())
         if fresh:
             sync_directory(self.path)
+
+
+def _number(path: Path) -> int | None:
+    """The round of a file called round-NUMBER."""
+    number = path.stem.removeprefix("round-")
+    return int(number) if number.isdecimal() else None

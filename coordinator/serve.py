@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.broker import start_broker
+from edgetrain.coordinator.buffered import BufferedCoordinator
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.coordinator import Coordinator, Evaluation
 from edgetrain.coordinator.events import Observer
+from edgetrain.coordinator.observability import observers
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.strategies import make_strategy
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session
 from edgetrain.edge_client.trainer import evaluate
 from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.names import check_name
 from edgetrain.protocol.transport.mqtt import MqttTransport
 
@@ -26,29 +32,40 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
         EdgetrainError: bad settings, no broker, too few clients, …; the message says what and what to do.
     """
     check_name(config.federation, "federation")
+    CodecSpec.parse(config.codec)
+    CodecSpec.parse(config.downlink_codec)
+    make_strategy(config.strategy)
     bundle = Bundle(config.bundle)
     evaluator = Evaluator(bundle, config) if config.evaluation.data else None
-    directory = RunDirectory(config, bundle.manifest, bundle.digest)
-    broker = start_broker(config.start_broker, port=config.broker.port) if config.start_broker else None
-    try:
+    with contextlib.ExitStack() as stack:
+        directory = RunDirectory(config, bundle.manifest, bundle.digest)
+        stack.callback(directory.close)
+        if config.start_broker:
+            stack.callback(start_broker(config.start_broker, port=config.broker.port).stop)
         # One coordinator per run directory: the broker's session is the run's.
-        client_id = f"edgetrain-{config.federation}-coordinator-{directory.run.hex()[:8]}"
+        client_id = f"edgetrain/{config.federation}/coordinator/{directory.run.hex()[:8]}"
         transport = MqttTransport(config.broker, client_id=client_id)
-        try:
-            return Coordinator(
-                config,
-                bundle=bundle,
-                transport=transport,
-                directory=directory,
-                evaluate=evaluator,
-                observe=observe,
-            ).run()
-        finally:
-            transport.close()
-    finally:
-        if broker:
-            broker.stop()
-        directory.close()
+        stack.callback(transport.close)
+        told = stack.enter_context(
+            observers(config.observability, federation=config.federation, directory=directory.path, also=observe)
+        )
+        return coordinator_kind(config)(
+            config,
+            bundle=bundle,
+            transport=transport,
+            directory=directory,
+            evaluate=evaluator,
+            observe=told,
+        ).run()
+
+
+def coordinator_kind(config: FederationConfig) -> type[Coordinator]:
+    """The coordinator for a strategy: of rounds, or of a buffer that clients fill at their own pace.
+
+    Raises:
+        ConfigError: there is no such strategy.
+    """
+    return BufferedCoordinator if make_strategy(config.strategy).asynchronous else Coordinator
 
 
 class Evaluator:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from edgetrain.protocol import BlobError
 from edgetrain.protocol.blobs import Assembler, Chunk
 from edgetrain.protocol.messages import BlobRef, Want
 
@@ -13,8 +12,8 @@ logger = logging.getLogger(__name__)
 
 # Silence for so long means that something was lost.
 STALL_SECONDS = 2.0
-# The coordinator does not answer at all for so many stalls in a row: give up this blob.
-MAX_STALLS = 60
+# The silence doubles between requests that nobody answers, up to this.
+MAX_STALL_SECONDS = 60.0
 # Ranges asked for at once; the rest comes with the next request.
 MAX_RANGES = 512
 
@@ -49,16 +48,10 @@ class Download:
             self._moved_at, self._stalls = now, 0
 
     def tick(self, now: float) -> None:
-        """Asks again after a silence.
-
-        Raises:
-            BlobError: nothing has come for `MAX_STALLS` requests.
-        """
-        if now - self._moved_at < STALL_SECONDS:
+        """Asks again after a silence."""
+        if now - self._moved_at < min(STALL_SECONDS * 2.0**self._stalls, MAX_STALL_SECONDS):
             return
-        self._stalls += 1
-        if self._stalls > MAX_STALLS:
-            raise BlobError(f"blob {self.ref.digest.hex()[:12]}… does not arrive: the coordinator is silent")
+        self._stalls = min(self._stalls + 1, 10)
         self.repeat(now)
 
     def repeat(self, now: float) -> None:

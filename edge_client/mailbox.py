@@ -38,12 +38,18 @@ logger = logging.getLogger(__name__)
 REPEAT_SECONDS = 10.0
 # Upper bound of one wait for events.
 POLL_SECONDS = 0.5
+# So many damaged copies of a blob are no accident.
+MAX_DAMAGED = 5
 # Plans come one after the other; a copy of an older one than this does not come any more.
 REMEMBERED_PLANS = 64
 
 
 class RunOver(Exception):
     """The run was paused or has ended, or another one has begun."""
+
+
+class Abandoned(Exception):
+    """What was waited for is not wanted any more."""
 
 
 class Mailbox:
@@ -54,6 +60,7 @@ class Mailbox:
         topics: of the federation.
         state: holds the key and the pinned coordinator.
         transport: connected.
+        connection: as in this client's Hello.
         coordinator_key: the configured key in hex, or "".
         clock: monotonic seconds.
     """
@@ -65,6 +72,7 @@ class Mailbox:
         *,
         state: ClientState,
         transport: Transport,
+        connection: bytes,
         coordinator_key: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,6 +80,7 @@ class Mailbox:
         self._topics = topics
         self._state = state
         self._transport = transport
+        self._connection = connection
         self._configured_key = coordinator_key
         self._coordinator_key: bytes | None = None
         self._clock = clock
@@ -112,21 +121,39 @@ class Mailbox:
 
     # --- in ------------------------------------------------------------------------------------------
 
-    def fetch(self, ref: BlobRef, *, limit: int) -> bytes:
+    def fetch(
+        self, ref: BlobRef, *, limit: int, abandon: Callable[[], bool] = lambda: False
+    ) -> bytes:
         """A verified blob. Fan-out and repairs arrive on different topics; both count.
 
+        Args:
+            ref: what is wanted.
+            limit: most bytes allowed.
+            abandon: whether it is not wanted any more; without it, a silent coordinator is waited for.
+
         Raises:
-            BlobError: larger than the limit, or the coordinator stays silent.
+            BlobError: larger than the limit, or again and again other bytes than announced.
+            Abandoned: `abandon` said so.
             RunOver: the run ended meanwhile.
         """
         topic = self._topics.broadcast_blob(ref.digest)
         self._transport.subscribe(topic)
         download = self._download = Download(ref, limit=limit, ask=self.send, now=self._clock())
         try:
-            while not download.complete:
-                self.pump(POLL_SECONDS)
-                download.tick(self._clock())
-            return download.finish()
+            for attempt in range(1, MAX_DAMAGED + 1):
+                while not download.complete:
+                    self.pump(POLL_SECONDS)
+                    if abandon():
+                        raise Abandoned
+                    download.tick(self._clock())
+                try:
+                    return download.finish()
+                except BlobError as error:
+                    logger.warning("blob %s…: %s", ref.digest.hex()[:12], error)
+                    if attempt == MAX_DAMAGED:
+                        raise
+                    download.repeat(self._clock())
+            raise AssertionError("the last attempt returns or raises")
         finally:
             self._download = None
             self._transport.unsubscribe(topic)
@@ -186,7 +213,7 @@ class Mailbox:
         match message:
             case Welcome():
                 self.welcomed = message.run == self.joined
-            case Refusal():
+            case Refusal() if message.connection == self._connection:
                 raise RefusedError(f"the coordinator refused this client: {message.reason}")
             case Plan():
                 if message.run == self.joined:

@@ -4,6 +4,8 @@ identity.key         signing key, mode 0600
 coordinator.pub      the coordinator's public key, pinned when it was first seen
 bundles/DIGEST/      bundles by the SHA-256 of their manifest
 residual.bin         see `error_feedback`
+control.bin          see `control_variate`
+personal.bin         see `personal`
 """
 
 from __future__ import annotations
@@ -12,8 +14,13 @@ import fcntl
 import hashlib
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.edge_client.control_variate import ControlVariate
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import RefusedError, StateError
+from edgetrain.edge_client.personal import PersonalParameters
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.manifest import MANIFEST_FILE, FileEntry
 from edgetrain.protocol.signing import SigningKey
@@ -31,12 +38,18 @@ class ClientState:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StateError(f"{path}: another client runs with this state directory") from error
         except OSError as error:
             raise StateError(f"{path}: cannot use the state directory: {error}") from error
-        self.key = SigningKey.load_or_create(path / "identity.key")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.key = SigningKey.load_or_create(path / "identity.key")
+        except BaseException as error:
+            self._lock.close()
+            if isinstance(error, BlockingIOError):
+                raise StateError(f"{path}: another client runs with this state directory") from error
+            if isinstance(error, OSError):
+                raise StateError(f"{path}: cannot use the state directory: {error}") from error
+            raise
 
     def pin_coordinator(self, public_key: bytes, *, configured: str) -> None:
         """Trusts the configured key only; without one, the first that is seen.
@@ -45,7 +58,11 @@ class ClientState:
             RefusedError: this is another key.
         """
         path = self.path / "coordinator.pub"
-        expected = configured or (path.read_text(encoding="ascii").strip() if path.exists() else "")
+        try:
+            pinned = path.read_text(encoding="ascii", errors="replace").strip() if path.exists() else ""
+        except OSError as error:
+            raise StateError(f"{path}: cannot read the coordinator's key: {error}") from error
+        expected = configured.strip() or pinned
         if not expected:
             self._write(path, public_key.hex().encode() + b"\n")
         elif expected.lower() != public_key.hex():
@@ -97,6 +114,16 @@ class ClientState:
         return ErrorFeedback(
             self.path / "residual.bin", bundle=bundle, run=run, num_parameters=num_parameters
         )
+
+    def control_variate(self, *, run: bytes, num_parameters: int) -> ControlVariate:
+        """The control variate for a run."""
+        return ControlVariate(self.path / "control.bin", run=run, num_parameters=num_parameters)
+
+    def personal_parameters(
+        self, *, bundle: bytes, patterns: tuple[str, ...], mask: npt.NDArray[np.bool_]
+    ) -> PersonalParameters:
+        """The parameters that stay on this device."""
+        return PersonalParameters(self.path / "personal.bin", bundle=bundle, patterns=patterns, mask=mask)
 
     def close(self) -> None:
         """Lets go of the lock."""

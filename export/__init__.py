@@ -10,6 +10,7 @@ from edgetrain.export.errors import (
     UnsupportedError,
 )
 from edgetrain.export.exporter import export_bundle
+from edgetrain.export.merge import merge
 from edgetrain.export.source import Source, load_source
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "UnsupportedError",
     "export_bundle",
     "load_source",
+    "merge",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -178,13 +179,12 @@ def _describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def per_sample_loss(losses: Any, example: Example) -> Tensor:
+def per_sample_loss(losses: Any, B: int) -> Tensor:
     """Checks what the loss returned: [B] or [B, T], floating point.
 
     Raises:
         BatchError: another shape, with the usual remedy.
     """
-    B = example.micro_batch
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         raise BatchError(f"the loss must return a floating-point tensor, got {_describe(losses)}")
     if losses.ndim == 0:
@@ -239,6 +239,27 @@ def flatten_outputs(outputs: Any) -> dict[str, Tensor]:
 def call_module(
     module: nn.Module, state: Mapping[str, Tensor], example: Example, inputs: tuple[Tensor, ...]
 ) -> Any:
-    """`module(*inputs)` with its parameters and buffers replaced by `state`."""
+    """`module(*inputs)` with the parameters named in `state` replaced, wherever they are tied or shared."""
     args, kwargs = example.inputs.call_arguments(inputs)
-    return torch.func.functional_call(module, dict(state), args, kwargs)
+    with replaced(module, state):
+        return module(*args, **kwargs)
+
+
+@contextmanager
+def replaced(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts the tensors of `state` in place of the parameters of these names, wherever they are tied or shared."""
+    # torch.func.functional_call would leave the replacement behind in a module that is registered twice.
+    canonical = {id(parameter): name for name, parameter in module.named_parameters()}
+    places = [
+        (part._parameters, key, parameter)  # noqa: SLF001
+        for part in module.modules()
+        for key, parameter in part._parameters.items()  # noqa: SLF001
+        if parameter is not None and canonical[id(parameter)] in state
+    ]
+    for parameters, key, parameter in places:
+        parameters[key] = state[canonical[id(parameter)]]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for parameters, key, parameter in places:
+            parameters[key] = parameter

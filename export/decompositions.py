@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+from edgetrain.export import pooling
+from edgetrain.export.pooling import per_dimension
 
 aten = torch.ops.aten
 
@@ -19,16 +23,19 @@ Decompositions = dict[torch._ops.OpOverload, Callable[..., Any]]  # noqa: SLF001
 
 def common() -> Decompositions:
     """Core ATen, and our own rules for the backward passes that it leaves whole."""
-    table: Decompositions = dict(core_aten_decompositions())  # type: ignore[arg-type]
-    table |= dict(get_decompositions([aten.convolution_overrideable]))  # type: ignore[arg-type]
-    table |= {
+    table: Decompositions = dict(core_aten_decompositions())
+    for name in ("dim_int", "default"):
+        table.pop(getattr(aten.prod, name), None)  # its decomposition ends in a primitive that nobody knows
+    return table | {
         aten.convolution_backward.default: convolution_backward,
-        aten.max_pool2d_with_indices_backward.default: max_pool2d_backward,
-        aten.avg_pool2d_backward.default: avg_pool2d_backward,
-        aten._adaptive_avg_pool2d.default: adaptive_avg_pool2d,  # noqa: SLF001
-        aten._adaptive_avg_pool2d_backward.default: adaptive_avg_pool2d_backward,  # noqa: SLF001
+        aten.hardshrink_backward.default: hardshrink_backward,
+        aten.softshrink_backward.default: hardshrink_backward,
+        aten._weight_norm_interface_backward.default: weight_norm_backward,  # noqa: SLF001
+        aten.as_strided.default: as_strided,
+        aten.as_strided_scatter.default: as_strided_scatter,
+        aten.empty_permuted.default: empty_permuted,
+        **pooling.rules(),
     }
-    return table
 
 
 def convolution_backward(
@@ -46,11 +53,11 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution of any rank, by its input, its weight and its bias.
 
-    By the input: the transposed convolution (and the other way round). By the weight: one matrix product per
-    kernel tap, of the output gradient with the input shifted to that tap.
+    By the input: the transposed convolution (and the other way round). By the weight: one matrix product of the
+    output gradient with the input shifted to each kernel tap.
     """
     rank = x.ndim - 2
-    stride, padding, dilation = (_per_dimension(v, rank) for v in (stride, padding, dilation))
+    stride, padding, dilation = (per_dimension(v, rank) for v in (stride, padding, dilation))
     grad_x = grad_w = grad_b = None
     if output_mask[0] and transposed:
         grad_x = aten.convolution(grad, weight, None, stride, padding, dilation, False, [0] * rank, groups)
@@ -68,10 +75,6 @@ def convolution_backward(
     if output_mask[2]:
         grad_b = grad.sum([0, *range(2, grad.ndim)])
     return grad_x, grad_w, grad_b
-
-
-def _per_dimension(values: Sequence[int], rank: int) -> list[int]:
-    return list(values) * rank if len(values) == 1 else list(values)
 
 
 def _weight_gradient(
@@ -101,19 +104,22 @@ def _weight_gradient(
         for i in range(rank):
             start = tap[i] * dilation[i]
             stop = start + (positions[i] - 1) * stride[i] + 1
-            view = aten.slice.Tensor(view, 2 + i, start, stop, stride[i])
+            if (start, stop, stride[i]) != (0, view.shape[2 + i], 1):
+                view = aten.slice.Tensor(view, 2 + i, start, stop, stride[i])
         taps.append(view)
-    if I == 1 and O == 1:
-        # Depthwise: a product per channel, no matrix.
-        dims = [0, *range(2, 2 + rank)]
-        return torch.stack([(small * tap).sum(dims) for tap in taps], -1).view(shape)
-    # [G, O, N*P] @ [G, N*P, I], one product per tap.
-    left = small.reshape(N, G, O, P).permute(1, 2, 0, 3).reshape(G, O, N * P)
-    products = [
-        torch.bmm(left, tap.reshape(N, G, I, P).permute(1, 0, 3, 2).reshape(G, N * P, I)) for tap in taps
-    ]
-    stacked = products[0].unsqueeze(-1) if len(products) == 1 else torch.stack(products, -1)
-    return stacked.reshape(shape)
+    columns = taps[0] if len(taps) == 1 else torch.stack(taps, 2)
+    K = len(taps)
+    if G == 1 and _transposing_pays(N, P, O, I * K):
+        left = small.reshape(N, O, P).transpose(0, 1).reshape(O, N * P)
+        right = columns.reshape(N, I * K, P).transpose(0, 1).reshape(I * K, N * P)
+        return torch.mm(left, right.T).reshape(shape)
+    left, right = small.reshape(N, G, O, P), columns.reshape(N, G, I * K, P)
+    return torch.matmul(left, right.transpose(-1, -2)).sum(0).reshape(shape)
+
+
+def _transposing_pays(N: int, P: int, O: int, columns: int) -> bool:
+    """Whether one large product with the batch moved inside is less traffic than N products and their sum."""
+    return N > 1 and N * P * (O + columns) < N * O * columns
 
 
 def _indices(sizes: Sequence[int]) -> list[list[int]]:
@@ -123,89 +129,49 @@ def _indices(sizes: Sequence[int]) -> list[list[int]]:
     return indices
 
 
-def max_pool2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    indices: Tensor,
+def as_strided(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> Tensor:
-    """Adds each output gradient at the position of its maximum."""
-    del kernel_size, stride, padding, dilation, ceil_mode
-    planes = x.shape[:-2]
-    flat = torch.zeros([*planes, x.shape[-2] * x.shape[-1]], dtype=grad.dtype)
-    added = flat.scatter_add(-1, indices.reshape([*planes, -1]), grad.reshape([*planes, -1]))
-    return added.reshape(x.shape)
+    """Elements by their position in a contiguous tensor."""
+    return x.reshape(-1)[_positions(size, stride, storage_offset or 0)].reshape(size)
 
 
-def avg_pool2d_backward(
-    grad: Tensor,
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
+def as_strided_scatter(
+    x: Tensor, source: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> Tensor:
-    """Average pooling is linear and separable: two products with the transposed averaging matrices."""
-    del ceil_mode  # the shape of `grad` says it
-    kernel, padding = _per_dimension(kernel_size, 2), _per_dimension(padding, 2)
-    stride = _per_dimension(stride, 2) if stride else kernel
-    rows, columns = (
-        _averaging(
-            x.shape[i - 2],
-            grad.shape[i - 2],
-            kernel[i],
-            stride[i],
-            padding[i],
-            count_include_pad,
-            divisor_override is not None,
-        )
-        for i in range(2)
-    )
-    result = torch.matmul(torch.matmul(rows.T, grad), columns)
-    return result / divisor_override if divisor_override else result
+    """Writes to positions in a contiguous tensor: the backward of in-place writes to views."""
+    if source.numel() == x.numel():
+        with disable_proxy_modes_tracing():
+            whole = torch.equal(_positions(size, stride, storage_offset or 0), torch.arange(x.numel()))
+        if whole:
+            return source.reshape(x.shape)
+    positions = _positions(size, stride, storage_offset or 0)
+    return x.reshape(-1).scatter(0, positions, source.reshape(-1)).reshape(x.shape)
 
 
-def _averaging(
-    size: int, out: int, kernel: int, stride: int, padding: int, count_pad: bool, plain_sum: bool
-) -> Tensor:
-    """The matrix [out, size] that averages windows along one dimension."""
-    matrix = [[0.0] * size for _ in range(out)]
-    for o in range(out):
-        start = o * stride - padding
-        stop = min(start + kernel, size + padding)
-        inside = range(max(start, 0), min(stop, size))
-        divisor = 1 if plain_sum else (stop - start if count_pad else len(inside))
-        for i in inside:
-            matrix[o][i] = 1.0 / divisor
-    return torch.tensor(matrix)
+def _positions(size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    with disable_proxy_modes_tracing():
+        positions = torch.tensor(offset)
+        for n, step in zip(size, stride, strict=True):
+            positions = positions.unsqueeze(-1) + torch.arange(n) * step
+        return positions.flatten()
 
 
-def adaptive_avg_pool2d(x: Tensor, output_size: Sequence[int]) -> Tensor:
-    """Averages of windows whose sizes may differ: mean, or two products with averaging matrices."""
-    if list(output_size) == [1, 1]:
-        return x.mean([-2, -1], keepdim=True)
-    rows, columns = (_adaptive_averaging(x.shape[i - 2], output_size[i]) for i in range(2))
-    return torch.matmul(torch.matmul(rows, x), columns.T)
+def empty_permuted(size: Sequence[int], _order: Sequence[int], **options: Any) -> Tensor:
+    """Memory formats mean nothing to a runtime."""
+    return torch.zeros(size, dtype=options.get("dtype"))
 
 
-def adaptive_avg_pool2d_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """The transpose of `adaptive_avg_pool2d`."""
-    if list(grad.shape[-2:]) == [1, 1]:
-        return (grad / (x.shape[-1] * x.shape[-2])).expand(x.shape)
-    rows, columns = (_adaptive_averaging(x.shape[i - 2], grad.shape[i - 2]) for i in range(2))
-    return torch.matmul(torch.matmul(rows.T, grad), columns)
+def hardshrink_backward(grad: Tensor, x: Tensor, lambd: float) -> Tensor:
+    """Also of softshrink: the gradient passes where |x| > lambda."""
+    return torch.where(x.abs() > lambd, grad, torch.zeros_like(grad))
 
 
-def _adaptive_averaging(size: int, out: int) -> Tensor:
-    matrix = [[0.0] * size for _ in range(out)]
-    for o in range(out):
-        start, stop = o * size // out, -(-(o + 1) * size // out)
-        for i in range(start, stop):
-            matrix[o][i] = 1.0 / (stop - start)
-    return torch.tensor(matrix)
+def weight_norm_backward(
+    grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    """Salimans and Kingma 2016, equation 3: gradients by the direction v and the length g."""
+    dims = [d for d in range(v.ndim) if d != dim]
+    norms = norms.reshape(g.shape)
+    grad_g = (grad * v).sum(dims, keepdim=True) / norms
+    return g / norms * (grad - v * (grad_g / norms)), grad_g

@@ -33,6 +33,20 @@ class UnsupportedError(ExportError):
     """An op, a control flow, or a combination of runtime, selection and model that cannot be exported."""
 
 
+class OperatorError(UnsupportedError):
+    """A lowering met an operator that it cannot translate.
+
+    Args:
+        operator: as torch names it, e.g. `aten.histc.default`.
+        cause: what the translator said.
+    """
+
+    def __init__(self, operator: str, cause: str) -> None:
+        super().__init__(f"no translation for {operator}: {cause}")
+        self.operator = operator
+        self.cause = cause
+
+
 class ParityError(ExportError):
     """The exported graph computes other numbers than eager torch; nothing was written."""
 

@@ -12,23 +12,22 @@ import torch
 from torch import Tensor, nn
 
 import edgetrain
-from edgetrain.export import parity
+from edgetrain.export import locate, parity
 from edgetrain.export.batch import Example, ExampleBatch, Loss, per_sample_loss, read_example
-from edgetrain.export.errors import UnsupportedError
-from edgetrain.export.joint import Problem, TracedGraph, trace_eval, trace_infer, trace_step
+from edgetrain.export.errors import BatchError, SelectionError, UnsupportedError
+from edgetrain.export.joint import Problem
 from edgetrain.export.lowering import get_lowering
-from edgetrain.export.lowering.base import LoweredGraph, Lowering
+from edgetrain.export.lowering.base import Lowering
 from edgetrain.export.metrics import Metric, check_metrics, default_metrics
 from edgetrain.export.prepare import Prepared, plain_math, prepare
+from edgetrain.export.program import make_program
 from edgetrain.export.user_code import user_code
 from edgetrain.protocol.bundle import file_entry, write_bundle
 from edgetrain.protocol.manifest import (
     FrozenSummary,
     GradientCheck,
-    Graph,
     Manifest,
     ParameterEntry,
-    Program,
     SelfTest,
     probe_signs,
 )
@@ -50,6 +49,8 @@ def export_bundle(
     out: str | os.PathLike[str],
     name: str | None = None,
     metrics: Mapping[str, Metric] | None = None,
+    ignore_index: int | None = None,
+    per_sample_clipping: bool = False,
 ) -> Path:
     """Exports a module with its training step, proves the gradients, and writes a bundle.
 
@@ -64,6 +65,9 @@ def export_bundle(
         out: the bundle's directory, or an archive if it ends in `.edge`.
         name: for people; the class name if left out.
         metrics: `metric(outputs, targets)` -> values per loss, by name; None for the defaults.
+        ignore_index: targets with this value weigh nothing, as in `torch.nn.CrossEntropyLoss`, which is asked
+            for its own if this is None. Needs integer targets in the shape of the losses.
+        per_sample_clipping: adds the graph `step_per_sample_clipped`, for differential privacy.
 
     Returns:
         `out`.
@@ -78,11 +82,13 @@ def export_bundle(
     lowerings = _lowerings(runtimes)
     example = read_example(example_batch, micro_batch)
     prepared = prepare(module, trainable)
-    problem = _problem(prepared, loss, example, metrics)
-    expected = parity.points(problem)
-    parity.check_finite(problem, expected[0])
+    problem = _problem(prepared, loss, example, metrics, ignore_index)
+    locate.refuse_randomness(problem)
+    problem, expected = parity.expectations(problem, clipping=per_sample_clipping)
+    parity.check_finite(problem, expected.initial)
+    notes = (*prepared.notes, *_unused(prepared, expected.initial))
     files: dict[str, bytes] = {}
-    programs = tuple(_program(lowering, problem, expected, files) for lowering in lowerings)
+    programs = tuple(make_program(lowering, problem, expected, files) for lowering in lowerings)
     files[PARAMETERS_FILE] = _raw(problem.parameters)
     files[SELF_TEST_FILE] = _raw((*example.leaves, problem.weights))
     manifest = Manifest(
@@ -96,10 +102,11 @@ def export_bundle(
         metrics=tuple(problem.metrics),
         trainable=trainable,
         frozen=_frozen_summary(prepared),
+        notes=notes,
         programs=programs,
-        self_test=_self_test(problem, expected[0], files[SELF_TEST_FILE]),
+        self_test=_self_test(problem, expected.initial, files[SELF_TEST_FILE]),
     )
-    for note in prepared.notes:
+    for note in notes:
         logger.info(note)
     return write_bundle(out, manifest, files)
 
@@ -114,64 +121,65 @@ def _lowerings(runtimes: Sequence[str]) -> list[Lowering]:
     return found
 
 
+def _unused(prepared: Prepared, expected: parity.Reference) -> list[str]:
+    """Notes on parameters that the loss does not depend on.
+
+    Raises:
+        SelectionError: an adapter is among them, or there is no other.
+    """
+    unused = expected.unused
+    added = {name for names in prepared.adapters.names.values() for name in names}
+    if wrong := [name for name in unused if name in added]:
+        raise SelectionError(
+            f"{wrong[0]} has no influence on the loss: the model uses that layer's weight without calling the "
+            "layer, or not at all. Leave it out of the target"
+        )
+    if len(unused) == len(prepared.trainable):
+        raise SelectionError(
+            f"the loss depends on none of the selected parameters ({', '.join(unused[:5])}…): there is nothing "
+            "to train. Select others, or check that the loss uses the outputs"
+        )
+    return [f"{name} has no influence on the loss: its gradient is zero" for name in unused]
+
+
 def _problem(
-    prepared: Prepared, loss: Loss, example: Example, metrics: Mapping[str, Metric] | None
+    prepared: Prepared,
+    loss: Loss,
+    example: Example,
+    metrics: Mapping[str, Metric] | None,
+    ignore_index: int | None,
 ) -> Problem:
     """Runs the module once to learn the shape of the weights and which metrics fit."""
     probe = Problem(prepared, loss, {}, example, torch.ones(()))
     inputs, targets = probe.split(example.leaves)
-    with plain_math(), torch.no_grad():
+    with plain_math(prepared.module), torch.no_grad():
         with user_code("calling the module with the example inputs"):
             outputs = probe.outputs(probe.parameters, inputs)
         with user_code("calling the loss with the module's outputs and the example targets"):
-            losses = per_sample_loss(loss(outputs, targets), example)
+            losses = per_sample_loss(loss(outputs, targets), example.micro_batch)
         shape = tuple(losses.shape)
         chosen = default_metrics(outputs, targets, shape) if metrics is None else dict(metrics)
         with user_code("calling a metric"):
             check_metrics(chosen, outputs, targets, shape)
-    return Problem(prepared, loss, chosen, example, _example_weights(shape))
+    ignored = _ignored(loss, targets, shape, ignore_index)
+    return Problem(prepared, loss, chosen, example, _example_weights(shape), ignored)
+
+
+def _ignored(loss: Loss, targets: object, shape: tuple[int, ...], asked: int | None) -> int | None:
+    """The target value that weighs nothing, where targets line up with the losses."""
+    fits = isinstance(targets, Tensor) and not targets.is_floating_point() and tuple(targets.shape) == shape
+    if asked is not None and not fits:
+        raise BatchError(
+            f"ignore_index={asked} needs one tensor of integer targets in the losses' shape {list(shape)}"
+        )
+    found = getattr(loss, "ignore_index", None) if asked is None else asked
+    return found if fits and isinstance(found, int) else None
 
 
 def _example_weights(shape: tuple[int, ...]) -> Tensor:
     """Weights between 0.25 and 1 that differ from sample to sample and token to token."""
     count = int(np.prod(shape))
     return (1.0 - 0.75 * (torch.arange(count) % 7) / 7).reshape(shape)
-
-
-def _program(
-    lowering: Lowering, problem: Problem, expected: Sequence[parity.Reference], files: dict[str, bytes]
-) -> Program:
-    graphs: dict[str, Graph] = {}
-    decompositions = lowering.decompositions()
-    for trace in (trace_step, trace_eval, trace_infer):
-        graph = trace(problem, decompositions)
-        lowered = lowering.lower(graph)
-        run = lowering.load(lowered)
-        if graph.name == "step":
-            report = parity.prove_step(lowering.runtime, problem, graph, run, expected)
-            logger.info(
-                f"{lowering.runtime}: largest gradient error {report.gradient:.1e} ({report.worst}), "
-                f"loss error {report.loss:.1e}"
-            )
-        elif graph.name == "eval":
-            parity.prove_eval(lowering.runtime, problem, graph, run, expected[1])
-        else:
-            parity.prove_infer(lowering.runtime, problem, graph, run, expected[1])
-        graphs[graph.name] = _add(lowering.runtime, graph, lowered, files)
-    return Program(runtime=lowering.runtime, minimum_version=lowering.minimum_version, graphs=graphs)
-
-
-def _add(runtime: str, graph: TracedGraph, lowered: LoweredGraph, files: dict[str, bytes]) -> Graph:
-    new = {f"{runtime}/{file}": data for file, data in ({lowered.file: lowered.data} | lowered.extra).items()}
-    files |= new
-    entries = [file_entry(file, data) for file, data in new.items()]
-    return Graph(
-        file=entries[0],
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        extra_files=tuple(entries[1:]),
-        planned_memory=lowered.planned_memory,
-    )
 
 
 def _raw(tensors: Sequence[Tensor]) -> bytes:
@@ -190,6 +198,7 @@ def _table(problem: Problem) -> tuple[ParameterEntry, ...]:
 def _frozen_summary(prepared: Prepared) -> FrozenSummary:
     tensors = prepared.frozen.values()
     return FrozenSummary(
+        sparse=prepared.adapters.sparse,
         elements=sum(tensor.numel() for tensor in tensors),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )

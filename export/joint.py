@@ -9,9 +9,9 @@ and of nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -26,9 +26,12 @@ from edgetrain.export.batch import (
     per_sample_loss,
     tensor_spec,
 )
+from edgetrain.export.fold import fold_batch_norms
 from edgetrain.export.metrics import Metric, weighted_sum
 from edgetrain.export.prepare import Prepared, plain_math
 from edgetrain.protocol.manifest import TensorSpec
+
+CLIP_NORM = "clip_norm"
 
 aten = torch.ops.aten
 
@@ -46,6 +49,10 @@ class Problem:
     example: Example
     # Positive and not all alike, so that a forgotten weight shows. [B] or [B, T].
     weights: Tensor
+    # Targets of this value weigh nothing; None if every target counts.
+    ignore_index: int | None = None
+    # The example's value of the input of `step_per_sample_clipped`, a scalar.
+    clip_norm: Tensor = field(default_factory=lambda: torch.tensor(1.0))
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -57,8 +64,13 @@ class Problem:
         """Names of `parameters`."""
         return tuple(self.prepared.trainable)
 
+    def merged_outputs(self, parameters: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> Any:
+        """What the module returns once its adapters are merged into the weights."""
+        state = self.prepared.adapters.merged(dict(zip(self.names, parameters, strict=True)))
+        return call_module(self.prepared.base, state, self.example, inputs)
+
     def outputs(self, parameters: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> Any:
-        """What the module returns."""
+        """What the module returns in training."""
         state = dict(zip(self.names, parameters, strict=True))
         return call_module(self.prepared.module, state, self.example, inputs)
 
@@ -67,16 +79,32 @@ class Problem:
         count = len(self.example.inputs.tensors)
         return tuple(leaves[:count]), self.example.targets.rebuild(tuple(leaves[count:]))
 
-    def evaluate(
-        self, parameters: Sequence[Tensor], leaves: Sequence[Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses and metric values per sample."""
+    def evaluate(self, parameters: Sequence[Tensor], leaves: Sequence[Tensor], weights: Tensor) -> Evaluation:
+        """Runs the module, the loss and the metrics. Sizes may differ from the example's in dimension 0."""
         inputs, targets = self.split(leaves)
         outputs = self.outputs(parameters, inputs)
-        losses = per_sample_loss(self.loss(outputs, targets), self.example).float()
+        losses = per_sample_loss(self.loss(outputs, targets), leaves[0].shape[0]).to(weights.dtype)
+        if self.ignore_index is not None:
+            weights = weights * (targets != self.ignore_index)
         with torch.no_grad():
             values = {name: metric(outputs, targets).detach() for name, metric in self.metrics.items()}
-        return losses, values
+        return Evaluation(losses, weights, values)
+
+
+class Evaluation(NamedTuple):
+    """Losses, weights and metric values per sample (and token)."""
+
+    losses: Tensor
+    weights: Tensor
+    values: dict[str, Tensor]
+
+    def sums(self) -> dict[str, Tensor]:
+        """The weighted sums that a graph gives, in its order."""
+        losses = self.losses.detach()
+        metrics = {
+            f"metrics.{name}": weighted_sum(value, self.weights) for name, value in self.values.items()
+        }
+        return {"loss_sum": (losses * self.weights).sum(), "weight_sum": self.weights.sum(), **metrics}
 
 
 @dataclass(frozen=True)
@@ -98,10 +126,9 @@ def trace_step(problem: Problem, decompositions: Decompositions) -> TracedGraph:
 
     def step(parameters: Sequence[Tensor], leaves: Sequence[Tensor], weights: Tensor) -> dict[str, Tensor]:
         parameters = [parameter.detach().requires_grad_() for parameter in parameters]
-        losses, values = problem.evaluate(parameters, leaves)
-        gradients = _gradients(losses, parameters, weights)
-        named = {f"gradients.{name}": g for name, g in zip(problem.names, gradients, strict=True)}
-        return _sums(losses.detach(), values, weights) | named
+        evaluation = problem.evaluate(parameters, leaves, weights)
+        gradients = _gradients(evaluation, parameters)
+        return evaluation.sums() | _named(problem, gradients)
 
     graph = _trace("step", problem, step, problem.example.leaves, decompositions)
     return replace(graph, forward=partial(trace_eval, problem))
@@ -114,8 +141,7 @@ def trace_eval(problem: Problem, decompositions: Decompositions) -> TracedGraph:
         parameters: Sequence[Tensor], leaves: Sequence[Tensor], weights: Tensor
     ) -> dict[str, Tensor]:
         with torch.no_grad():
-            losses, values = problem.evaluate(parameters, leaves)
-            return _sums(losses, values, weights)
+            return problem.evaluate(parameters, leaves, weights).sums()
 
     return _trace("eval", problem, evaluate, problem.example.leaves, decompositions)
 
@@ -125,49 +151,91 @@ def trace_infer(problem: Problem, decompositions: Decompositions) -> TracedGraph
 
     def infer(parameters: Sequence[Tensor], leaves: Sequence[Tensor], _weights: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            return flatten_outputs(problem.outputs(parameters, tuple(leaves)))
+            return flatten_outputs(problem.merged_outputs(parameters, tuple(leaves)))
 
     return _trace("infer", problem, infer, problem.example.inputs.tensors, decompositions)
 
 
-def _gradients(losses: Tensor, parameters: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
-    if not losses.requires_grad:
-        return tuple(torch.zeros_like(parameter) for parameter in parameters)
-    return torch.autograd.grad(
-        losses, parameters, grad_outputs=weights, allow_unused=True, materialize_grads=True
+def trace_step_per_sample_clipped(problem: Problem, decompositions: Decompositions) -> TracedGraph:
+    """The step with every sample's gradient clipped to a norm before the sum (Abadi et al. 2016, arXiv:1607.00133).
+
+    A sample's gradient is that of its weighted loss, over all parameters together. One more input, `clip_norm`,
+    and one more output, `norms` [B]: the norms before clipping.
+    """
+
+    def of_sample(
+        parameters: tuple[Tensor, ...], leaves: tuple[Tensor, ...], weights: Tensor
+    ) -> tuple[Tensor, Evaluation]:
+        evaluation = problem.evaluate(
+            parameters, [leaf.unsqueeze(0) for leaf in leaves], weights.unsqueeze(0)
+        )
+        losses, weights, values = evaluation
+        alone = Evaluation(losses[0].detach(), weights[0], {key: value[0] for key, value in values.items()})
+        return (losses * weights.unsqueeze(0)).sum(), alone
+
+    def step(
+        parameters: Sequence[Tensor], leaves: Sequence[Tensor], weights: Tensor, clip_norm: Tensor
+    ) -> dict[str, Tensor]:
+        per_sample = torch.func.vmap(torch.func.grad(of_sample, has_aux=True), in_dims=(None, 0, 0))
+        gradients, evaluation = per_sample(tuple(parameters), tuple(leaves), weights)
+        norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        factors = torch.clamp(clip_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny), max=1.0)
+        clipped = [(factors @ g.flatten(1)).view(g.shape[1:]) for g in gradients]
+        return Evaluation(*evaluation).sums() | _named(problem, clipped) | {"norms": norms}
+
+    leaves = problem.example.leaves
+    return _trace(
+        "step_per_sample_clipped", problem, step, leaves, decompositions, {CLIP_NORM: problem.clip_norm}
     )
 
 
-def _sums(losses: Tensor, values: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
-    metrics = {f"metrics.{name}": weighted_sum(value, weights) for name, value in values.items()}
-    return {"loss_sum": (losses * weights).sum(), "weight_sum": weights.sum(), **metrics}
+def _gradients(evaluation: Evaluation, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    losses = evaluation.losses
+    if not losses.requires_grad:
+        return tuple(torch.zeros_like(parameter) for parameter in parameters)
+    return torch.autograd.grad(
+        losses, parameters, grad_outputs=evaluation.weights, allow_unused=True, materialize_grads=True
+    )
+
+
+def _named(problem: Problem, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"gradients.{name}": gradient for name, gradient in zip(problem.names, gradients, strict=True)}
 
 
 def _trace(
     name: str,
     problem: Problem,
-    function: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], dict[str, Tensor]],
+    function: Callable[..., dict[str, Tensor]],
     leaves: Sequence[Tensor],
     decompositions: Decompositions,
+    further: Mapping[str, Tensor] | None = None,
 ) -> TracedGraph:
-    P = len(problem.parameters)
+    further = further or {}
+    P, L = len(problem.parameters), len(leaves)
     outputs: dict[str, Tensor] = {}
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         outputs.clear()
-        outputs.update(function(tensors[:P], tensors[P:-1], tensors[-1]))
+        outputs.update(function(tensors[:P], tensors[P : P + L], *tensors[P + L :]))
         return tuple(outputs.values())
 
-    values = (*problem.parameters, *leaves, problem.weights)
+    values = (*problem.parameters, *leaves, problem.weights, *further.values())
     names = (
         *(f"parameters.{parameter}" for parameter in problem.names),
         *problem.example.leaf_names[: len(leaves)],
         WEIGHTS,
+        *further,
     )
-    with plain_math():
-        module = make_fx(flat, decomposition_table=dict(decompositions))(*values)
+    with plain_math(problem.prepared.module):
+        # A view must stay a view as long as something may be written through it.
+        views_kept = {op: rule for op, rule in decompositions.items() if op not in _VIEWS}
+        module = make_fx(flat, decomposition_table=views_kept)(*values)
+        if _mutates(module):
+            pure = torch.func.functionalize(fx.Interpreter(module).run, remove="mutations")
+            module = make_fx(pure, decomposition_table=dict(decompositions))(*values)
     _name_constants(module, problem.prepared)
     _simplify(module)
+    fold_batch_norms(module)
     kept = _drop_unused_leaves(module, P)
     return TracedGraph(
         name=name,
@@ -175,6 +243,25 @@ def _trace(
         inputs=tuple(tensor_spec(names[i], values[i]) for i in kept),
         outputs=tuple(tensor_spec(key, value) for key, value in outputs.items()),
         example=tuple(values[i] for i in kept),
+    )
+
+
+# Operators that return their input.
+_ALIASES = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh.default)
+
+
+_ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+_VIEWS = (aten.as_strided.default,)
+
+
+def _mutates(module: fx.GraphModule) -> bool:
+    """Whether the graph writes in place, or holds views that only make sense with storage behind them."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable  # noqa: SLF001
+        and node.target not in _ALIASES
+        or node.target in _VIEWS
+        for node in module.graph.nodes
     )
 
 
@@ -204,9 +291,15 @@ def _simplify(module: fx.GraphModule) -> None:
     """Removes aliases and dead code, and gives every output a node of its own."""
     graph = module.graph
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in (aten.alias.default, aten.detach.default):
+        if node.op == "call_function" and node.target in _ALIASES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target in _ARITHMETIC and isinstance(node.args[0], int | float):
+            with graph.inserting_before(node):
+                # As a tensor: some translators read a number in first place as the wrong type.
+                options = {"dtype": node.args[1].meta["val"].dtype}
+                number = graph.call_function(aten.scalar_tensor.default, (node.args[0],), options)
+            node.args = (number, *node.args[1:])
     output = graph.output_node()
     results = list(output.args[0])
     seen: set[fx.Node] = set()

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from edgetrain.export.batch import logits_of
 from edgetrain.export.errors import BatchError
+
+# Counts per class are left out beyond this many: they would cost more than they tell.
+MAX_CLASSES = 100
 
 Metric = Callable[[Any, Any], Tensor]
 """`metric(outputs, targets)` -> values [B] or [B, T] as the loss, or with one more dimension of classes."""
@@ -19,8 +23,22 @@ def correct(outputs: Any, targets: Any) -> Tensor:
     return (logits_of(outputs).argmax(-1) == targets).float()
 
 
+def class_count(outputs: Any, targets: Any) -> Tensor:
+    """One row per sample with a 1 at its class: summed, the samples of each class [C]."""
+    classes = logits_of(outputs).shape[-1]
+    return (targets.unsqueeze(-1) == torch.arange(classes)).float()
+
+
+def class_correct(outputs: Any, targets: Any) -> Tensor:
+    """The same for samples that are classified correctly; divide by `class_count` for accuracy per class."""
+    return class_count(outputs, targets) * correct(outputs, targets).unsqueeze(-1)
+
+
 def default_metrics(outputs: Any, targets: Any, weights_shape: tuple[int, ...]) -> dict[str, Metric]:
-    """`correct`, if the outputs are logits and the targets the classes of the same samples or tokens."""
+    """Metrics for logits whose targets are the classes of the same samples or tokens; none otherwise.
+
+    `correct`, and for at most `MAX_CLASSES` classes and one class per sample, `class_correct` and `class_count`.
+    """
     logits = logits_of(outputs)
     fits = (
         isinstance(logits, Tensor)
@@ -31,7 +49,11 @@ def default_metrics(outputs: Any, targets: Any, weights_shape: tuple[int, ...]) 
         and tuple(logits.shape[:-1]) == tuple(targets.shape) == weights_shape
         and logits.shape[-1] > 1
     )
-    return {"correct": correct} if fits else {}
+    if not fits:
+        return {}
+    if len(weights_shape) == 1 and logits.shape[-1] <= MAX_CLASSES:
+        return {"correct": correct, "class_correct": class_correct, "class_count": class_count}
+    return {"correct": correct}
 
 
 def check_metrics(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from edgetrain.export.adapters import Adapters, add_adapters, is_adapter_term
 from edgetrain.export.errors import SelectionError, UnsupportedError
-from edgetrain.export.select import select
+from edgetrain.export.select import select, terms
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Prepared:
 
     # A copy: the user's own module is never touched.
     module: nn.Module
+    # The same without adapters: what remains of it after training.
+    base: nn.Module
+    adapters: Adapters
     # The parameters that learn, by name, in manifest order.
     trainable: dict[str, Tensor]
     # The other parameters, and the buffers.
@@ -40,9 +44,16 @@ def prepare(module: nn.Module, selection: str) -> Prepared:
     module = _copy(module)
     _convert_dtypes(module, notes)
     _remove_randomness(module, notes)
-    _freeze_statistics(module, notes)
+    _refuse_batch_statistics(module)
     module.eval()
-    names = set(select(module, selection))
+    base, adapters = module, Adapters()
+    adapter_terms = [term for term in terms(selection) if is_adapter_term(term)]
+    if adapter_terms:
+        base = _copy(module)
+        base.requires_grad_(False)
+    for term in adapter_terms:
+        add_adapters(module, term, adapters)
+    names = set(select(module, selection, adapters.names))
     trainable: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
@@ -52,18 +63,23 @@ def prepare(module: nn.Module, selection: str) -> Prepared:
             )
         parameter.requires_grad_(False)
         (trainable if name in names else frozen)[name] = parameter.detach()
+    _describe_norms(module, trainable, notes)
     frozen |= dict(module.named_buffers())
-    return Prepared(module, trainable, frozen, tuple(notes))
+    return Prepared(module, base, adapters, trainable, frozen, tuple(notes))
 
 
 @contextmanager
-def plain_math() -> Iterator[None]:
-    """Attention and transformer layers as plain operations: fused kernels have no export."""
+def plain_math(module: nn.Module) -> Iterator[None]:
+    """Attention, transformer and recurrent layers as plain operations: fused kernels have no export."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
+        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+            # Not torch.backends.mkldnn.flags: it warns about settings of other devices.
+            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())  # noqa: SLF001
+            torch._C._set_mkldnn_enabled(False)  # noqa: SLF001
         yield
 
 
@@ -110,7 +126,7 @@ def _remove_randomness(module: nn.Module, notes: list[str]) -> None:
         notes.append(f"{len(removed)} dropout layers were removed (training on the device uses none)")
 
 
-def _freeze_statistics(module: nn.Module, notes: list[str]) -> None:
+def _refuse_batch_statistics(module: nn.Module) -> None:
     norms = [
         (name, part)
         for name, part in module.named_modules()
@@ -122,8 +138,20 @@ def _freeze_statistics(module: nn.Module, notes: list[str]) -> None:
                 f"{name} ({type(part).__name__}) keeps no running statistics: its output would depend on who "
                 "shares the micro-batch. Use track_running_stats=True, or GroupNorm"
             )
-    if norms:
+
+
+def _describe_norms(module: nn.Module, trainable: Collection[str], notes: list[str]) -> None:
+    norms = [
+        name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
+    ]  # noqa: SLF001
+    learning = [name for name in norms if {f"{name}.weight", f"{name}.bias"} & set(trainable)]
+    if learning:
         notes.append(
-            f"{len(norms)} batch normalisations use their running statistics and do not update them; "
-            "their weight and bias can learn"
+            f"{len(learning)} batch normalisations learn weight and bias with frozen statistics: the running mean "
+            "and variance of the given model are used and not updated"
+        )
+    if frozen := len(norms) - len(learning):
+        notes.append(
+            f"{frozen} frozen batch normalisations use their running statistics, folded into the convolution "
+            "before them where that is frozen too"
         )

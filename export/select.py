@@ -15,6 +15,7 @@ A selection is one or more terms separated by ";". A term names parameters, and 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -58,8 +59,13 @@ def terms(selection: str) -> list[str]:
     return found
 
 
-def select(module: nn.Module, selection: str) -> tuple[str, ...]:
+def select(module: nn.Module, selection: str, added: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     """Names of the parameters that a selection matches, in registration order.
+
+    Args:
+        module: with the adapters that the selection asks for.
+        selection: see the head of this file.
+        added: the parameters that each `lora:` or `sparse:` term stands for.
 
     Raises:
         SelectionError: a term cannot be read, or nothing is left; the message lists what could be selected.
@@ -73,7 +79,7 @@ def select(module: nn.Module, selection: str) -> tuple[str, ...]:
     chosen: set[str] = set()
     for index, term in enumerate(terms(selection)):
         excludes = term.startswith("!")
-        matched = set(_match(module, owned, term.removeprefix("!").strip()))
+        matched = set(added.get(term) or _match(module, owned, term.removeprefix("!").strip()))
         if not matched:
             raise SelectionError(f"selection term {term!r} matches no parameter. {choices(owned)}")
         if excludes and index == 0:

@@ -36,11 +36,12 @@ def user_code(doing: str) -> Iterator[None]:
     except ExportError:
         raise
     except (Exception, SystemExit) as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_foreign(frame)]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_foreign(frame)]
         shown = "".join(traceback.format_list(frames) + traceback.format_exception_only(error))
         raise SourceError(f"while {doing}, this was raised:\n{shown.rstrip()}") from error
 
 
-def _is_foreign(frame: traceback.FrameSummary) -> bool:
+def is_foreign(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame is of edgetrain or torch, not of the user."""
     resolved = frame.filename if frame.filename.startswith("<") else str(Path(frame.filename).resolve())
     return resolved.startswith(_FOREIGN)

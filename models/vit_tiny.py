@@ -3,8 +3,8 @@
 Dosovitskiy et al. 2021, "An image is worth 16x16 words", with the mean over patches instead of a class token
 (Beyer et al. 2022, "Better plain ViT baselines"). The sizes follow the image: at 32x32 a patch of 8x8
 gives 16 tokens that each see a stroke; patches of 4x4 see a dot, cost four times the time and learn more
-slowly. Width 64 and 4 layers of 4 heads keep a training step in reach of a Raspberry Pi. (ViT-Ti of Touvron et
-al. 2021, width 192 with 12 layers and 5.5 million parameters, is 26 times as large.)
+slowly. Width 64 and 4 layers of 4 heads keep a training step in reach of a Raspberry Pi. (ViT-Ti of Touvron
+et al. 2021, width 192 with 12 layers and 5.5 million parameters, is 26 times as large.)
 
 | | |
 |---|---|

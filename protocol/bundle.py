@@ -9,27 +9,31 @@ import hashlib
 import mmap
 import os
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from edgetrain.protocol.errors import BundleError
-from edgetrain.protocol.files import write_atomically
+from edgetrain.protocol.files import sync_directory, write_atomically
 from edgetrain.protocol.manifest import (
     MANIFEST_FILE,
     FileEntry,
     Manifest,
     decode_manifest,
     encode_manifest,
+    peek_version,
 )
 
 ARCHIVE_SUFFIX = ".edge"
 # A manifest names each parameter once; 16 MiB is two orders of magnitude above the largest we write.
 MAX_MANIFEST_BYTES = 16 << 20
+# Whatever zipfile and the decompressors raise on damaged or hostile bytes.
+_ZIP_ERRORS = (OSError, EOFError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
 class Bundle:
@@ -50,20 +54,8 @@ class Bundle:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if self.path.is_dir():
-            self._archive = None
-        elif self.path.is_file():
-            try:
-                self._archive = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, OSError) as error:
-                raise BundleError(
-                    f"{self.path}: not a bundle directory and not an {ARCHIVE_SUFFIX} archive: {error}"
-                ) from error
-        else:
-            raise BundleError(
-                f"{self.path}: no such bundle. `edgetrain export MODEL -o {self.path}` writes one."
-            )
-        data = self._read(MANIFEST_FILE, MAX_MANIFEST_BYTES)
+        self._archive = _open_archive(self.path)
+        data = _read(self.path, self._archive, MANIFEST_FILE, MAX_MANIFEST_BYTES)
         try:
             self.manifest = decode_manifest(data)
         except BundleError as error:
@@ -77,9 +69,9 @@ class Bundle:
         Raises:
             BundleError: missing, or its size or hash differ from the manifest.
         """
-        data = self._read(entry.file, entry.size)
+        data = _read(self.path, self._archive, entry.file, entry.size)
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise self._corrupt(entry)
+            raise _corrupt(self.path, entry)
         return data
 
     def map(self, entry: FileEntry) -> memoryview:
@@ -92,15 +84,16 @@ class Bundle:
         """
         if self._archive is not None or entry.size == 0:
             return memoryview(self.read(entry))
-        with self._open(entry.file) as file:
-            if os.fstat(file.fileno()).st_size != entry.size:
-                raise self._corrupt(entry)
-            mapped = mmap.mmap(file.fileno(), entry.size, access=mmap.ACCESS_READ)
-        data = memoryview(mapped)
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise self._corrupt(entry)
-        if hasattr(mapped, "madvise"):
-            mapped.madvise(mmap.MADV_DONTNEED)
+        with _guarded(self.path, entry.file):
+            with _inside(self.path, entry.file).open("rb") as file:
+                if os.fstat(file.fileno()).st_size != entry.size:
+                    raise _corrupt(self.path, entry)
+                mapped = mmap.mmap(file.fileno(), entry.size, access=mmap.ACCESS_READ)
+            data = memoryview(mapped)
+            if hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise _corrupt(self.path, entry)
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
         return data
 
     def initial_parameters(self) -> np.ndarray:
@@ -116,33 +109,63 @@ class Bundle:
         for entry in self.manifest.files(runtime):
             self.read(entry)
 
-    def _read(self, name: str, limit: int) -> bytes:
-        """At most `limit` + 1 bytes, so that a file larger than declared costs nothing."""
-        with self._open(name) as file:
-            return file.read(limit + 1)
 
-    @contextmanager
-    def _open(self, name: str) -> Iterator[IO[bytes]]:
-        try:
-            if self._archive is None:
-                path = self.path / name
-                if not path.resolve().is_relative_to(self.path.resolve()):
-                    raise BundleError(f"{self.path}: {name} points outside the bundle")
-                with path.open("rb") as file:
-                    yield file
-            else:
-                with self._archive.open(name) as member:
-                    yield member
-        except (FileNotFoundError, KeyError, IsADirectoryError) as error:
-            raise BundleError(f"{self.path}: {name} is missing: not a bundle, or not a whole one") from error
-        except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            raise BundleError(f"{self.path}: {name} cannot be read: {error}") from error
+def _open_archive(path: Path) -> zipfile.ZipFile | None:
+    """The archive; None for a directory."""
+    if path.is_dir():
+        return None
+    if not path.is_file():
+        raise BundleError(f"{path}: no such bundle. `edgetrain export MODEL -o {path}` writes one.")
+    try:
+        return zipfile.ZipFile(path)
+    except _ZIP_ERRORS as error:
+        raise BundleError(
+            f"{path}: not a bundle directory and not an {ARCHIVE_SUFFIX} archive: {error}"
+        ) from error
 
-    def _corrupt(self, entry: FileEntry) -> BundleError:
-        return BundleError(
-            f"{self.path}: {entry.file} is corrupt: its size or SHA-256 is not the manifest's. "
-            "Copy or export the bundle again."
-        )
+
+def _read(path: Path, archive: zipfile.ZipFile | None, name: str, limit: int) -> bytes:
+    """At most `limit` + 1 bytes, so that a file larger than declared costs nothing."""
+    with _guarded(path, name):
+        if archive is None:
+            with _inside(path, name).open("rb") as file:
+                return file.read(limit + 1)
+        with archive.open(name) as member:
+            return member.read(limit + 1)
+
+
+def _inside(path: Path, name: str) -> Path:
+    file = path / name
+    if not file.resolve().is_relative_to(path.resolve()):
+        raise BundleError(f"{path}: {name} points outside the bundle")
+    return file
+
+
+@contextmanager
+def _guarded(path: Path, name: str) -> Iterator[None]:
+    """What goes wrong while a file is read, as a BundleError."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, KeyError, IsADirectoryError) as error:
+        raise BundleError(f"{path}: {name} is missing: not a bundle, or not a whole one") from error
+    except _ZIP_ERRORS as error:
+        raise BundleError(f"{path}: {name} cannot be read: {error or type(error).__name__}") from error
+
+
+def _corrupt(path: Path, entry: FileEntry) -> BundleError:
+    return BundleError(
+        f"{path}: {entry.file} is corrupt: its size or SHA-256 is not the manifest's. "
+        "Copy or export the bundle again."
+    )
+
+
+def _is_bundle(path: Path) -> bool:
+    """Whether a bundle of any version is there, damaged or not."""
+    try:
+        peek_version(_read(path, _open_archive(path), MANIFEST_FILE, MAX_MANIFEST_BYTES))
+    except BundleError:
+        return False
+    return True
 
 
 def file_entry(name: str, data: bytes) -> FileEntry:
@@ -163,7 +186,10 @@ def write_bundle(out: str | os.PathLike[str], manifest: Manifest, files: Mapping
         BundleError: `out` exists and is no bundle, or cannot be written.
     """
     out = Path(out)
+    if out.name in {"", ".."}:
+        raise BundleError(f"{out}: has no name of its own; choose a name for the bundle")
     contents = {MANIFEST_FILE: encode_manifest(manifest), **files}
+    assert set(files) == {entry.file for entry in manifest.files()}, "the manifest names exactly these files"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ARCHIVE_SUFFIX:
@@ -178,29 +204,45 @@ def write_bundle(out: str | os.PathLike[str], manifest: Manifest, files: Mapping
 def _write_archive(out: Path, contents: Mapping[str, bytes]) -> None:
     if out.is_dir():
         raise BundleError(f"{out}: is a directory; choose another name for the archive")
+    if out.exists() and not _is_bundle(out):
+        raise BundleError(f"{out}: exists and is not a bundle; choose another -o or remove it")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in contents.items():
-                # A fixed date: the same bundle gives the same bytes.
-                archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+        with temporary.open("wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for name, data in contents.items():
+                    # A fixed date: the same bundle gives the same bytes.
+                    archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_directory(out.parent)
 
 
 def _write_directory(out: Path, contents: Mapping[str, bytes]) -> None:
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST_FILE).is_file())):
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_bundle(out))):
         raise BundleError(f"{out}: exists and is not a bundle; choose another -o or remove it")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    # Remains of a killed process that had our id.
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     try:
         for name, data in contents.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(temporary / name, data)
-        if out.exists():
+        replaces = out.exists()
+        if replaces:
             out.rename(old)
-        temporary.rename(out)
+        try:
+            temporary.rename(out)
+        except BaseException:
+            if replaces:
+                old.rename(out)
+            raise
+        sync_directory(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -38,9 +38,9 @@ def convert(tables: dict[str, Any], kind: type[T], *, where: str) -> T:
         return msgspec.convert(tables, kind)
     except msgspec.ValidationError as error:
         # msgspec writes the path as `$.rounds.goal`; people write rounds.goal.
-        message = (
-            str(error).replace("`$.", "`").replace("contains unknown field", "there is no setting called")
-        )
+        message = str(error).replace("`$.", "`")
+        message = message.replace("Object missing required field", "a setting is missing:")
+        message = message.replace("Object contains unknown field", "there is no setting called")
         raise ConfigError(f"{where}: {message[0].lower()}{message[1:]}") from error
 
 

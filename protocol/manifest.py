@@ -19,11 +19,15 @@ Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
   -> `loss_sum`, `weight_sum`, the metrics in manifest order, one gradient per parameter in manifest order.
 - `eval`: the same inputs -> `loss_sum`, `weight_sum`, the metrics.
 - `infer`: the parameters, the input leaves -> the module's outputs.
+- `step_per_sample_clipped`: the inputs of `step`, `clip_norm` (a scalar) -> the outputs of `step`, where each
+  sample's gradient was clipped to that norm before the sum, then `norms` [B], the norms before clipping.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -36,6 +40,9 @@ FORMAT = "edgetrain-bundle"
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
 MANIFEST_FILE = "manifest.json"
+# No backslashes, which are separators elsewhere, and no control characters.
+_FILE_NAME = re.compile(r"[^\\\x00-\x1f\x7f]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Dtype = Literal["float32", "float16", "int64", "int32", "int8", "uint8", "bool"]
 
@@ -156,6 +163,7 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
     file: FileEntry
     loss_sum: float
     weight_sum: float
+    # Weighted sums; of a metric with several values, the sum of them.
     metrics: dict[str, float]
     gradients: tuple[GradientCheck, ...]
 
@@ -181,6 +189,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     # The selection as the user wrote it ("all", "last:4", …).
     trainable: str = "all"
     frozen: FrozenSummary = FrozenSummary()
+    # For people: what the export changed in the model, and what it noticed.
+    notes: tuple[str, ...] = ()
     programs: tuple[Program, ...]
     self_test: SelfTest
 
@@ -207,11 +217,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def files(self, runtime: str | None = None) -> list[FileEntry]:
         """Files that a device needs: those of one runtime, or of all. In a stable order, each once."""
         programs = self.programs if runtime is None else (self.program(runtime),)
-        entries = [self.initial_parameters, self.self_test.file]
+        return list({entry.file: entry for entry in self.entries(programs)}.values())
+
+    def entries(self, programs: Iterable[Program]) -> Iterator[FileEntry]:
+        """Every mention of a file; the same one may be named more than once."""
+        yield self.initial_parameters
+        yield self.self_test.file
         for program in programs:
             for graph in program.graphs.values():
-                entries += [graph.file, *graph.extra_files]
-        return list({entry.file: entry for entry in entries}.values())
+                yield graph.file
+                yield from graph.extra_files
 
 
 def probe_signs(numel: int) -> np.ndarray:
@@ -235,7 +250,7 @@ def decode_manifest(data: bytes) -> Manifest:
     Raises:
         BundleError: not a manifest, another major version, or contents that contradict each other.
     """
-    version = _peek_version(data)
+    version = peek_version(data)
     if version[0] != FORMAT_MAJOR:
         remedy = (
             "upgrade edgetrain on this machine" if version[0] > FORMAT_MAJOR else "export the bundle again"
@@ -257,7 +272,12 @@ class _Peek(msgspec.Struct):
     format_version: tuple[int, int]
 
 
-def _peek_version(data: bytes) -> tuple[int, int]:
+def peek_version(data: bytes) -> tuple[int, int]:
+    """The format version of a manifest of any version.
+
+    Raises:
+        BundleError: not the manifest of a bundle.
+    """
     try:
         peek = msgspec.json.decode(data, type=_Peek)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -269,7 +289,11 @@ def _peek_version(data: bytes) -> tuple[int, int]:
 
 def _validate(manifest: Manifest) -> None:
     offset = 0
+    names: set[str] = set()
     for entry in manifest.parameters:
+        if entry.name in names:
+            raise BundleError(f"manifest.json: parameter {entry.name!r} is there twice")
+        names.add(entry.name)
         if entry.offset != offset or any(dim < 0 for dim in entry.shape):
             raise BundleError(f"manifest.json: parameter {entry.name!r} does not start at offset {offset}")
         offset += entry.numel
@@ -291,9 +315,20 @@ def _validate(manifest: Manifest) -> None:
                 f"manifest.json: {spec.name!r} has shape {spec.shape}; dimension 0 must be the micro-batch "
                 f"of {manifest.micro_batch}"
             )
-    for file in manifest.files():
-        path = PurePosixPath(file.file)
-        if path.is_absolute() or ".." in path.parts or "\\" in file.file or not path.parts:
-            raise BundleError(f"manifest.json: file {file.file!r} points outside the bundle")
-        if file.size < 0 or len(file.sha256) != 64:
-            raise BundleError(f"manifest.json: file {file.file!r} has an impossible size or hash")
+    if manifest.self_test.file.size != sum(spec.nbytes for spec in specs):
+        raise BundleError("manifest.json: the self-test's file is not one batch and its weights")
+    files = {file.file: file for file in manifest.files()}
+    for file in manifest.entries(manifest.programs):
+        _check_file(file)
+        if files[file.file] != file:
+            raise BundleError(f"manifest.json: file {file.file!r} has two sizes or hashes")
+
+
+def _check_file(file: FileEntry) -> None:
+    path = PurePosixPath(file.file)
+    if path.is_absolute() or ".." in path.parts or not path.parts or not _FILE_NAME.fullmatch(file.file):
+        raise BundleError(f"manifest.json: file {file.file!r} points outside the bundle")
+    if str(path) == MANIFEST_FILE:
+        raise BundleError("manifest.json: names itself as a file of the bundle")
+    if file.size < 0 or not _SHA256.fullmatch(file.sha256):
+        raise BundleError(f"manifest.json: file {file.file!r} has an impossible size or hash")

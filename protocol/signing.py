@@ -115,7 +115,7 @@ def unseal(data: bytes) -> Envelope:
     except (msgspec.DecodeError, UnicodeDecodeError, IndexError, RecursionError) as error:
         raise MessageError(f"not an edgetrain envelope: {error}") from error
     if isinstance(version, int) and isinstance(sender, str) and version != PROTOCOL_VERSION:
-        raise VersionError(sender, version)
+        raise VersionError(sender[:64], version)
     try:
         return msgspec.msgpack.decode(data, type=Envelope)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

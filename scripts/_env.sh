@@ -49,8 +49,18 @@ make_venv() {
   if [[ $extras == *dev* || $extras == *demo* || $extras == *export* ]] && ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     install_torch "$venv"
   fi
-  "$venv/bin/python" -m pip install -qq -c constraints.txt --no-build-isolation -e ".[$extras]"
+  "$venv/bin/python" -m pip install -qq -c constraints.txt --no-build-isolation -e ".[$extras]" || return
   echo "$stamp" >"$venv/.edgetrain-stamp"
+}
+
+# A second environment for the runtime `ort-training`, whose package owns the module name `onnxruntime` too.
+# Its last release has wheels for x86-64 and Python up to 3.12; elsewhere this fails, with the reason.
+make_training_venv() {
+  make_venv .venv-ort-training ort-training,test &&
+    .venv-ort-training/bin/python -c 'from onnxruntime.capi._pybind_state import GradientGraphBuilder' 2>/dev/null &&
+    return
+  say "onnxruntime-training has no package for this machine: the runtime ort-training is left out"
+  return 1
 }
 
 # The CPU build of torch, never the CUDA one by accident.

@@ -7,7 +7,8 @@ parameter vector, its gradient outputs to views of one preallocated flat vector.
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from edgetrain.edge_client.errors import DataError, SessionError
@@ -16,7 +17,7 @@ from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line, view
 from edgetrain.edge_client.runtimes.versions import check_minimum, parse_version
 from edgetrain.protocol.bundle import Bundle
-from edgetrain.protocol.manifest import Graph, Manifest
+from edgetrain.protocol.manifest import FileEntry, Graph, Manifest
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -34,7 +35,7 @@ class OnnxRuntime:
     def available(self) -> str | None:
         """None if onnxruntime is here and new enough, else the reason and the pip line."""
         try:
-            import onnxruntime  # noqa: PLC0415 - only who runs a session pays for it
+            import onnxruntime
         except ImportError:
             return f"runtime onnxruntime is not installed: {INSTALL}"
         version = onnxruntime.__version__
@@ -49,7 +50,7 @@ class OnnxRuntime:
             SessionError: not installed, too old, or the program does not load.
             BundleError: no program for this runtime, or a corrupt file.
         """
-        import onnxruntime  # noqa: PLC0415
+        import onnxruntime
 
         check_minimum(bundle.manifest, self.name, onnxruntime.__version__, "onnxruntime")
         return OnnxSession(self.name, bundle, threads=threads)
@@ -61,7 +62,7 @@ class OnnxSession(GraphSession):
     def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
         """Loads a graph and binds our memory to it."""
         del name
-        session = load_graph(self.bundle, graph, threads=self.threads)
+        session = load_model(self.bundle, graph.file, graph.extra_files, threads=self.threads)
         for what, have, declared in (
             ("inputs", session.get_inputs(), graph.inputs),
             ("outputs", session.get_outputs(), graph.outputs),
@@ -73,16 +74,12 @@ class OnnxSession(GraphSession):
                 )
         bound = OnnxGraph(session, graph, self.manifest, self.staging.arrays)
         for spec, array in zip(graph.outputs, outputs, strict=True):
-            bound.binding.bind_output(spec.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        # `bind_output` keeps the address only.
-        bound.outputs = outputs
+            bound.bind_output(spec.name, array)
         return bound
 
 
 class OnnxGraph:
     """A loaded graph with the parameters and the staged batch bound as its inputs."""
-
-    outputs: list[Array]
 
     def __init__(
         self,
@@ -94,12 +91,22 @@ class OnnxGraph:
         self.binding = session.io_binding()
         self._session = session
         self._file = graph.file.file
+        self._outputs: list[Array] = []
         self._bound: Vector | None = None
-        count = len(manifest.parameters)
-        names = [spec.name for spec in graph.inputs[:count]]
-        self._parameters = list(zip(names, manifest.parameters, strict=True))
-        for spec in graph.inputs[count:]:
+        takes = {value.name for value in session.get_inputs()}
+        self._parameters = [
+            (spec.name, entry)
+            for spec, entry in zip(graph.inputs, manifest.parameters, strict=False)
+            if spec.name in takes
+        ]
+        for spec in graph.inputs[len(manifest.parameters) :]:
             self.binding.bind_cpu_input(spec.name, leaves[spec.name])
+
+    def bind_output(self, name: str, array: Array) -> None:
+        """Has the graph write one output to `array`."""
+        self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        # The binding keeps the address only.
+        self._outputs.append(array)
 
     def run(self, parameters: Vector) -> None:
         """One call; see `BoundGraph`."""
@@ -116,36 +123,42 @@ class OnnxGraph:
             raise SessionError(f"onnxruntime failed in {message}") from error
 
 
-def load_graph(bundle: Bundle, graph: Graph, *, threads: int) -> onnxruntime.InferenceSession:
-    """Loads one verified graph.
+def load_model(
+    bundle: Bundle, file: FileEntry, external: Sequence[FileEntry] = (), *, threads: int
+) -> onnxruntime.InferenceSession:
+    """Loads one verified model.
+
+    Args:
+        bundle: where the files are.
+        file: the model.
+        external: files of tensors that it refers to by name.
+        threads: threads of one step; 0 lets onnxruntime choose.
 
     Raises:
         SessionError: onnxruntime refuses the model.
         BundleError: a file is missing or corrupt.
     """
-    import onnxruntime  # noqa: PLC0415
+    import onnxruntime
 
     options = session_options(threads)
-    external = [(Path(entry.file).name, bundle.read(entry)) for entry in graph.extra_files]
     if external:
+        data = [bundle.read(entry) for entry in external]
         options.add_external_initializers_from_files_in_memory(
-            [name for name, _ in external],
-            [data for _, data in external],
-            [len(data) for _, data in external],
+            [PurePosixPath(entry.file).name for entry in external], data, [len(part) for part in data]
         )
-    data = bundle.read(graph.file)
+    model = bundle.read(file)
     try:
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise SessionError(
-            f"{bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {graph.file.file}: "
+            f"{bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {file.file}: "
             f"{first_line(error)}"
         ) from error
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
     """Options for small machines."""
-    import onnxruntime  # noqa: PLC0415
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -265,45 +265,16 @@ def _batch_norm(
     var: Tensor,
     *rest: Any,
 ) -> Any:
-    """With running statistics: into the constant convolution before it, or a scale and a shift."""
+    """With running statistics: a scale and a shift. (What can be folded into a convolution was folded before.)"""
     training, eps = (False, rest[1]) if len(rest) == 2 else (rest[0], rest[2])
     if training:
         return NotImplemented
-    static = all(rewriter.is_static(i) for i in range(1, 5))
-
-    def scale_and_shift() -> tuple[Tensor, Tensor]:
-        scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
-        return scale, -mean * scale if bias is None else bias - mean * scale
-
-    empty = rewriter.constant(torch.zeros, (0,))
-    if not static:
-        scale, shift = scale_and_shift()
-    else:
-        with disable_proxy_modes_tracing():
-            scale, shift = scale_and_shift()
-        before = rewriter.node.args[0]
-        assert isinstance(before, fx.Node)
-        if before.target == aten.convolution.default and len(before.users) == 1 and not before.args[6]:
-            folded = _fold(rewriter, before, scale, shift)
-            if folded is not None:
-                return folded, empty, empty
     channels = [1, -1, *[1] * (x.ndim - 2)]
-    if static:
-        scale, shift = (rewriter.now(tensor.reshape, channels) for tensor in (scale, shift))
-        return x * scale + shift, empty, empty
+    inverse = rewriter.now(lambda: torch.rsqrt(var + eps))
+    scale = inverse if weight is None else weight * inverse
+    shift = -mean * scale if bias is None else bias - mean * scale
+    empty = rewriter.constant(torch.zeros, (0,))
     return x * scale.reshape(channels) + shift.reshape(channels), empty, empty
-
-
-def _fold(rewriter: _Rewriter, node: fx.Node, scale: Tensor, shift: Tensor) -> Tensor | None:
-    """The convolution with `scale` and `shift` in its weights, if those are constant."""
-    x, weight, bias, *settings = (rewriter.value(a) if isinstance(a, fx.Node) else a for a in node.args)
-    known = [a for a in node.args[1:3] if isinstance(a, fx.Node)]
-    if not all(a in rewriter.static for a in known):
-        return None
-    new_weight = rewriter.now(lambda: weight * scale.reshape(-1, *[1] * (weight.ndim - 1)))
-    new_bias = rewriter.now(lambda: shift if bias is None else bias * scale + shift)
-    result: Tensor = aten.convolution.default(x, new_weight, new_bias, *settings)
-    return result
 
 
 def _pair(values: Sequence[int], rank: int, missing: int) -> tuple[int, ...]:

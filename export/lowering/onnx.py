@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 
 from edgetrain.export.decompositions import Decompositions, common
-from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
+from edgetrain.export.quiet import quiet
 
 OPSET = 18
 # Protobuf's limit for one message; larger models would need external data.
@@ -41,20 +41,10 @@ class OnnxLowering:
 
     def lower(self, graph: TracedGraph) -> LoweredGraph:
         """Translates by torch's own exporter, then strips what ties the file to this machine."""
-        with _quiet(), torch.no_grad():
-            exported = torch.export.export(graph.module, graph.example, strict=False)
-            program = torch.onnx.export(
-                exported,
-                (),
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=[spec.name for spec in graph.inputs],
-                output_names=[spec.name for spec in graph.outputs],
-                external_data=False,
-                optimize=True,
-            )
-        assert program is not None
+        try:
+            program = _export(graph)
+        except Exception as error:
+            raise _operator_error(error) from error
         model = program.model_proto
         _strip(model)
         if model.ByteSize() > MAX_MODEL_BYTES:
@@ -80,6 +70,51 @@ class OnnxLowering:
         return run
 
 
+def _export(graph: TracedGraph) -> torch.onnx.ONNXProgram:
+    from onnxscript import optimizer  # noqa: PLC0415  # slow to import, and needed only here
+
+    with quiet(), torch.no_grad():
+        exported = torch.export.export(graph.module, graph.example, strict=False)
+        program = torch.onnx.export(
+            exported,
+            (),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in graph.inputs],
+            output_names=[spec.name for spec in graph.outputs],
+            external_data=False,
+            optimize=False,
+            custom_translation_table=_translations(),
+        )
+        assert program is not None
+        # Shapes are static and known, so one round without inference leaves nothing but a few identities.
+        optimizer.optimize_ir(program.model, num_iterations=1, onnx_shape_inference=False)
+        return program
+
+
+def _operator_error(error: BaseException) -> OperatorError:
+    """Finds the operator in the chain of exceptions that torch's exporter raises."""
+    chain: list[str] = []
+    link: BaseException | None = error
+    while link is not None:
+        chain.append(f"{type(link).__name__}: {link}")
+        link = link.__cause__ or link.__context__
+    found = re.search(r"target=torch\.ops\.([\w.]+)", "\n".join(reversed(chain)))
+    last = chain[-1].strip().splitlines()[0][:300]
+    return OperatorError(found.group(1) if found else "an unnamed operator", last)
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """ONNX for operators that torch's exporter reaches but does not know."""
+    from onnxscript import opset18 as op  # noqa: PLC0415  # slow to import, and needed only here
+
+    def prod(inp: Any, dims: Sequence[int], **_options: Any) -> Any:
+        return op.ReduceProd(inp, op.Constant(value_ints=list(dims)), keepdims=0)
+
+    return {torch.ops.prims.prod.default: prod}
+
+
 def _strip(model: onnx.ModelProto) -> None:
     """Removes stack traces and paths of the exporting machine."""
     model.doc_string = ""
@@ -97,19 +132,3 @@ def _strip(model: onnx.ModelProto) -> None:
     for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
         value.doc_string = ""
         del value.metadata_props[:]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the exporter's deprecation warnings and progress notes; its errors are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

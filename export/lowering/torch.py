@@ -33,6 +33,9 @@ class TorchLowering:
             program = torch.export.export(graph.module, graph.example, strict=False)
         # They would be saved too, as large as the parameters.
         program.example_inputs = None
+        # Where a node came from: addresses of this process, so that no two exports would be alike.
+        for node in program.graph.nodes:
+            node.meta.pop("from_node", None)
         buffer = io.BytesIO()
         torch.export.save(program, buffer)
         return LoweredGraph(file=f"{graph.name}.pt2", data=buffer.getvalue())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from edgetrain.models.data.samples import Dataset, Floats, Ints, Samples
 
@@ -96,7 +97,7 @@ def _mel_bands() -> Floats:
     )
 
 
-def _mel(hertz: float | Floats) -> Floats:
+def _mel(hertz: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.asarray(2595 * np.log10(1 + np.asarray(hertz) / 700))
 
 
@@ -105,4 +106,4 @@ def _cosines() -> Floats:
     order, band = np.arange(NUM_MFCC), np.arange(NUM_MEL)[:, None]
     matrix = np.sqrt(2 / NUM_MEL) * np.cos(np.pi * order * (2 * band + 1) / (2 * NUM_MEL))
     matrix[:, 0] /= np.sqrt(2)
-    return matrix.astype(np.float32)
+    return np.asarray(matrix, dtype=np.float32)

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from edgetrain.models.data.digits import digits
+from edgetrain.models.data.digits import PIXEL_DEVIATION, PIXEL_MEAN, digits
 from edgetrain.models.data.samples import Dataset, Floats, Ints, Samples
 
 SHAPES = (
@@ -32,7 +32,9 @@ Mask: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 def shapes(
     *, size: int = 32, num_train: int = 2000, num_test: int = 400, noise: float = 0.05, seed: int = 0
 ) -> Dataset[Floats]:
-    """Ten classes of shapes (`SHAPES`) under noise, at random places, in random sizes and colours, turned by up to 22°.
+    """Ten classes of shapes (`SHAPES`) at random places, sizes and angles, in random colours.
+
+    Angles are up to 22.5° either way; Gaussian noise is added.
 
     Args:
         size: pixels a side.
@@ -67,10 +69,9 @@ def rgb_digits(
     rng = np.random.default_rng(seed)
     parts = []
     for samples, count in zip(digits(), (num_train, num_test), strict=True):
-        ink = samples.inputs[:count, 0]
         # Back from standardized pixels to 0 (paper) … 1 (ink).
-        low, high = ink.min(), ink.max()
-        masks = _enlarge((ink - low) / (high - low), size)
+        ink = (samples.inputs[:count, 0] * np.float32(PIXEL_DEVIATION) + np.float32(PIXEL_MEAN)) / 16
+        masks = _enlarge(ink.astype(np.float32), size)
         parts.append(Samples(_paint(rng, masks, noise), samples.targets[:count]))
     return Dataset(*parts)
 
@@ -117,8 +118,8 @@ def _paint(rng: np.random.Generator, masks: Floats, noise: float) -> Floats:
     count = len(masks)
     # Ink is darker than paper by half the range in every channel, so that a shape is always visible.
     paper = rng.uniform(0.5, 1, (count, 3, 1, 1)).astype(np.float32)
-    images: Floats = paper - np.float32(0.5) * masks[:, None]
-    images += noise * rng.standard_normal(images.shape, dtype=np.float32)
+    images = np.asarray(paper - np.float32(0.5) * masks[:, None], dtype=np.float32)
+    images += np.float32(noise) * rng.standard_normal(images.shape, dtype=np.float32)
     images -= np.float32(COLOUR_MEAN)
     images /= np.float32(COLOUR_DEVIATION)
     return images
@@ -127,8 +128,7 @@ def _paint(rng: np.random.Generator, masks: Floats, noise: float) -> Floats:
 def _enlarge(images: Floats, size: int) -> Floats:
     """Bilinear: [N, 8, 8] to [N, size, size], corners on corners."""
     across = _interpolation(images.shape[-1], size)
-    enlarged: Floats = across @ images @ across.T
-    return enlarged
+    return np.asarray(across @ images @ across.T, dtype=np.float32)
 
 
 def _interpolation(old: int, new: int) -> Floats:

@@ -6,8 +6,10 @@ Persistent sessions and QoS 1 shorten the way back after a cut, but nothing reli
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import queue
+import re
 import ssl
 import threading
 import time
@@ -26,12 +28,16 @@ from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Re
 
 logger = logging.getLogger(__name__)
 
+_ADDRESS = re.compile(r"(?:(?P<name>[^][:/\s]+)|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{1,5}))?")
+
 # How long the broker keeps a session (and its queue) of somebody who is away.
 SESSION_EXPIRY_SECONDS = 3600
 # A CONNACK later than this is a broker that does not speak our language.
 CONNACK_SECONDS = 5.0
 # Enough to hide the round trip on a fast link, small enough for a phone's memory at 60 KiB each.
 INFLIGHT_MESSAGES = 20
+# How long a close waits for the broker to take what is queued.
+FLUSH_SECONDS = 5.0
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -51,6 +57,12 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     connect_timeout_seconds: Annotated[
         float, Meta(description="give up if the broker does not answer for so long at the start", ge=0)
     ] = 30.0
+
+
+class _Client(paho.Client):
+    def release(self, *, keep_connection: bool = False) -> None:
+        """Closes the sockets that paho would leave to the garbage collector."""
+        self._reset_sockets(sockpair_only=keep_connection)
 
 
 class MqttTransport:
@@ -76,7 +88,12 @@ class MqttTransport:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._subscriptions: dict[str, None] = {}
         self._acknowledged: dict[int, threading.Event] = {}
+        # Messages handed to paho, and those that the broker has.
+        self._queued = 0
+        self._delivered = 0
         self._lock = threading.Lock()
+        # The request that renews the subscriptions after a reconnect, until it is confirmed.
+        self._renewal: int | None = None
         self._closed = False
         self._client = self._open()
 
@@ -107,6 +124,7 @@ class MqttTransport:
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """See `Transport`."""
         self.bytes_sent += len(payload)
+        self._queued += 1
         self._client.publish(topic, payload, qos=1, retain=retain)
 
     def receive(self, timeout: float) -> Event | None:
@@ -121,15 +139,16 @@ class MqttTransport:
         if self._closed:
             return
         self._closed = True
-        deadline = time.monotonic() + 5
-        while self._client.is_connected() and self._client._out_messages and time.monotonic() < deadline:
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._client.is_connected() and self._delivered < self._queued and time.monotonic() < deadline:
             time.sleep(0.005)
         self._client.disconnect()
         self._client.loop_stop()
+        self._client.release()
 
     # --- connecting ----------------------------------------------------------------------------------
 
-    def _open(self) -> paho.Client:
+    def _open(self) -> _Client:
         config = self._config
         deadline = time.monotonic() + config.connect_timeout_seconds
         versions = {
@@ -141,7 +160,7 @@ class MqttTransport:
         while True:
             for version in versions:
                 outcome = self._try(version)
-                if isinstance(outcome, paho.Client):
+                if isinstance(outcome, _Client):
                     logger.info("connected to %s:%d by MQTT %s", config.host, config.port, version.name[5:])
                     return outcome
             if time.monotonic() + delay > deadline:
@@ -153,7 +172,7 @@ class MqttTransport:
             time.sleep(delay)
             delay = min(2 * delay, 5.0)
 
-    def _try(self, version: MQTTProtocolVersion) -> paho.Client | str:
+    def _try(self, version: MQTTProtocolVersion) -> _Client | str:
         """One attempt: a connected client, or why not."""
         config = self._config
         outcome: list[str | None] = []
@@ -171,25 +190,28 @@ class MqttTransport:
                 if client.loop(0.05) != MQTTErrorCode.MQTT_ERR_SUCCESS and not outcome:
                     outcome.append("the broker closed the connection")
         except (OSError, ValueError) as error:
+            client.release()
             return str(error) or type(error).__name__
         failure = outcome[0] if outcome else "it does not answer as an MQTT broker"
         if failure is None:
             self._adopt(client)
+            client.release(keep_connection=True)
             client.loop_start()
             return client
         client.disconnect()
+        client.release()
         if "authoriz" in failure.lower() or "user name" in failure.lower():
             raise TransportError(
                 f"the MQTT broker at {config.host}:{config.port} refused user {config.username!r}: {failure}"
             )
         return failure
 
-    def _make_client(self, version: MQTTProtocolVersion) -> paho.Client:
+    def _make_client(self, version: MQTTProtocolVersion) -> _Client:
         config = self._config
         extra: dict[str, Any] = {}
         if version == MQTTProtocolVersion.MQTTv311:
             extra["clean_session"] = False
-        client = paho.Client(
+        client = _Client(
             CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=version, **extra
         )
         client.max_inflight_messages_set(INFLIGHT_MESSAGES)
@@ -214,11 +236,12 @@ class MqttTransport:
         properties.SessionExpiryInterval = SESSION_EXPIRY_SECONDS
         return {"clean_start": False, "properties": properties}
 
-    def _adopt(self, client: paho.Client) -> None:
+    def _adopt(self, client: _Client) -> None:
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
         client.on_subscribe = self._on_subscribe
+        client.on_publish = self._on_publish
         self._events.put(Connected())
 
     # --- paho's thread -------------------------------------------------------------------------------
@@ -227,9 +250,10 @@ class MqttTransport:
         if reason.is_failure:
             self._events.put(Disconnected(str(reason)))
             return
-        for topic in list(self._subscriptions):
-            client.subscribe(topic, qos=1)
-        self._events.put(Connected())
+        topics = [(topic, 1) for topic in list(self._subscriptions)]
+        self._renewal = client.subscribe(topics)[1] if topics else None
+        if self._renewal is None:
+            self._events.put(Connected())
 
     def _on_disconnect(self, _c: paho.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
         with self._lock:
@@ -242,7 +266,13 @@ class MqttTransport:
         self.bytes_received += len(message.payload)
         self._events.put(Received(message.topic, bytes(message.payload)))
 
+    def _on_publish(self, _c: paho.Client, _u: Any, _mid: int, _r: Any, _p: Any) -> None:
+        self._delivered += 1
+
     def _on_subscribe(self, _c: paho.Client, _u: Any, mid: int, _r: Any, _p: Any) -> None:
+        if mid == self._renewal:
+            self._renewal = None
+            self._events.put(Connected())
         with self._lock, contextlib.suppress(KeyError):
             self._acknowledged.pop(mid).set()
 
@@ -253,10 +283,15 @@ def parse_broker(address: str) -> tuple[str, int]:
     Raises:
         TransportError: neither.
     """
-    host, separator, port = address.rpartition(":")
-    if not separator or address.endswith("]"):
-        host, port = address, "1883"
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    if address.count(":") > 1 and "[" not in address:
+        address = f"[{address}]"  # a bare IPv6 address
+    found = _ADDRESS.fullmatch(address)
+    port = int(found["port"] or 1883) if found else 0
+    if not found or not 0 < port < 65536:
         raise TransportError(f"broker {address!r} is not HOST or HOST:PORT")
-    return host, int(port)
+    if found["ipv6"]:
+        try:
+            ipaddress.IPv6Address(found["ipv6"])
+        except ValueError as error:
+            raise TransportError(f"broker {address!r} is not HOST or HOST:PORT: {error}") from error
+    return found["name"] or found["ipv6"], port

@@ -13,7 +13,7 @@ from edgetrain.edge_client.selftest import read_self_test, run_self_test
 from edgetrain.protocol.bundle import Bundle
 from support.tiny_bundle import write_tiny_bundle
 
-pytestmark = pytest.mark.skipif("onnxruntime" not in available_runtimes(), reason="needs plain onnxruntime")
+pytestmark = pytest.mark.skipif(not available_runtimes(), reason="needs a runtime")
 
 
 class WrongMachine:

@@ -61,3 +61,11 @@ def accuracy(source: ModelSource, samples: Samples[Any]) -> float:
         right += int(((call(source.module, inputs).argmax(-1) == targets) & real).sum())
         counted += int(real.sum())
     return right / counted
+
+
+@torch.no_grad()
+def mean_loss(source: ModelSource, samples: Samples[Any], *, limit: int) -> float:
+    """Mean loss per target that counts, over at most `limit` samples."""
+    source.module.eval()
+    inputs, targets = to_tensors(next(batches(samples, limit, epochs=1, seed=0)))
+    return float(source.loss(call(source.module, inputs), targets).sum() / (targets != IGNORE_INDEX).sum())

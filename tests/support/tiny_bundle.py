@@ -103,8 +103,8 @@ def write_tiny_bundle(
     kind: Literal["array", "tuple", "dict"] = "array",
     unused_input: bool = False,
     graphs: tuple[str, ...] = ("step", "eval", "infer"),
-    runtime: str = "onnxruntime",
-    minimum_version: str = "1.22",
+    runtimes: tuple[str, ...] = ("onnxruntime", "ort-training"),
+    minimum_version: str = "1.19",
 ) -> Path:
     """Writes the bundle.
 
@@ -115,8 +115,8 @@ def write_tiny_bundle(
         kind: structure of the inputs; a tuple or dict has the leaf `x` first.
         unused_input: adds a second leaf, int64 [B], that the graphs do not read.
         graphs: which graphs to write.
-        runtime: name of the runtime in the manifest.
-        minimum_version: of the runtime in the manifest.
+        runtimes: which programs to write; any name is taken, for plain ONNX.
+        minimum_version: of every runtime, in the manifest.
     """
     lead = (micro_batch,) if tokens is None else (micro_batch, tokens)
     keys = {"array": ["inputs"], "tuple": ["inputs.0", "inputs.1"], "dict": ["inputs.x", "inputs.id"]}[kind]
@@ -137,12 +137,17 @@ def write_tiny_bundle(
         "parameters.bin": parameters.tobytes(),
         "self_test.bin": b"".join(array.tobytes() for array in arrays),
     }
-    entries = {}
-    for graph in graphs:
-        model, inputs, outputs = _build(graph, x_spec, y_spec, w_spec)
-        name = f"{runtime}/{graph}.onnx"
-        files[name] = model.SerializeToString()
-        entries[graph] = Graph(file=file_entry(name, files[name]), inputs=inputs, outputs=outputs)
+    programs = []
+    for runtime in runtimes:
+        entries = {}
+        for graph in graphs:
+            model, inputs, outputs = _build(graph, x_spec, y_spec, w_spec)
+            if runtime == "ort-training" and graph == "step":
+                _accumulate(model)
+            name = f"{runtime}/{graph}.onnx"
+            files[name] = model.SerializeToString()
+            entries[graph] = Graph(file=file_entry(name, files[name]), inputs=inputs, outputs=outputs)
+        programs.append(Program(runtime=runtime, minimum_version=minimum_version, graphs=entries))
     table, offset = [], 0
     for name, shape in SHAPES.items():
         table.append(ParameterEntry(name=name, shape=shape, offset=offset))
@@ -170,7 +175,7 @@ def write_tiny_bundle(
         ),
         loss="cross_entropy",
         metrics=("accuracy",),
-        programs=(Program(runtime=runtime, minimum_version=minimum_version, graphs=entries),),
+        programs=tuple(programs),
         self_test=SelfTest(
             file=file_entry("self_test.bin", files["self_test.bin"]),
             loss_sum=expected.loss_sum,
@@ -259,3 +264,22 @@ def _build(
     model = helper.make_model(built, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
     return model, tuple(inputs), tuple(outputs)
+
+
+def _accumulate(model: onnx.ModelProto) -> None:
+    """Gradients into buffers that are inputs, as onnxruntime-training's `generate_artifacts` has them."""
+    graph = model.graph
+    info = helper.make_tensor_value_info
+    gradients = [value for value in graph.output if value.name.startswith("grad:")]
+    own = [value for value in graph.output if not value.name.startswith("grad:")]
+    del graph.output[:]
+    graph.output.extend(own)
+    for gradient in gradients:
+        name = gradient.name.removeprefix("grad:")
+        buffer, done = f"{name}_grad.accumulation.buffer", f"{name}_grad.accumulation.out"
+        graph.input.append(info(buffer, TensorProto.FLOAT, SHAPES[name]))
+        graph.output.append(info(done, TensorProto.BOOL, [1]))
+        inputs = [buffer, gradient.name, "lazy_reset_grad"]
+        graph.node.append(helper.make_node("InPlaceAccumulatorV2", inputs, [done], domain="com.microsoft"))
+    graph.input.append(info("lazy_reset_grad", TensorProto.BOOL, [1]))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))

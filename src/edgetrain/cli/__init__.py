@@ -26,6 +26,7 @@ _COMMANDS = {
     "client": ("client", "client", "Take part in a federation, on a device."),
     "coordinator": ("coordinator", "coordinator", "Run a federation."),
     "build-runtime": ("build_runtime", "client", "Compile what a runtime needs on this machine."),
+    "runs": ("runs", "coordinator", "List, show, plot, pause, resume and stop runs."),
     "demo": ("demo", "demo", "The whole thing on this machine, on real digits."),
 }
 
@@ -38,25 +39,37 @@ class LazyGroup(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command; if its dependencies are missing, one that says which extra to install."""
+        """The command, imported now."""
         if name not in _COMMANDS:
             return None
-        module, extra, _help = _COMMANDS[name]
         try:
-            command = importlib.import_module(f"edgetrain.cli.{module}").command
+            command = importlib.import_module(f"edgetrain.cli.{_COMMANDS[name][0]}").command
         except ModuleNotFoundError as error:
-            if (error.name or "").startswith("edgetrain"):
-                raise
-            raise click.ClickException(
-                f"`edgetrain {name}` needs {error.name}, which is not installed: pip install 'edgetrain[{extra}]'"
-            ) from error
+            raise _missing(name, error) from error
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs the subcommand; a dependency that is missing gives the extra that brings it."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            raise _missing(ctx.invoked_subcommand or "", error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list in `edgetrain --help`, without importing anything."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_module, _extra, text) in _COMMANDS.items()])
+
+
+def _missing(command: str, error: ModuleNotFoundError) -> Exception:
+    """What to tell a user whose installation lacks a module."""
+    if (error.name or "").startswith("edgetrain") or command not in _COMMANDS:
+        return error
+    return click.ClickException(
+        f"`edgetrain {command}` needs {error.name}, which is not installed: "
+        f"pip install 'edgetrain[{_COMMANDS[command][1]}]'"
+    )
 
 
 @click.group(
@@ -85,20 +98,19 @@ def main() -> None:
     """Runs a command; errors that we raise on purpose are one message, and the exit status is 1."""
     try:
         status = group.main(standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
         status = INTERRUPTED
     except click.ClickException as error:
         error.show()
         status = error.exit_code
-    except EdgetrainError as error:
-        click.secho("error: ", fg="red", nl=False, err=True)
-        click.echo(str(error), err=True)
-        status = 1
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        status = INTERRUPTED
     except BrokenPipeError:
         # The reader has gone, e.g. `edgetrain inspect … | head`; say nothing more, not at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except (EdgetrainError, OSError) as error:
+        # Of the system's own errors, those that nobody expected where they came: a full disk, most often.
+        click.secho("error: ", fg="red", nl=False, err=True)
+        click.echo(str(error), err=True)
+        status = 1
     sys.exit(status if isinstance(status, int) else 0)

@@ -10,21 +10,21 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
 import numpy as np
 import tomli_w
 
-from edgetrain.coordinator.broker import LocalBroker, start_broker
+from edgetrain.coordinator.broker import BrokerKind, LocalBroker, start_broker
 from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, RoundsConfig, StopConfig
 from edgetrain.coordinator.processes import spawn, stop
 from edgetrain.coordinator.records import Summary
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.errors import ConfigError, EdgetrainError
 from edgetrain.protocol.training import TrainingConfig
-from edgetrain.protocol.transport.mqtt import BrokerConfig, parse_broker
+from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport, parse_broker
 
 MARKER = "demo.toml"
 SEED = 7
@@ -66,6 +66,7 @@ def command(clients: int, rounds: int, out: str, broker: str | None, alpha: floa
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
+    _check_broker(broker)
     directory = _prepare(Path(out))
     started = time.monotonic()
     with console.status("exporting digits-cnn and proving its gradients"):
@@ -126,6 +127,14 @@ def _export(directory: Path) -> Path:
     if process.returncode:
         raise EdgetrainError(f"the export failed: {output.decode(errors='replace').strip()}")
     return bundle
+
+
+def _check_broker(choice: str | None) -> None:
+    """Before the minute that the rest takes: is there a broker where we were told?"""
+    if choice not in {None, *get_args(BrokerKind)}:
+        host, port = parse_broker(str(choice))
+        config = BrokerConfig(host=host, port=port, connect_timeout_seconds=1.0)
+        MqttTransport(config, client_id="edgetrain/demo").close()
 
 
 def _broker(choice: str | None) -> tuple[BrokerConfig, LocalBroker | None]:
@@ -230,7 +239,7 @@ def _print_summary(console: Any, summary: Summary, directory: Path, seconds: flo
 
     from edgetrain.cli.progress import size
 
-    updates = summary.bytes_up / summary.update_bytes_mean if summary.update_bytes_mean else 0
+    updates = max(1, summary.updates)
     accuracies = summary.accuracy_by_client
     table = Table(title="summary", title_justify="left", show_header=False)
     table.add_row(
@@ -242,12 +251,12 @@ def _print_summary(console: Any, summary: Summary, directory: Path, seconds: flo
     )
     table.add_row(
         "update",
-        f"{size(summary.update_bytes_mean)} up per client and round, {summary.reduction:.1f}x below float32",
+        f"{size(summary.update_bytes_mean)} per client and round, {summary.reduction:.1f}x smaller than float32",
     )
     table.add_row(
-        "traffic",
-        f"{size(summary.bytes_up)} of updates up (float32: {size(summary.bytes_up_float32)}), "
-        f"{size(summary.bytes_down)} down ({size(summary.bytes_down / updates if updates else 0)} per client and round)",
+        "all traffic",
+        f"{size(summary.bytes_up / updates)} up and {size(summary.bytes_down / updates)} down per client and round; "
+        f"{size(summary.bytes_up)} up in all (float32 updates: {size(summary.bytes_up_float32)})",
     )
     table.add_row("client memory", f"{summary.client_peak_mb:.0f} MB at the peak of the largest process")
     table.add_row(

@@ -37,7 +37,11 @@ def plot_rounds(rounds: Path, out: Path, *, title: str) -> None:
     )
     bottom.plot(numbers, [record.bytes_down / 1000 for record in records], color="tab:orange", label="down")
     bottom.plot(
-        numbers, [record.bytes_up / 1000 for record in records], marker="o", color="tab:green", label="up"
+        numbers,
+        [record.bytes_up / 1000 for record in records],
+        marker="o",
+        color="tab:green",
+        label="up, all messages",
     )
     bottom.set_yscale("log")
     bottom.set_ylabel("kB per round, all clients")

@@ -89,7 +89,7 @@ class Progress:
             "clients in/out",
             "up",
             "down",
-            "vs float32",
+            "updates",
             "s",
         ):
             table.add_column(name, justify="right")
@@ -110,7 +110,7 @@ def _cells(record: RoundRecord) -> list[str]:
         f"{record.accepted}/{record.invited - record.accepted}",
         size(record.bytes_up),
         size(record.bytes_down),
-        f"{record.bytes_up_float32 / record.bytes_up:.0f}x less" if record.bytes_up else "",
+        f"{record.bytes_up_float32 / record.update_bytes:.0f}x less" if record.update_bytes else "",
         f"{record.seconds:.2f}",
     ]
 

@@ -1,0 +1,83 @@
+"""Every model with every selection on every runtime: gradient errors against eager torch, and sizes.
+
+    python benchmarks/model_table.py [--model NAME] [--runtime NAME]
+
+Exports each combination, runs the bundle's self-test through the session of each runtime that is installed here,
+and writes docs/model-table.md. A combination that cannot be exported is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+
+from edgetrain.edge_client import available_runtimes, open_session
+from edgetrain.edge_client.selftest import run_self_test
+from edgetrain.export import export_bundle, load_source
+from edgetrain.protocol import EdgetrainError
+from edgetrain.protocol.bundle import Bundle
+
+OUT = Path(__file__).parent.parent / "docs" / "model-table.md"
+MODELS = ("digits-cnn", "ds-cnn", "resnet-8", "mobilenet-v2", "char-lm", "bert-tiny", "vit-tiny", "seq2seq")
+SELECTIONS = ("all", "last:2", "bias", "head", "lora:r=4,alpha=8,target=.*")
+BATCH = 4
+
+
+def measure(model: str, selection: str, runtimes: list[str], directory: Path) -> list[str]:
+    source = load_source(model, options={"batch_size": BATCH})
+    out = directory / f"{model}-{selection.split(':')[0]}.edge"
+    try:
+        export_bundle(*source, trainable=selection, runtimes=runtimes, out=out)
+    except EdgetrainError as error:
+        if len(runtimes) == 1:
+            return [f"| {model} | `{selection}` | {runtimes[0]} | – | – | – | {str(error).splitlines()[0]} |"]
+        return [row for runtime in runtimes for row in measure(model, selection, [runtime], directory)]
+    bundle = Bundle(out)
+    manifest = bundle.manifest
+    rows = []
+    for runtime in runtimes:
+        size = sum(entry.size for entry in manifest.files(runtime))
+        total = manifest.num_parameters + manifest.frozen.elements
+        share = f"{manifest.num_parameters:,} of {total:,}"
+        if runtime in available_runtimes():
+            report = run_self_test(bundle, open_session(bundle, runtime))
+            worst = f"{max(gradient.error for gradient in report.gradients):.1e}"
+            verdict = "ok" if report.ok else "WRONG"
+        else:
+            worst, verdict = "–", "exported; the runtime is not installed here"
+        rows.append(
+            f"| {model} | `{selection}` | {runtime} | {share} | {size / 1024:,.0f} | {worst} | {verdict} |"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", choices=sorted(MODELS))
+    parser.add_argument("--runtime", action="append", help="default: onnxruntime and torch")
+    arguments = parser.parse_args()
+    logging.disable(logging.INFO)
+    runtimes = arguments.runtime or ["onnxruntime", "torch"]
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for model in arguments.model or MODELS:
+            for selection in SELECTIONS:
+                for row in measure(model, selection, runtimes, Path(directory)):
+                    print(row, flush=True)
+                    rows.append(row)
+    if not arguments.model:
+        OUT.write_text(
+            "# Models, selections, runtimes\n\n"
+            f"Written by `python benchmarks/model_table.py`; batch {BATCH}. The gradient error is the largest relative "
+            "error of any parameter's norm or projection against eager torch (the bundle's self-test); the size is "
+            "what a device of that runtime downloads.\n\n"
+            "| model | selection | runtime | trainable | KiB | gradient error | |\n|---|---|---|---|---|---|---|\n"
+            + "\n".join(rows)
+            + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

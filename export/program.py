@@ -1,0 +1,112 @@
+"""One runtime's program: trace, lower and prove every graph, by the first way that works."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from edgetrain.export import joint, locate, parity
+from edgetrain.export.errors import OperatorError, UnsupportedError
+from edgetrain.export.functional import functional_problem
+from edgetrain.export.joint import Decompositions, Problem, TracedGraph
+from edgetrain.export.lowering.base import LoweredGraph, Lowering, Run
+from edgetrain.protocol.bundle import file_entry
+from edgetrain.protocol.manifest import Graph, Program
+
+logger = logging.getLogger(__name__)
+
+Trace = Callable[[Problem, Decompositions], TracedGraph]
+
+
+def make_program(
+    lowering: Lowering, problem: Problem, expected: parity.Expected, files: dict[str, bytes]
+) -> Program:
+    """All graphs of one runtime, proven; their files are added to `files`.
+
+    Raises:
+        UnsupportedError: an operator or a control flow that cannot be exported.
+        ParityError: a graph computes other numbers than eager torch.
+    """
+    translator = _Translator(lowering, problem)
+    graphs: dict[str, Graph] = {}
+
+    def add(trace: Trace, prove: Callable[[TracedGraph, Run], None]) -> None:
+        graph, lowered = translator.translate(trace)
+        prove(graph, lowering.load(lowered))
+        graphs[graph.name] = _entry(lowering.runtime, graph, lowered, files)
+
+    def step(graph: TracedGraph, run: Run) -> None:
+        report = parity.prove_step(lowering.runtime, problem, graph, run, expected)
+        logger.info(
+            f"{lowering.runtime}: largest gradient error {report.gradient:.1e} ({report.worst}), "
+            f"loss error {report.loss:.1e}"
+        )
+
+    add(joint.trace_step, step)
+    add(
+        joint.trace_eval,
+        lambda graph, run: parity.prove_eval(lowering.runtime, problem, graph, run, expected),
+    )
+    add(
+        joint.trace_infer,
+        lambda graph, run: parity.prove_infer(lowering.runtime, problem, graph, run, expected),
+    )
+    if expected.clipped is not None:
+        clipped = expected.clipped
+        add(
+            joint.trace_step_per_sample_clipped,
+            lambda graph, run: parity.prove_clipped(lowering.runtime, problem, graph, run, clipped),
+        )
+    return Program(runtime=lowering.runtime, minimum_version=lowering.minimum_version, graphs=graphs)
+
+
+class _Translator:
+    """Translates graphs directly, or, once that has failed, by way of `torch.export`."""
+
+    def __init__(self, lowering: Lowering, problem: Problem) -> None:
+        self._lowering = lowering
+        self._decompositions = lowering.decompositions()
+        self._original = problem
+        self._functional: Problem | None = None
+
+    def translate(self, trace: Trace) -> tuple[TracedGraph, LoweredGraph]:
+        if self._functional is not None:
+            return self._attempt(trace, self._functional)
+        try:
+            return self._attempt(trace, self._original)
+        except UnsupportedError as error:
+            logger.debug(f"direct trace failed, trying torch.export: {error}")
+            first = error
+        try:
+            functional = functional_problem(self._original)
+            result = self._attempt(trace, functional)
+        except Exception as second:  # torch.export raises whatever it met; the direct trace says it better
+            raise first from second
+        self._functional = functional
+        return result
+
+    def _attempt(self, trace: Trace, problem: Problem) -> tuple[TracedGraph, LoweredGraph]:
+        with locate.module_path(problem.prepared.module) as running:
+            try:
+                graph = trace(problem, self._decompositions)
+            except Exception as error:  # tracing runs the user's code under dispatch modes: anything can come
+                raise locate.cannot_trace(problem, running, error) from error
+        try:
+            return graph, self._lowering.lower(graph)
+        except OperatorError as error:
+            raise locate.no_translation(
+                self._original, self._lowering.runtime, error.operator, error.cause
+            ) from error
+
+
+def _entry(runtime: str, graph: TracedGraph, lowered: LoweredGraph, files: dict[str, bytes]) -> Graph:
+    new = {f"{runtime}/{file}": data for file, data in ({lowered.file: lowered.data} | lowered.extra).items()}
+    files |= new
+    entries = [file_entry(file, data) for file, data in new.items()]
+    return Graph(
+        file=entries[0],
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        extra_files=tuple(entries[1:]),
+        planned_memory=lowered.planned_memory,
+    )

@@ -1,0 +1,54 @@
+"""What all tests share: one exported bundle per session, and processes that do not outlive their test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from support.processes import Processes
+from support.tiny_bundle import write_tiny_bundle
+
+# The same examples on every machine and in every run; a slow machine is not a failure.
+settings.register_profile("edgetrain", deadline=None, derandomize=True)
+settings.load_profile("edgetrain")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle directory of 66 parameters, made without torch."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """digits-cnn as `edgetrain export` writes it, in a process of its own: no test process loads torch for it."""
+    out = tmp_path_factory.mktemp("digits") / "digits-cnn.edge"
+    command = [sys.executable, "-m", "edgetrain", "-q", "export", "digits-cnn", "--micro-batch", "32", "-o", out]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture
+def ram_path(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is such a thing, for tests that sync a thousand times."""
+    base = Path("/dev/shm")
+    if not os.access(base, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="edgetrain-tests-", dir=base) as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    """Starts processes; ends those that are left, by id."""
+    started = Processes()
+    yield started
+    started.end_all()

@@ -1,0 +1,310 @@
+"""A coordinator that ends at any point, and the next one in the same directory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.coordinator.test_coordinator import expected_parameters, final_parameters
+
+from edgetrain.coordinator import events
+from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator.journal import RoundOpened, UpdateAccepted, read_journal
+from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.protocol.signing import SigningKey
+from support.scripted import Crash, ScriptedClient, ScriptedFederation
+
+NAMES = ["a", "b", "c"]
+ROUNDS = {"total": 3, "goal": 3, "deadline_seconds": 30.0}
+
+
+def at_event(number):
+    """An observer that ends the process at the n-th event of its life."""
+    seen = []
+
+    def observe(event):
+        seen.append(event)
+        if len(seen) == number:
+            raise Crash
+
+    return observe
+
+
+def verdicts_of(client):
+    """Round by round: whether its update was accepted in the end; False if it was ever refused."""
+    result = {}
+    for verdict in client.verdicts:
+        result[verdict.round] = result.get(verdict.round, True) and verdict.accepted
+    return result
+
+
+def check(federation):
+    """Nothing lost, nothing twice: the parameters are those of a run without a crash, to the bit."""
+    np.testing.assert_array_equal(final_parameters(federation), expected_parameters(NAMES, 3))
+    assert [record["round"] for record in federation.records()] == [1, 2, 3]
+    assert [record["accepted"] for record in federation.records()] == [3, 3, 3]
+    rows = (federation.out / "clients.csv").read_text().splitlines()[1:]
+    assert sorted(row.split(",")[:3] for row in rows) == [
+        [str(number), name, "accepted"] for number in (1, 2, 3) for name in NAMES
+    ]
+    for client in federation.clients:
+        verdicts = verdicts_of(client)
+        assert all(verdicts.values()), "no accepted update was ever called refused"
+        # The answer that a crash took with it is given when it is asked for again, at the latest in the next run.
+        assert {1, 2, 3} - verdicts.keys() <= ({client.pending[0].round} if client.pending else set())
+    assert not list((federation.out / "journal").iterdir())
+
+
+@pytest.mark.parametrize("number", range(1, 24))
+def test_wherever_it_ends_the_result_is_the_same_to_the_bit(tiny_bundle, ram_path, number):
+    run_with_crashes(tiny_bundle, ram_path, [number])
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(crashes=st.lists(st.integers(1, 16), min_size=2, max_size=5))
+def test_however_often_it_ends_the_result_is_the_same_to_the_bit(tiny_bundle, ram_path, crashes):
+    run_with_crashes(tiny_bundle, Path(tempfile.mkdtemp(dir=ram_path)), crashes)
+
+
+def run_with_crashes(tiny_bundle, path, crashes):
+    federation = ScriptedFederation(tiny_bundle, path / "run", rounds=ROUNDS)
+    for name in NAMES:
+        federation.add(name)
+    for number in crashes:
+        try:
+            federation.serve(at_event(number))
+        except Crash:
+            continue
+    federation.serve()
+    federation.act()
+    check(federation)
+
+
+@pytest.mark.parametrize("clients", ["stay", "restart"])
+def test_an_end_between_acceptance_and_its_verdict(tiny_bundle, ram_path, clients):
+    """The update is in the journal; its client has not heard so, and asks again."""
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
+    for name in NAMES:
+        federation.add(name)
+
+    def observe(event):
+        if isinstance(event, events.UpdateAccepted) and event.accepted == 2:
+            raise Crash
+
+    with pytest.raises(Crash):
+        federation.serve(observe)
+    accepted = [meta.client for meta, _ in read_journal(ram_path / "run/journal/round-00001.journal")
+                if isinstance(meta, UpdateAccepted)]  # fmt: skip
+    assert len(accepted) == 2
+    assert all(not client.verdicts for client in federation.clients)
+    if clients == "restart":
+        # As a client process does: a new connection, the pending update from its disk.
+        for old in federation.clients[:]:
+            federation.broker.drop(old.transport)
+            federation.clients.remove(old)
+            new = federation.add(old.name)
+            new.pending, new.answered = old.pending, old.answered
+            new.last_sent = -1000.0
+    federation.serve()
+    check(federation)
+
+
+def test_a_kill_between_the_journal_and_the_rounds_line(tiny_bundle, ram_path, monkeypatch):
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
+    for name in NAMES:
+        federation.add(name)
+    real = RunDirectory._append
+    armed = [True]
+
+    def append(self, name, data):
+        if name == "rounds.jsonl" and armed.pop() if armed else False:
+            raise Crash
+        real(self, name, data)
+
+    monkeypatch.setattr(RunDirectory, "_append", append)
+    with pytest.raises(Crash):
+        federation.serve()
+    assert (ram_path / "run/parameters/round-00001.safetensors").exists()
+    assert not (ram_path / "run/rounds.jsonl").exists()
+    federation.serve()
+    check(federation)
+
+
+def test_the_goal_met_before_the_crash_closes_the_round_without_any_client(tiny_bundle, ram_path):
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS | {"total": 1})
+    for name in NAMES:
+        federation.add(name)
+
+    def observe(event):
+        if isinstance(event, events.UpdateAccepted) and event.accepted == 3:
+            raise Crash
+
+    with pytest.raises(Crash):
+        federation.serve(observe)
+    for client in federation.clients[:]:
+        federation.broker.drop(client.transport)
+        federation.clients.remove(client)
+    assert federation.serve().rounds == 1
+    np.testing.assert_array_equal(final_parameters(federation), expected_parameters(NAMES, 1))
+
+
+def test_the_minimum_met_before_the_crash_is_enough_after_the_deadline(tiny_bundle, ram_path):
+    rounds = {"total": 1, "goal": 3, "minimum": 2, "deadline_seconds": 30.0}
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=rounds)
+    for name in ("a", "b"):
+        federation.add(name)
+
+    def observe(event):
+        if isinstance(event, events.UpdateAccepted) and event.accepted == 2:
+            raise Crash
+
+    with pytest.raises(Crash):
+        federation.serve(observe)
+    started = federation.clock.now
+    federation.serve()
+    assert 30 <= federation.clock.now - started < 40
+    np.testing.assert_array_equal(final_parameters(federation), expected_parameters(["a", "b"], 1))
+
+
+def test_an_update_made_before_the_crash_and_offered_after_it_counts(tiny_bundle, ram_path):
+    """Trained while the coordinator was away: it comes back before anyone is invited again."""
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS | {"total": 1, "gather_seconds": 20.0})
+    slow = []
+
+    class Slow(ScriptedClient):
+        def on_plan(self, plan):
+            if not slow:
+                slow.append(plan)
+                raise Crash
+            super().on_plan(plan)
+
+    class Absent(ScriptedClient):
+        """Not there until the others have been waiting for a while."""
+
+        def act(self):
+            if self.clock.now > back_at:
+                super().act()
+
+    back_at = 0.0
+    federation.add("a", Slow)
+    federation.add("b")
+    federation.add("c", Absent)
+    with pytest.raises(Crash):
+        federation.serve()
+    federation.clients[0].answer(slow[0])
+    back_at = federation.clock.now + 10
+    federation.serve()
+    np.testing.assert_array_equal(final_parameters(federation), expected_parameters(NAMES, 1))
+    for client in federation.clients:
+        assert verdicts_of(client) == {1: True}
+
+
+def test_after_a_restart_a_round_waits_for_all_who_come_back(tiny_bundle, ram_path):
+    """With a minimum of one, the first to say hello must not start the round alone."""
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS | {"minimum": 1})
+    for name in NAMES:
+        federation.add(name)
+
+    def observe(event):
+        if isinstance(event, events.RoundEnded):
+            raise Crash
+
+    with pytest.raises(Crash):
+        federation.serve(observe)
+    federation.serve()
+    check(federation)
+
+
+def test_a_name_belongs_to_its_first_key_also_after_a_crash(tiny_bundle, ram_path):
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS | {"total": 1})
+    owner = federation.add("a")
+    federation.add("b")
+
+    def observe(event):
+        if isinstance(event, events.ClientJoined) and event.client == "b":
+            raise Crash
+
+    with pytest.raises(Crash):
+        federation.serve(observe)
+    federation.clients.remove(owner)
+    federation.broker.drop(owner.transport)
+
+    class Thief(ScriptedClient):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.key = SigningKey(b"thief".ljust(32))
+
+    thief = federation.add("a", Thief)
+    owner = federation.add("a")
+    federation.add("c")
+    federation.serve()
+    np.testing.assert_array_equal(final_parameters(federation), expected_parameters(NAMES, 1))
+    assert thief.connection in {refusal.connection for refusal in thief.refusals}
+    assert [verdict.accepted for verdict in owner.verdicts] == [True]
+
+
+def test_an_interrupt_pauses_the_run_and_it_goes_on(tiny_bundle, ram_path):
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
+    for name in NAMES:
+        federation.add(name)
+
+    def observe(event):
+        if isinstance(event, events.UpdateAccepted) and event.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        federation.serve(observe)
+    summary = json.loads((ram_path / "run/summary.json").read_bytes())
+    assert (summary["status"], summary["rounds"]) == ("interrupted", 1)
+    federation.serve()
+    check(federation)
+    assert json.loads((ram_path / "run/summary.json").read_bytes())["status"] == "completed"
+
+
+def test_a_run_that_is_over_stays_over(tiny_bundle, ram_path):
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
+    for name in NAMES:
+        federation.add(name)
+    federation.serve()
+    before = final_parameters(federation)
+    summary = federation.serve()
+    assert (summary.status, summary.rounds) == ("completed", 3)
+    np.testing.assert_array_equal(final_parameters(federation), before)
+    check(federation)
+
+
+def test_a_journal_of_another_round_is_an_error(tiny_bundle, ram_path):
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
+    directory = RunDirectory(federation.config, federation.bundle.manifest, federation.bundle.digest)
+    journal = directory.open_journal(1)
+    journal.append(RoundOpened(run=bytes(16), round=1, nonce=bytes(16), parameters=bytes(32)))
+    journal.close()
+    directory.close()
+    with pytest.raises(RunError, match="not the journal of this run's round 1"):
+        federation.serve()
+
+
+def test_settings_that_no_longer_allow_what_was_accepted_are_an_error_that_loses_nothing(tiny_bundle, ram_path):
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
+    for name in NAMES:
+        federation.add(name)
+
+    def observe(event):
+        if isinstance(event, events.UpdateAccepted):
+            raise Crash
+
+    with pytest.raises(Crash):
+        federation.serve(observe)
+    good = federation.config
+    federation.config = msgspec.structs.replace(good, limits=msgspec.structs.replace(good.limits, max_examples=5))
+    with pytest.raises(RunError, match=r"cannot be taken back: claims 10 examples.*settings"):
+        federation.serve()
+    federation.config = good
+    federation.serve()
+    check(federation)
