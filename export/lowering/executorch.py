@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, fx
 
 from edgetrain.export.decompositions import Decompositions
-from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.errors import OperatorError
 from edgetrain.export.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.executorch_decompositions import decompositions
+from edgetrain.export.lowering.executorch_diagnosis import differs, wrong_operator
 from edgetrain.export.lowering.executorch_rewrite import rewrite
+from edgetrain.export.quiet import quiet
 
 VERSION = "1.5"
 
@@ -46,34 +46,64 @@ class ExecutorchLowering:
         return decompositions()
 
     def lower(self, graph: TracedGraph) -> LoweredGraph:
-        """Rewrites for XNNPACK, delegates what it takes, and plans the memory of the rest."""
+        """Rewrites for XNNPACK, delegates what it takes, plans the memory of the rest, and tries it.
+
+        Raises:
+            OperatorError: no kernel, or one that computes other numbers than torch.
+        """
         # A dimension of size 1 may have any stride; ExecuTorch would take some for channels-last.
         example = tuple(torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) for tensor in graph.example)
-        graph = replace(graph, example=example)
-        with _quiet(), torch.no_grad():
-            data, planned = _compile(rewrite(graph), graph)
+        with quiet(), torch.no_grad():
+            module = rewrite(replace(graph, example=example))
+            data, planned = _compile(module, example)
+            self._prove(graph.module, module, example, data)
         return LoweredGraph(file=f"{graph.name}.pte", data=data, planned_memory=planned)
 
     def load(self, lowered: LoweredGraph) -> Run:
         """ExecuTorch's own bindings."""
-        with _quiet():
-            from executorch.extension.pybindings.portable_lib import (  # noqa: PLC0415
-                _load_for_executorch_from_buffer,
-            )
-
-            # The module reads from the buffer for as long as it lives, and does not hold it.
-            data = lowered.data
-            module = _load_for_executorch_from_buffer(data)
+        run_tensors = _load(lowered.data)
 
         def run(arrays: Sequence[Array]) -> list[Array]:
-            assert data
-            outputs = module.run_method("forward", [torch.from_numpy(array) for array in arrays])
+            outputs = run_tensors([torch.from_numpy(array) for array in arrays])
             return [np.asarray(output) for output in outputs]
 
         return run
 
+    def _prove(
+        self, traced: fx.GraphModule, rewritten: fx.GraphModule, example: Sequence[Tensor], data: bytes
+    ) -> None:
+        expected = traced(*example)
+        got = _load(data)(example)
+        if not any(differs(result, value) for result, value in zip(got, expected, strict=True)):
+            return
 
-def _compile(module: torch.fx.GraphModule, graph: TracedGraph) -> tuple[bytes, int]:
+        def compile_(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+            return _load(_compile(module, tuple(inputs))[0])
+
+        operator = wrong_operator(rewritten, example, compile_)
+        if operator is not None:
+            raise OperatorError(operator, f"the kernel of executorch {version('executorch')} gives wrong numbers")
+
+
+def _load(data: bytes) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    with quiet():
+        from executorch.extension.pybindings.portable_lib import (  # noqa: PLC0415
+            _load_for_executorch_from_buffer,
+        )
+
+        module = _load_for_executorch_from_buffer(data)
+
+    def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        # The module reads from the bytes for as long as it lives, and does not hold them.
+        assert data
+        outputs: Sequence[Tensor] = module.run_method("forward", list(tensors))
+        return outputs
+
+    return run
+
+
+def _compile(module: fx.GraphModule, example: tuple[Tensor, ...]) -> tuple[bytes, int]:
+    """The program, and the bytes that it plans."""
     from executorch.exir import (  # noqa: PLC0415
         EdgeCompileConfig,
         ExecutorchBackendConfig,
@@ -83,7 +113,7 @@ def _compile(module: torch.fx.GraphModule, graph: TracedGraph) -> tuple[bytes, i
 
     from edgetrain.export.lowering.executorch_partition import partitioner  # noqa: PLC0415
 
-    exported = torch.export.export(module, graph.example, strict=False)
+    exported = torch.export.export(module, example, strict=False)
     edge = to_edge_transform_and_lower(
         exported,
         partitioner=[partitioner()],
@@ -94,12 +124,9 @@ def _compile(module: torch.fx.GraphModule, graph: TracedGraph) -> tuple[bytes, i
     try:
         program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
     except RuntimeError as error:
-        missing = re.search(r"Missing out variants: (.*)", str(error))
+        missing = re.search(r"Missing out variants: \W*([\w:.]+)", str(error))
         if missing:
-            raise UnsupportedError(
-                f"executorch: graph {graph.name!r} uses {missing[1]}, which ExecuTorch has no kernel for. "
-                "Freeze the modules around it or write them with other operators"
-            ) from error
+            raise OperatorError(missing[1], "ExecuTorch has no kernel for it") from error
         raise
     return program.buffer, _planned_memory(program)
 
@@ -108,16 +135,3 @@ def _planned_memory(program: Any) -> int:
     """Bytes of all arenas of the program's one method."""
     plan = program.executorch_program.execution_plan[0]
     return int(sum(plan.non_const_buffer_sizes))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences progress notes and deprecation warnings of the exporters; their errors are exceptions."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
