@@ -12,6 +12,7 @@ from rich.text import Text
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.records import RoundRecord
+from edgetrain.coordinator.spread import FederatedEvaluation
 
 # Rounds shown at once; older ones scroll out of the table.
 VISIBLE_ROUNDS = 12
@@ -69,6 +70,13 @@ class Progress:
             case events.RoundEnded():
                 self._records.append(event.record)
                 self._line(_round_line(event.record))
+            case events.ClientsEvaluated():
+                self._line(_clients_line(event.evaluation))
+            case events.Paused():
+                self._status = "paused; `edgetrain runs resume` lets it go on"
+                self._line(self._status)
+            case events.Resumed():
+                self._line("resumed")
             case events.RunEnded():
                 self._status = f"{event.summary.status}: {event.summary.reason}"
                 self._line(self._status)
@@ -122,6 +130,15 @@ def _round_line(record: RoundRecord) -> str:
         f"{record.accepted} of {record.invited} clients, {size(record.bytes_up)} up, {size(record.bytes_down)} down, "
         f"{record.seconds:.2f} s"
     )
+
+
+def _clients_line(evaluation: FederatedEvaluation) -> str:
+    spreads = ", ".join(
+        f"{metric} {spread.minimum:.4g} to {spread.maximum:.4g}, median {spread.median:.4g}"
+        for metric, spread in evaluation.spread.items()
+    )
+    worse = f"; {len(evaluation.worse)} got worse" if evaluation.worse else ""
+    return f"round {evaluation.round} by {len(evaluation.clients)} clients: {spreads}{worse}"
 
 
 def _percent(prefix: str, value: float | None) -> str:
