@@ -182,10 +182,10 @@ def run(task: Task) -> list[dict[str, object]]:
 
 
 def plot(rows: list[dict[str, object]], out: Path) -> None:
-    import matplotlib as mpl  # noqa: PLC0415
+    import matplotlib as mpl
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib import pyplot as plt
 
     names = sorted({row["task"] for row in rows})
     figure, axes = plt.subplots(

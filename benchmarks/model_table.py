@@ -27,7 +27,7 @@ BATCH = 4
 
 def measure(model: str, selection: str, runtimes: list[str], directory: Path) -> list[str]:
     source = load_source(model, options={"batch_size": BATCH})
-    out = directory / f"{model}-{selection.split(':')[0]}.edge"
+    out = directory / f"{model}-{selection.split(':', maxsplit=1)[0]}.edge"
     try:
         export_bundle(*source, trainable=selection, runtimes=runtimes, out=out)
     except EdgetrainError as error:

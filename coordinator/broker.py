@@ -156,7 +156,7 @@ class EmbeddedBroker:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._serve())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self._failure = error
         finally:
             self._settled.set()
@@ -164,7 +164,7 @@ class EmbeddedBroker:
 
     async def _serve(self) -> None:
         try:
-            from amqtt.broker import Broker
+            from amqtt.broker import Broker  # noqa: PLC0415
         except ImportError as error:
             raise BrokerError(
                 "the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'"

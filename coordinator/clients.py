@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgetrain.protocol.messages import DeviceInfo, Resources
+from edgetrain.protocol.messages import DeviceInfo, DeviceState, Resources
 
 
 @dataclass(slots=True)
@@ -25,6 +25,8 @@ class ClientRecord:
     # Codec stages that it knows.
     stages: frozenset[str] = frozenset()
     device: DeviceInfo = DeviceInfo()
+    # How it was when it said so last.
+    state: DeviceState = DeviceState()
     # What its updates reported last.
     resources: Resources = Resources()
     # (round, digest) of its last accepted update.

@@ -12,9 +12,10 @@ from edgetrain.coordinator.records import ClientRow
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Contribution, ServerState, Strategy
 from edgetrain.protocol import CodecError, MessageError
-from edgetrain.protocol.codecs import Limits, decode
-from edgetrain.protocol.messages import Offer, decode_from_client
+from edgetrain.protocol.codecs import Limits, SparseOrDense, decode
+from edgetrain.protocol.messages import Offer, decode_from_client, split_update
 from edgetrain.protocol.signing import unseal
+from edgetrain.protocol.training import TrainingConfig, count_steps
 
 
 class Collection:
@@ -36,6 +37,7 @@ class Collection:
         self._max_examples = max_examples
         self._num_parameters = num_parameters
         self._journal: Journal | None = None
+        self._round = 0
         self.partial: Any = strategy.init(num_parameters, state)
         # Accepted clients with the digests of their updates.
         self.digests: dict[str, bytes] = {}
@@ -58,6 +60,7 @@ class Collection:
             entries = list(read_journal(path)) if path.exists() else []
         except OSError as error:
             raise RunError(f"{path}: cannot read the journal: {error}") from error
+        self._round = opened.round
         if not entries:
             self._journal = directory.open_journal(opened.round)
             self._journal.append(opened)
@@ -91,7 +94,7 @@ class Collection:
         offer = decode_from_client(unseal(meta.envelope).body)
         if not isinstance(offer, Offer):
             raise MessageError("it comes with another message than its offer")
-        self._fold(meta.client, offer, update)
+        self._fold(meta.client, offer, update, meta.training)
 
     def invite(self, clients: Sequence[str]) -> None:
         """Notes who gets a plan. Not synced: only a power cut loses it, and then updates go back to their clients.
@@ -102,16 +105,25 @@ class Collection:
         assert self._journal is not None, "open comes first"
         self._journal.append(Invited(clients=tuple(clients)))
 
-    def accept(self, client: str, offer: Offer, envelope: bytes, update: bytes) -> None:
+    def accept(
+        self, client: str, offer: Offer, envelope: bytes, update: bytes, training: TrainingConfig
+    ) -> None:
         """Checks and folds an update and appends it to the journal; `commit` makes it durable.
+
+        Args:
+            client: whose.
+            offer: of the update.
+            envelope: the offer as it came.
+            update: the bytes.
+            training: what the client was told.
 
         Raises:
             UpdateRefused: it must not be folded. Nothing has changed.
             RunError: the journal cannot be written.
         """
         assert self._journal is not None, "open comes first"
-        self._fold(client, offer, update)
-        self._journal.append(UpdateAccepted(client=client, envelope=envelope), update)
+        self._fold(client, offer, update, training)
+        self._journal.append(UpdateAccepted(client=client, envelope=envelope, training=training), update)
 
     def commit(self) -> None:
         """Returns when everything accepted is on the disk."""
@@ -123,28 +135,34 @@ class Collection:
         if self._journal:
             self._journal.close()
 
-    def _fold(self, client: str, offer: Offer, data: bytes) -> None:
+    def _fold(self, client: str, offer: Offer, data: bytes, training: TrainingConfig) -> None:
         if client in self.digests:
             raise UpdateRefused("an update of this client is already in the round")
         if not 1 <= offer.num_examples <= self._max_examples:
             raise UpdateRefused(
                 f"claims {offer.num_examples} examples, allowed are 1 to {self._max_examples}"
             )
-        try:
-            update = decode(data, self._limits)
-        except CodecError as error:
-            raise UpdateRefused(f"the update does not decode: {error}") from error
-        if update.num_parameters != self._num_parameters:
-            raise UpdateRefused(
-                f"the update has {update.num_parameters} parameters, the model has {self._num_parameters}"
-            )
-        contribution = Contribution(client, offer.num_examples, offer.steps, update)
+        if offer.steps > count_steps(offer.num_examples, training):
+            raise UpdateRefused(f"claims {offer.steps} steps, more than {offer.num_examples} examples give")
+        if offer.control_bytes > len(data):
+            raise UpdateRefused(f"claims {offer.control_bytes} bytes of an update of {len(data)}")
+        encoded, control = split_update(offer, data)
+        contribution = Contribution(
+            client,
+            offer.num_examples,
+            offer.steps,
+            self._decode(encoded, "update"),
+            training=training,
+            staleness=self._round - offer.round,
+            control=self._decode(control, "control variate") if control else None,
+        )
         self.partial = self._strategy.fold(self.partial, contribution)
         self.digests[client] = offer.update.digest
         self.update_bytes += len(data)
         self.rows.append(
             ClientRow(
-                round=offer.round,
+                round=self._round,
+                staleness=self._round - offer.round,
                 client=client,
                 status="accepted",
                 num_examples=offer.num_examples,
@@ -157,6 +175,16 @@ class Collection:
             )
         )
 
+    def _decode(self, data: bytes, what: str) -> SparseOrDense:
+        try:
+            decoded = decode(data, self._limits)
+        except CodecError as error:
+            raise UpdateRefused(f"the {what} does not decode: {error}") from error
+        if decoded.num_parameters != self._num_parameters:
+            raise UpdateRefused(
+                f"the {what} has {decoded.num_parameters} parameters, the model has {self._num_parameters}"
+            )
+        return decoded
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None

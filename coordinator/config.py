@@ -7,6 +7,10 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from edgetrain.coordinator.adaptation import DeviceRule
+from edgetrain.coordinator.observability.config import ObservabilityConfig
+from edgetrain.coordinator.selection import SelectionConfig
+from edgetrain.coordinator.strategies import StrategyTable
 from edgetrain.protocol.training import TrainingConfig
 from edgetrain.protocol.transport.mqtt import BrokerConfig
 
@@ -28,6 +32,18 @@ class RoundsConfig(Section, frozen=True, kw_only=True):
     over_selection: Annotated[float, Meta(ge=1)] = 1.0
     # Seconds from the invitation to the deadline.
     deadline_seconds: Annotated[float, Meta(gt=0)] = 120.0
+    # Shorten it to what clients were seen to need: this quantile of their times, times this margin, but no
+    # less than the minimum.
+    adaptive_deadline: bool = False
+    deadline_quantile: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    deadline_margin: Annotated[float, Meta(ge=1)] = 1.5
+    min_deadline_seconds: Annotated[float, Meta(gt=0)] = 5.0
+    # Wait so much longer for updates whose bytes are arriving at the deadline.
+    grace_seconds: Annotated[float, Meta(ge=0)] = 0.0
+    # Send clients away that will not be needed for at least so many seconds; 0 to keep all connected.
+    pace_seconds: Annotated[float, Meta(ge=0)] = 0.0
+    # Asynchronous strategies: clients that may work at the same time; 0 for all that are ready.
+    concurrency: Annotated[int, Meta(ge=0)] = 0
     # Wait for the goal to be there; after so many seconds start with the minimum.
     gather_seconds: Annotated[float, Meta(ge=0)] = 30.0
     # Give up after so many failed attempts in a row; 0 for never.
@@ -49,7 +65,8 @@ class StopConfig(Section, frozen=True, kw_only=True):
     # Stop when the metric has not improved by `min_improvement` over so many rounds; 0 for never.
     patience: Annotated[int, Meta(ge=0)] = 0
     min_improvement: Annotated[float, Meta(ge=0)] = 1e-3
-    metric: Literal["loss", "accuracy"] = "loss"
+    # Of the round's record (loss, accuracy, train_loss), or of the clients' evaluations (clients.accuracy).
+    metric: Annotated[str, Meta(pattern=r"^(loss|accuracy|train_loss|clients\.[A-Za-z0-9_.-]+)$")] = "loss"
 
 
 class EvaluationConfig(Section, frozen=True, kw_only=True):
@@ -61,6 +78,8 @@ class EvaluationConfig(Section, frozen=True, kw_only=True):
     every: Annotated[int, Meta(ge=1)] = 1
     # Let the clients evaluate the final parameters on their own validation data.
     by_clients: bool = True
+    # And those after every so many rounds; 0 for the final ones only.
+    by_clients_every: Annotated[int, Meta(ge=0)] = 0
     threads: Annotated[int, Meta(ge=0)] = 1
 
 
@@ -89,7 +108,10 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     # Start a broker on the address in [broker]: "mosquitto" or "embedded"; empty: one is running there.
     start_broker: Literal["", "mosquitto", "embedded"] = ""
     broker: BrokerConfig = BrokerConfig()
-    strategy: str = "fedavg"
+    # How updates become the next parameters: a name, or a table with a name and options.
+    strategy: StrategyTable = "fedavg"
+    # Parameters that never leave the devices, as file name patterns of their names: "head.*".
+    personal: tuple[str, ...] = ()
     # Codec of the updates; a client that lacks one of its stages gets the nearest that it can do.
     codec: str = "topk:0.05|int8:block=256|rice"
     # Codec of the way down, for clients that hold an earlier round's parameters: the change since then. What
@@ -98,7 +120,11 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     # Chooses clients, shuffles their data.
     seed: Annotated[int, Meta(ge=0, lt=2**53)] = 0
     rounds: RoundsConfig = RoundsConfig()
+    selection: SelectionConfig = SelectionConfig()
     training: TrainingConfig = TrainingConfig()
     stop: StopConfig = StopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     limits: LimitsConfig = LimitsConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+    # What changes for devices of some kind; the first that fits counts.
+    devices: tuple[DeviceRule, ...] = ()

@@ -8,30 +8,38 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients import ClientRecord, Roster, select_random
+from edgetrain.coordinator.clients import ClientRecord, Roster
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.downlink import WHOLE, Downlink, Release, vector_digest
-from edgetrain.coordinator.errors import RoundFailed
+from edgetrain.coordinator.deadlines import deadline_seconds
+from edgetrain.coordinator.downlink import WHOLE, Downlink, Release
+from edgetrain.coordinator.errors import RoundFailed, StopRequested
+from edgetrain.coordinator.history import History
 from edgetrain.coordinator.intake import Intake
+from edgetrain.coordinator.invitations import Invitations, checked_strategy
 from edgetrain.coordinator.journal import RoundOpened
 from edgetrain.coordinator.open_round import OpenRound
+from edgetrain.coordinator.past_run import read_rows
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.reports import client_rows, round_record, summarize
+from edgetrain.coordinator.requests import Request, read_request, write_request
 from edgetrain.coordinator.rounds import Outcome, Part, Round
 from edgetrain.coordinator.run_directory import RunDirectory
-from edgetrain.coordinator.stopping import stop_reason
-from edgetrain.coordinator.strategies import ServerState, make_strategy
+from edgetrain.coordinator.spread import evaluation_of
+from edgetrain.coordinator.stopping import metric_series, stop_reason
+from edgetrain.coordinator.strategies import described
 from edgetrain.protocol.bundle import Bundle
-from edgetrain.protocol.codecs import CodecSpec, Limits, encode, negotiate
-from edgetrain.protocol.messages import Patch, Plan, RoundClosed
+from edgetrain.protocol.codecs import CodecSpec, Limits, encode
+from edgetrain.protocol.groups import elements_of
+from edgetrain.protocol.messages import Patch, RoundClosed
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
 
@@ -84,9 +92,9 @@ class Coordinator:
         observe: events.Observer = lambda _event: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._codec = CodecSpec.parse(config.codec)
-        self._downlink_codec = CodecSpec.parse(config.downlink_codec)
-        self._downlink = Downlink(self._downlink_codec, directory.load_public(bundle.manifest))
+        self._downlink = Downlink(
+            CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest)
+        )
         self._config = config
         self._bundle = bundle
         self._transport = transport
@@ -94,13 +102,20 @@ class Coordinator:
         self._evaluate = evaluate
         self._observe = observe
         self._clock = clock
-        self._strategy = make_strategy(config.strategy)
-        self._server_state: ServerState = {}
+        self._strategy = checked_strategy(config)
+        self._server_state = directory.load_server_state()
         self._num_parameters = bundle.manifest.num_parameters
+        # What the devices keep to themselves stays as it was exported here.
+        self._personal = elements_of(bundle.manifest, config.personal)
+        # As announced last: what whoever connects later is told.
+        self._status: tuple[Literal["open", "paused", "ended"], str] = ("open", "")
         self._round_number, self._parameters = directory.load_parameters(bundle.initial_parameters())
         # What no codec exceeds, and a little.
         dense = 4 * self._num_parameters + self._num_parameters // 8 + 4096
+        dense *= 2 if self._strategy.control else 1
         self._max_update_bytes = config.limits.max_update_bytes or dense
+        self._history = History()
+        self._history.add(read_rows(directory.path / "clients.csv"))
         self._roster = Roster()
         for name, key, last in directory.load_clients():
             self._roster.add(ClientRecord(name, key, last_accepted=last))
@@ -113,6 +128,15 @@ class Coordinator:
             run=directory.run,
             bundle=self._blobs.add(bundle.manifest_bytes),
         )
+        self._invitations = Invitations(
+            config,
+            strategy=self._strategy,
+            roster=self._roster,
+            history=self._history,
+            run=directory.run,
+            bundle=bundle.digest,
+            clock=clock,
+        )
         self._intake = Intake(
             topics=self._topics,
             run=directory.run,
@@ -120,11 +144,12 @@ class Coordinator:
             post=self._post,
             blobs=self._blobs,
             roster=self._roster,
-            plan=self._plan,
+            plan=self._invitations.plan,
             max_update_bytes=self._max_update_bytes,
             observe=observe,
             clock=clock,
         )
+        self._intake.come_back = lambda client: self._invitations.come_back_seconds(client, directory.records)
         self._resumed = self._round_number > 0
         self._clients_saved = len(self._roster)
         # Before its first round, a coordinator waits a while for all that are there.
@@ -143,22 +168,29 @@ class Coordinator:
             self._open()
             reason = self._run_rounds()
             if self._config.evaluation.by_clients and self._round_number:
-                self._collect_reports()
+                self._ask_clients_for_reports(self._parameters)
+        except StopRequested:
+            reason = "stopped on request; the same command goes on where it stopped"
+            self._announce("ended", reason)
+            return self._summarize("stopped", reason)
         except KeyboardInterrupt:
-            self._post.announce("paused", "the coordinator was interrupted")
+            self._announce("paused", "the coordinator was interrupted")
             self._summarize("interrupted", "interrupted; the same command goes on where it stopped")
             raise
         except RoundFailed as error:
-            self._post.announce("ended", str(error))
+            self._announce("ended", str(error))
             self._summarize("failed", str(error))
             raise
         finally:
             if self._intake.current:
                 self._intake.current.collection.close()
-        self._post.announce("ended", reason)
+        self._announce("ended", reason)
         return self._summarize("completed", reason)
 
     def _open(self) -> None:
+        if read_request(self._directory.path) == "stop":
+            # It was obeyed by the process before.
+            write_request(self._directory.path, "run")
         for entry in self._bundle.manifest.files():
             self._blobs.add(self._bundle.read(entry))
         # The announcement follows when the transport says that it is connected.
@@ -168,12 +200,42 @@ class Coordinator:
 
     def _run_rounds(self) -> str:
         while True:
-            history = [(record.loss, record.accuracy) for record in self._directory.records]
-            if reason := stop_reason(self._config.stop, history):
+            self._pause_if_asked()
+            records, stop = self._directory.records, self._config.stop
+            history = [(record.loss, record.accuracy) for record in records]
+            series = metric_series(stop.metric, records, self._directory.evaluations)
+            if reason := stop_reason(stop, history, series):
                 return reason
             if self._round_number >= self._config.rounds.total:
                 return f"all {self._config.rounds.total} rounds done"
             self._run_round(self._round_number + 1)
+            every = self._config.evaluation.by_clients_every
+            if every and self._round_number % every == 0:
+                self._evaluate_by_clients()
+
+    def _pause_if_asked(self) -> None:
+        if self._request() != "pause":
+            return
+        self._announce("paused", "paused on request")
+        self._observe(events.Paused())
+        self._pump(lambda: self._request() != "pause")
+        self._announce("open")
+        self._observe(events.Resumed())
+
+    def _request(self) -> Request:
+        """What people ask for.
+
+        Raises:
+            StopRequested: to end.
+        """
+        request = read_request(self._directory.path)
+        if request == "stop":
+            raise StopRequested
+        return request
+
+    def _announce(self, status: Literal["open", "paused", "ended"], reason: str = "") -> None:
+        self._status = (status, reason)
+        self._post.announce(status, reason)
 
     # --- one round -----------------------------------------------------------------------------------
 
@@ -223,7 +285,12 @@ class Coordinator:
             ),
         )
         state = Round(
-            number, opened.nonce, rounds.goal, rounds.least, self._clock() + rounds.deadline_seconds
+            number,
+            opened.nonce,
+            rounds.goal,
+            rounds.least,
+            self._clock() + rounds.deadline_seconds,
+            grace_seconds=rounds.grace_seconds,
         )
         for client in collection.invited:
             state.parts[client] = Part.LOST
@@ -231,9 +298,15 @@ class Coordinator:
             state.parts[client] = Part.ACCEPTED
             if record := self._roster.get(client):
                 record.last_accepted = (number, digest)
+        control = self._strategy.control
         return OpenRound(
             state,
             collection,
+            control=self._blobs.add(
+                self._downlink.encode(control(self._num_parameters, self._server_state), seed=number)
+            )
+            if control
+            else None,
             vector=release.digest,
             parameters=self._blobs.add(release.whole),
             patches=tuple(
@@ -261,7 +334,7 @@ class Coordinator:
 
         def enough() -> bool:
             nonlocal shown
-            ready = len(self._pool(current))
+            ready = len(self._invitations.pool(current))
             accepted = current.state.count(Part.ACCEPTED)
             waited = self._clock() - start
             if ready + accepted >= rounds.goal:
@@ -283,54 +356,31 @@ class Coordinator:
 
         self._pump(enough)
 
-    def _pool(self, current: OpenRound) -> list[str]:
-        return [name for name in self._roster.eligible() if name not in current.collection.digests]
-
     def _invite(self, current: OpenRound) -> None:
         state, rounds = current.state, self._config.rounds
         needed = rounds.goal - state.count(Part.ACCEPTED)
-        chosen = select_random(
-            self._pool(current),
-            math.ceil(needed * rounds.over_selection),
-            seed=self._config.seed,
-            round_number=state.number,
-            attempt=state.attempt,
-        )
+        wanted = math.ceil(needed * rounds.over_selection)
+        pool = self._invitations.pool(current)
+        chosen = self._invitations.choose(pool, wanted, number=state.number, attempt=state.attempt)
         now = self._clock()
         current.invited_at = now if current.invited_at is None else current.invited_at
-        state.deadline_at = now + rounds.deadline_seconds
+        state.deadline_at = now + deadline_seconds(rounds, self._history.durations, state.attempt)
         newest = current.patches[-1].blob if current.patches else current.parameters
         self._blobs.expect(newest, audience=len(chosen))
         current.collection.invite(chosen)
         for name in chosen:
             state.invite(name)
-            self._post.send(name, self._plan(current, name))
+            current.invited[name] = now
+            self._post.send(name, self._invitations.plan(current, name))
         self._observe(events.RoundStarted(state.number, state.attempt, len(chosen)))
-
-    def _plan(self, current: OpenRound, client: str) -> Plan:
-        record = self._roster.get(client)
-        codec = negotiate(self._codec, record.stages) if record else self._codec
-        reads_patches = record is not None and self._downlink_codec.stages <= record.stages
-        return Plan(
-            run=self._directory.run,
-            round=current.state.number,
-            nonce=current.state.nonce,
-            bundle=self._bundle.digest,
-            vector=current.vector,
-            parameters=current.parameters,
-            patches=current.patches if reads_patches else (),
-            training=self._config.training,
-            codec=str(codec),
-            deadline_seconds=max(0.0, current.state.deadline_at - self._clock()),
-            seed=self._config.seed,
-        )
 
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
-        self._post.broadcast(RoundClosed(run=self._directory.run, round=state.number, nonce=state.nonce))
+        self._dismiss(current)
         parameters, server_state = self._strategy.finish(
             collection.partial, self._parameters, self._server_state
         )
+        parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
         evaluation = (
             self._evaluate_after(state.number, parameters)
@@ -349,14 +399,28 @@ class Coordinator:
             bytes_down=bytes_down,
         )
         self._save_clients()
-        self._directory.close_round(record, parameters, client_rows(current))
+        rows = client_rows(current)
+        self._history.add(rows)
+        self._history.durations.extend(current.durations.values())
+        self._directory.close_round(
+            record,
+            parameters,
+            rows,
+            server_state=server_state,
+            strategy=described(self._strategy),
+        )
         collection.close()
-        for blob in current.blobs:
-            self._blobs.remove(blob)
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
         self._observe(events.RoundEnded(record))
+
+    def _dismiss(self, current: OpenRound) -> None:
+        """Whoever still trains for the round may stop."""
+        state = current.state
+        self._post.broadcast(RoundClosed(run=self._directory.run, round=state.number, nonce=state.nonce))
+        for blob in current.blobs:
+            self._blobs.remove(blob)
 
     # --- around the rounds ---------------------------------------------------------------------------
 
@@ -379,23 +443,26 @@ class Coordinator:
             record.counted_up, record.counted_down = record.bytes_up, received
         return up, down
 
-    def _collect_reports(self) -> None:
-        """Lets every client evaluate the final parameters on its own validation data."""
+    def _evaluate_by_clients(self) -> None:
+        self._ask_clients_for_reports(self._parameters)
+        if not self._intake.reports:
+            return
+        before = self._directory.evaluations[-1] if self._directory.evaluations else None
+        evaluation = evaluation_of(self._round_number, self._intake.reports, before)
+        self._directory.add_evaluation(evaluation)
+        self._observe(events.ClientsEvaluated(evaluation))
+
+    def _ask_clients_for_reports(self, parameters: Vector) -> None:
+        """Lets every client evaluate parameters on its own validation data, into `Intake.reports`."""
         clients = self._roster.eligible()
+        self._intake.reports.clear()
         if not clients:
             return
         deadline = self._clock() + REPORT_SECONDS
-        reference = self._blobs.add(encode(self._parameters, WHOLE))
+        reference = self._blobs.add(encode(parameters, WHOLE))
         self._blobs.expect(reference, audience=len(clients))
-        plan = self._intake.evaluation_plan = Plan(
-            run=self._directory.run,
-            round=self._round_number,
-            nonce=os.urandom(16),
-            task="evaluate",
-            bundle=self._bundle.digest,
-            vector=vector_digest(self._parameters),
-            parameters=reference,
-            deadline_seconds=REPORT_SECONDS,
+        plan = self._intake.evaluation_plan = self._invitations.evaluation_plan(
+            self._round_number, parameters, reference, REPORT_SECONDS
         )
         for name in clients:
             self._post.send(name, plan)
@@ -406,6 +473,8 @@ class Coordinator:
             return not waiting or self._clock() >= deadline
 
         self._pump(complete)
+        self._intake.evaluation_plan = None
+        self._blobs.remove(reference)
 
     def _summarize(self, status: str, reason: str) -> Summary:
         self._save_clients()
@@ -417,6 +486,7 @@ class Coordinator:
             status=status,
             reason=reason,
             seconds=self._clock() - self._started,
+            best_round=self._directory.best_round(),
         )
         self._directory.write_summary(summary)
         self._observe(events.RunEnded(summary))
@@ -434,6 +504,7 @@ class Coordinator:
         """Handles events until `done`."""
         while True:
             now = self._clock()
+            self._request()
             self._blobs.tick(now)
             self._intake.ask_for_stalled()
             if done():
@@ -448,7 +519,7 @@ class Coordinator:
                     case Disconnected():
                         logger.warning("lost the broker: %s; reconnecting", event.reason)
                     case Connected():
-                        self._post.announce("open")
+                        self._post.announce(*self._status)
                 event = self._transport.receive(0)
             if len(self._roster) != self._clients_saved:
                 # A name belongs to its first key, also after a crash.

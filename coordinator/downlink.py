@@ -84,6 +84,11 @@ class Downlink:
             self._patches.append(EncodedPatch(vector_digest(base), data))
         return self.current()
 
+    def encode(self, vector: Vector, *, seed: int) -> bytes:
+        """Another vector for the way down, by the patches' codec where that keeps every element."""
+        codec = self._codec if self._codec.select == "dense" else CodecSpec.parse(WHOLE)
+        return encode(vector, codec, seed=seed)
+
     def holds(self, digest: bytes) -> bool:
         """Whether the last link is the one with this digest."""
         return self._public is not None and vector_digest(self._public) == digest

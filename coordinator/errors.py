@@ -4,6 +4,7 @@ EdgetrainError
 └── CoordinatorError
     ├── RunError        the run directory is of another run, in use, damaged or cannot be written
     ├── RoundFailed     too few clients, too often
+    ├── StopRequested   somebody asked the run to stop
     ├── UpdateRefused   an update that must not be folded; only its sender hears of it
     └── BrokerError     a broker that should be started could not be
 """
@@ -25,6 +26,10 @@ class RoundFailed(CoordinatorError):
 
 class UpdateRefused(CoordinatorError):
     """An update that must not be folded; the message is the reason that its sender is told."""
+
+
+class StopRequested(CoordinatorError):
+    """Somebody asked the run to stop."""
 
 
 class BrokerError(CoordinatorError):

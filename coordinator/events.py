@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgetrain.coordinator.records import RoundRecord, Summary
+from edgetrain.coordinator.spread import FederatedEvaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,23 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientsEvaluated:
+    """Clients have evaluated the parameters after a round."""
+
+    evaluation: FederatedEvaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """Nobody is invited until the run is resumed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """It goes on."""
+
+
+@dataclass(frozen=True, slots=True)
 class RoundEnded:
     """A round is on disk."""
 
@@ -90,6 +108,9 @@ Event = (
     | UpdateAccepted
     | Refused
     | Evaluated
+    | ClientsEvaluated
+    | Paused
+    | Resumed
     | RoundEnded
     | RunEnded
 )

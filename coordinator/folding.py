@@ -32,36 +32,53 @@ class FixedPointSum:
         self.count = 0
         self._bound = 0
 
-    def add(self, update: SparseOrDense, weight: int) -> None:
-        """Adds `weight * update`.
+    def add(self, update: SparseOrDense, weight: int, scale: float = 1.0) -> None:
+        """Adds `weight * scale * update`.
 
         Args:
             update: of `num_parameters`, finite.
             weight: a positive integer, e.g. the number of examples.
+            scale: a further factor, which does not count in the sum of the weights; a function of this
+                contribution alone, or the sum would depend on the order.
 
         Raises:
             UpdateRefused: of another length, or so large that the sum could overflow. Nothing was added.
         """
-        if update.num_parameters != len(self.total):
-            raise UpdateRefused(
-                f"the update has {update.num_parameters} parameters, the model has {len(self.total)}"
-            )
-        scaled = update.values.astype(np.float64)
-        scaled *= float(weight) * 2.0**FRACTION_BITS
-        largest = float(np.max(np.abs(scaled), initial=0.0))
-        if not np.isfinite(largest) or self._bound + int(largest) + 1 > _LIMIT:
-            raise UpdateRefused("the update's values are too large to be summed exactly")
+        scaled, largest = self._scaled(update, weight, scale)
         quantized = np.rint(scaled).astype(np.int64)
         if update.indices is None:
             self.total += quantized
         else:
             self.total[update.indices] += quantized
-        self._bound += int(largest) + 1
+        self._bound += largest + 1
         self.weight += weight
         self.count += 1
 
+    def check(self, update: SparseOrDense, weight: int, scale: float = 1.0) -> None:
+        """Raises what `add` would raise, and adds nothing: for those who fill two sums with one update."""
+        self._scaled(update, weight, scale)
+
+    def _scaled(
+        self, update: SparseOrDense, weight: int, scale: float
+    ) -> tuple[npt.NDArray[np.float64], int]:
+        """The values in units of 2^-30, not yet rounded, and a bound of the largest."""
+        if update.num_parameters != len(self.total):
+            raise UpdateRefused(
+                f"the update has {update.num_parameters} parameters, the model has {len(self.total)}"
+            )
+        scaled = update.values.astype(np.float64)
+        scaled *= float(weight) * scale * 2.0**FRACTION_BITS
+        largest = float(np.max(np.abs(scaled), initial=0.0))
+        if not np.isfinite(largest) or self._bound + int(largest) + 1 > _LIMIT:
+            raise UpdateRefused("the update's values are too large to be summed exactly")
+        return scaled, int(largest)
+
     def mean(self) -> npt.NDArray[np.float64]:
         """The weighted mean, float64 [num_parameters]; zeros if nothing was added."""
-        if self.weight == 0:
+        return self.over(self.weight)
+
+    def over(self, divisor: float) -> npt.NDArray[np.float64]:
+        """The sum divided by something else than the weights, float64 [num_parameters]; zeros for 0."""
+        if divisor == 0:
             return np.zeros(len(self.total), np.float64)
-        return self.total / (float(self.weight) * 2.0**FRACTION_BITS)
+        return self.total / (float(divisor) * 2.0**FRACTION_BITS)

@@ -94,6 +94,8 @@ class Intake:
         self.reports: dict[str, Report] = {}
         # Verdicts that wait for the journal to be synced.
         self._verdicts: list[tuple[str, Verdict]] = []
+        # When a client whose update was accepted should come back, see `pace`.
+        self.come_back: Callable[[str], float] = lambda _client: 0.0
 
     def handle(self, event: Received) -> None:
         """Takes one message. Never raises for what a client sent.
@@ -210,6 +212,7 @@ class Intake:
             self._observe(events.ClientJoined(record.name, ready.num_examples))
         record.online = record.ready = True
         record.num_examples, record.runtime = ready.num_examples, ready.runtime
+        record.state = ready.state
         current = self.current
         if current and current.state.parts.get(record.name) in {Part.INVITED, Part.TRAINING, Part.LOST}:
             # Back in the middle of a round: it may have lost the plan.
@@ -219,16 +222,16 @@ class Intake:
             self._post.send(record.name, self.evaluation_plan)
 
     def _on_decline(self, record: ClientRecord, decline: Decline) -> None:
-        if self.current and decline.nonce == self.current.state.nonce:
+        if self.current and self.current.admits(decline.round, decline.nonce):
             self.current.state.advance(record.name, Part.DECLINED)
             self.current.reasons[record.name] = decline.reason
             logger.info("%s declines round %d: %s", record.name, decline.round, decline.reason)
 
     def _on_want(self, record: ClientRecord, want: Want) -> None:
         current = self.current
-        if current and current.state.parts.get(record.name) is Part.INVITED:
-            if any(want.digest == blob.digest for blob in current.blobs):
-                current.state.advance(record.name, Part.TRAINING)
+        invited = current and current.state.parts.get(record.name) is Part.INVITED
+        if current and invited and any(want.digest == blob.digest for blob in current.blobs):
+            current.state.advance(record.name, Part.TRAINING)
         if not self._blobs.want(record.name, want.digest, want.ranges, self._clock()):
             logger.debug("%s wants a blob that is no more: %s", record.name, want.digest.hex()[:12])
 
@@ -258,12 +261,8 @@ class Intake:
         in_round = current.collection.digests.get(client) if current else None
         if offer.update.digest == in_round or record.last_accepted == (offer.round, offer.update.digest):
             # A duplicate of what is already in: say so once more.
-            self._verdicts.append((client, _accepted(offer)))
-        elif not current or (offer.run, offer.round, offer.nonce) != (
-            self._run,
-            current.state.number,
-            current.state.nonce,
-        ):
+            self._verdicts.append((client, _accepted(offer, self.come_back(client))))
+        elif not current or offer.run != self._run or not current.admits(offer.round, offer.nonce):
             self._reject(client, offer, f"round {offer.round} is closed: too late")
         elif reason := self._objection(client, offer, current):
             current.state.advance(client, Part.REFUSED)
@@ -299,16 +298,19 @@ class Intake:
         del current.uploads[client]
         offer = upload.offer
         try:
-            current.collection.accept(client, offer, upload.envelope, upload.assembler.finish())
+            # A client that was invited before a restart: what its plan says, it said then.
+            training = current.trainings.get(client) or self._plan(current, client).training
+            current.collection.accept(client, offer, upload.envelope, upload.assembler.finish(), training)
         except (UpdateRefused, BlobError) as error:
             current.state.advance(client, Part.REFUSED)
             self._reject(client, offer, str(error))
             return
         record = self._roster[client]
         record.last_accepted = (offer.round, offer.update.digest)
-        record.resources = offer.resources
+        record.resources, record.state = offer.resources, offer.state
+        current.durations[client] = self._clock() - current.invited.get(client, self._clock())
         current.state.advance(client, Part.ACCEPTED)
-        self._verdicts.append((client, _accepted(offer)))
+        self._verdicts.append((client, _accepted(offer, self.come_back(client))))
         accepted = current.state.count(Part.ACCEPTED)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
 
@@ -325,5 +327,7 @@ class Intake:
         self._observe(events.Refused(client, reason))
 
 
-def _accepted(offer: Offer) -> Verdict:
-    return Verdict(round=offer.round, digest=offer.update.digest, accepted=True)
+def _accepted(offer: Offer, come_back: float) -> Verdict:
+    return Verdict(
+        round=offer.round, digest=offer.update.digest, accepted=True, come_back_seconds=come_back
+    )

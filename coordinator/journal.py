@@ -21,6 +21,7 @@ import msgspec
 
 from edgetrain.coordinator.errors import RunError
 from edgetrain.protocol.files import sync_directory
+from edgetrain.protocol.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class UpdateAccepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
     client: str
     # The client's signed offer as it came, for audits.
     envelope: bytes
+    # How the client was told to train.
+    training: TrainingConfig = TrainingConfig()
 
 
 Meta = RoundOpened | Invited | UpdateAccepted
@@ -121,10 +124,7 @@ def read_journal(path: Path) -> Iterator[tuple[Meta, bytes]]:
 
 
 def _good_length(path: Path) -> int:
-    end = 0
-    for _meta, _payload, end in _records(path):
-        pass
-    return end
+    return max((end for _meta, _payload, end in _records(path)), default=0)
 
 
 def _records(path: Path) -> Iterator[tuple[Meta, bytes, int]]:

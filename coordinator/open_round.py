@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from edgetrain.coordinator.collection import Collection
-from edgetrain.coordinator.rounds import Round
+from edgetrain.coordinator.rounds import OUTSTANDING, Round
 from edgetrain.protocol.blobs import Assembler
 from edgetrain.protocol.messages import BlobRef, Offer, Patch
+from edgetrain.protocol.training import TrainingConfig
 
 
 @dataclass(slots=True)
@@ -32,6 +33,8 @@ class OpenRound:
     vector: bytes
     parameters: BlobRef
     patches: tuple[Patch, ...]
+    # The control variate that goes with them, where the strategy has one.
+    control: BlobRef | None = None
     # When the first invitations went out.
     invited_at: float | None = None
     # One per client at most.
@@ -39,8 +42,39 @@ class OpenRound:
     refused: int = 0
     # What clients said last when they declined, or were told when they were refused.
     reasons: dict[str, str] = field(default_factory=dict)
+    # What each client was told.
+    trainings: dict[str, TrainingConfig] = field(default_factory=dict)
+    # When each was invited, and how long it then took.
+    invited: dict[str, float] = field(default_factory=dict)
+    durations: dict[str, float] = field(default_factory=dict)
+    # How often clients were chosen.
+    invitations: int = 0
+    # Of earlier rounds whose updates still count, by number; none in synchronous rounds.
+    earlier: dict[int, bytes] = field(default_factory=dict)
+
+    def admits(self, number: int, nonce: bytes) -> bool:
+        """Whether an update made for round `number` counts here."""
+        return (number, nonce) == (self.state.number, self.state.nonce) or self.earlier.get(number) == nonce
+
+    def take_over(self, last: OpenRound) -> None:
+        """Goes on with whoever still works for the round before."""
+        self.earlier = {**last.earlier, last.state.number: last.state.nonce}
+        for name, part in last.state.parts.items():
+            if part in OUTSTANDING and name not in self.state.parts:
+                self.state.parts[name] = part
+                if name in last.trainings:
+                    self.trainings[name] = last.trainings[name]
+                if name in last.invited:
+                    self.invited[name] = last.invited[name]
+                if name in last.uploads:
+                    self.uploads[name] = last.uploads[name]
+
+    def forget_nonces(self, needed: set[int]) -> None:
+        """Updates of earlier rounds count no more, but for these."""
+        self.earlier = {number: nonce for number, nonce in self.earlier.items() if number in needed}
 
     @property
     def blobs(self) -> list[BlobRef]:
         """What clients fetch for this round."""
-        return [self.parameters, *(patch.blob for patch in self.patches)]
+        blobs = [self.parameters, *(patch.blob for patch in self.patches)]
+        return [*blobs, self.control] if self.control else blobs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +42,24 @@ def decode_parameters(data: bytes, manifest: Manifest) -> Vector:
             raise ValueError(f"no float32 tensor {entry.name!r} of shape {list(entry.shape)} in it")
         vector[entry.offset : entry.offset + entry.numel] = tensor.reshape(-1)
     return vector
+
+
+def encode_state(state: Mapping[str, npt.NDArray[Any]], strategy: str) -> bytes:
+    """A safetensors file of what a strategy remembers."""
+    tensors = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    return safetensors.numpy.save(tensors, metadata={"strategy": strategy})
+
+
+def decode_state(data: bytes) -> dict[str, npt.NDArray[Any]]:
+    """The inverse.
+
+    Raises:
+        ValueError: not safetensors.
+    """
+    try:
+        return safetensors.numpy.load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def vector_sha256(vector: Vector) -> str:

@@ -31,6 +31,8 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     bytes_down: int = 0
     # SHA-256 of the float32 vector after the round, little-endian.
     parameters_sha256: str
+    # SHA-256 of the file with what the strategy remembers; empty if that is nothing.
+    server_state_sha256: str = ""
 
 
 class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +48,10 @@ class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
     update_bytes: int = 0
     seconds: float = 0.0
     peak_memory_mb: float = 0.0
+    # How many versions old the parameters were that it started from; 0 in synchronous rounds.
+    staleness: int = 0
+    # It spoiled the round: lost, refused, or not there at the deadline.
+    failed: bool = False
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,3 +79,5 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     # The largest peak RSS that any client reported, in MB.
     client_peak_mb: float
     accuracy_by_client: dict[str, float]
+    # The round whose parameters are in best.safetensors.
+    best_round: int | None = None

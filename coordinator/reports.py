@@ -11,7 +11,7 @@ from edgetrain.coordinator.clients import ClientRecord
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.parameters import vector_sha256
 from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
-from edgetrain.coordinator.rounds import Part
+from edgetrain.coordinator.rounds import OUTSTANDING, Part
 from edgetrain.protocol.messages import Report
 
 Vector = npt.NDArray[np.float32]
@@ -55,8 +55,11 @@ def round_record(
 
 def client_rows(current: OpenRound) -> list[ClientRow]:
     """One row for every client that was invited."""
+    # Whoever still works when the goal is reached has done nothing wrong.
+    late = current.state.count(Part.ACCEPTED) < current.state.goal
+    failures = {Part.LOST, Part.REFUSED} | (OUTSTANDING if late else frozenset())
     return current.collection.rows + [
-        ClientRow(round=current.state.number, client=name, status=part.value)
+        ClientRow(round=current.state.number, client=name, status=part.value, failed=part in failures)
         for name, part in sorted(current.state.parts.items())
         if part is not Part.ACCEPTED
     ]
@@ -71,6 +74,7 @@ def summarize(
     status: str,
     reason: str,
     seconds: float,
+    best_round: int | None = None,
 ) -> Summary:
     """The summary of a run; `seconds` is the time of this process."""
     last = records[-1] if records else None
@@ -99,6 +103,7 @@ def summarize(
         if records
         else 0.0,
         client_peak_mb=max((record.resources.peak_memory_mb for record in clients), default=0.0),
+        best_round=best_round,
         accuracy_by_client={
             name: report.metrics["accuracy"]
             for name, report in sorted(reports.items())

@@ -49,6 +49,8 @@ class Round:
     # On the caller's monotonic clock, in seconds.
     deadline_at: float
     attempt: int = 1
+    # Wait so much longer for updates whose bytes are arriving at the deadline.
+    grace_seconds: float = 0.0
     parts: dict[str, Part] = field(default_factory=dict)
 
     def invite(self, client: str) -> None:
@@ -75,5 +77,7 @@ class Round:
         if accepted >= self.goal:
             return Outcome.CLOSED
         if now < self.deadline_at and self.count(*OUTSTANDING):
+            return Outcome.OPEN
+        if now < self.deadline_at + self.grace_seconds and self.count(Part.COLLECTING):
             return Outcome.OPEN
         return Outcome.CLOSED if accepted >= self.minimum else Outcome.FAILED

@@ -6,7 +6,12 @@ clients.json                   names and their keys
 journal/round-00001.journal    accepted updates of the rounds that are not yet closed
 parameters/round-00001.safetensors   named tensors after a round
 parameters.safetensors         the latest
+strategy/round-00001.safetensors     what the strategy remembers after a round, if anything
 public.bin                     parameters as clients see them, where the downlink compresses
+best.safetensors               those that were best by [stop] metric
+evaluations.jsonl              the clients' own evaluations
+events.jsonl                   everything that happened
+request                        what people asked for: run, pause, stop
 rounds.jsonl                   one line per closed round: the commit record
 clients.csv                    one line per client and round
 summary.json                   at the end
@@ -16,6 +21,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -28,8 +34,17 @@ import tomli_w
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.journal import Journal, RoundOpened, read_journal
-from edgetrain.coordinator.parameters import decode_parameters, encode_parameters, vector_sha256
+from edgetrain.coordinator.parameters import (
+    decode_parameters,
+    decode_state,
+    encode_parameters,
+    encode_state,
+    vector_sha256,
+)
 from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
+from edgetrain.coordinator.spread import FederatedEvaluation
+from edgetrain.coordinator.stopping import best_round, metric_series
+from edgetrain.coordinator.strategies import ServerState
 from edgetrain.protocol.files import sync_directory, write_atomically
 from edgetrain.protocol.manifest import Manifest
 from edgetrain.protocol.signing import SigningKey
@@ -94,7 +109,9 @@ class RunDirectory:
         )
         key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
         self.key = SigningKey.load_or_create(key)
+        self._metric = config.stop.metric
         self.records = self._load_records()
+        self.evaluations = self._load_evaluations()
         self._trim_rows()
 
     def _load_or_create_info(self, config: FederationConfig, bundle_digest: bytes) -> bytes:
@@ -168,8 +185,42 @@ class RunDirectory:
             raise RunError(f"{self.path}: cannot be written: {error}") from error
         return record.round, vector
 
-    def close_round(self, record: RoundRecord, parameters: Vector, rows: list[ClientRow]) -> None:
-        """Writes parameters and rows, then the line that makes the round count, then removes what is not needed.
+    def load_server_state(self) -> ServerState:
+        """What the strategy remembers from the last closed round.
+
+        Raises:
+            RunError: the file is missing or not what the round's record says.
+        """
+        if not self.records or not self.records[-1].server_state_sha256:
+            return {}
+        record = self.records[-1]
+        path = self._state_path(record.round)
+        try:
+            data = path.read_bytes()
+            state = decode_state(data)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot read what the strategy remembers: {error}") from error
+        if hashlib.sha256(data).hexdigest() != record.server_state_sha256:
+            raise RunError(f"{path}: is not what round {record.round} wrote; restore it from a copy")
+        return state
+
+    def close_round(
+        self,
+        record: RoundRecord,
+        parameters: Vector,
+        rows: list[ClientRow],
+        *,
+        server_state: ServerState | None = None,
+        strategy: str = "",
+    ) -> None:
+        """Writes state, parameters and rows, then the line that makes the round count, then tidies up.
+
+        Args:
+            record: of the round.
+            parameters: after it.
+            rows: one per client.
+            server_state: what the strategy remembers.
+            strategy: its name, for people.
 
         Raises:
             RunError: not writable; then the round has not closed and its journal is still there.
@@ -177,6 +228,12 @@ class RunDirectory:
         try:
             data = encode_parameters(parameters, self._manifest, record.round)
             write_atomically(self._parameters_path(record.round), data)
+            if server_state:
+                remembered = encode_state(server_state, strategy)
+                self._state_path(record.round).parent.mkdir(exist_ok=True)
+                write_atomically(self._state_path(record.round), remembered)
+                digest = hashlib.sha256(remembered).hexdigest()
+                record = msgspec.structs.replace(record, server_state_sha256=digest)
             self._append_rows(rows)
             self._append("rounds.jsonl", msgspec.json.encode(record) + b"\n")
             self.records.append(record)
@@ -189,21 +246,58 @@ class RunDirectory:
         latest = self.path / "parameters.safetensors"
         if not latest.exists() or latest.read_bytes() != parameters:
             write_atomically(latest, parameters)
+        if self.best_round() == number:
+            write_atomically(self.path / "best.safetensors", parameters)
+        for path in (self.path / "strategy").glob("round-*.safetensors"):
+            if (old := _number(path)) is not None and old < number:
+                path.unlink()
         for path in (self.path / "journal").glob("round-*.journal"):
             if (journal := _number(path)) is not None and journal <= number:
                 path.unlink()
         for path in (self.path / "parameters").glob("round-*.safetensors"):
             old = _number(path)
-            if old is not None and old <= number - KEEP_PARAMETERS and old != self._best_round():
+            if old is not None and old <= number - KEEP_PARAMETERS and old != self.best_round():
                 path.unlink()
 
-    def _best_round(self) -> int | None:
-        """The round with the lowest held-out loss."""
-        losses = [(record.loss, record.round) for record in self.records if record.loss is not None]
-        return min(losses)[1] if losses else None
+    def best_round(self) -> int | None:
+        """The round with the best [stop] metric; while that has not been measured, with the lowest loss."""
+        for metric in (self._metric, "loss"):
+            series = metric_series(metric, self.records, self.evaluations)
+            if (best := best_round(metric, self.records, series)) is not None:
+                return best
+        return None
+
+    def add_evaluation(self, evaluation: FederatedEvaluation) -> None:
+        """Appends to evaluations.jsonl; if that makes the round the best, keeps its parameters.
+
+        Raises:
+            RunError: not writable.
+        """
+        try:
+            self._append("evaluations.jsonl", msgspec.json.encode(evaluation) + b"\n")
+            self.evaluations.append(evaluation)
+            path = self._parameters_path(evaluation.round)
+            if self.best_round() == evaluation.round and path.exists():
+                write_atomically(self.path / "best.safetensors", path.read_bytes())
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot write the evaluation: {error}") from error
+
+    def _load_evaluations(self) -> list[FederatedEvaluation]:
+        path = self.path / "evaluations.jsonl"
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            write_atomically(path, whole)
+        try:
+            return [msgspec.json.decode(line, type=FederatedEvaluation) for line in whole.splitlines()]
+        except msgspec.DecodeError as error:
+            raise RunError(f"{path}: damaged: {error}") from error
 
     def _parameters_path(self, number: int) -> Path:
         return self.path / "parameters" / f"round-{number:05d}.safetensors"
+
+    def _state_path(self, number: int) -> Path:
+        return self.path / "strategy" / f"round-{number:05d}.safetensors"
 
     def save_public(self, vector: Vector) -> None:
         """Keeps the parameters as clients see them, where those differ (see `downlink`)."""

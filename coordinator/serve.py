@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.broker import start_broker
+from edgetrain.coordinator.buffered import BufferedCoordinator
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.coordinator import Coordinator, Evaluation
 from edgetrain.coordinator.events import Observer
+from edgetrain.coordinator.observability import observers
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import make_strategy
@@ -44,14 +46,26 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
         client_id = f"edgetrain/{config.federation}/coordinator/{directory.run.hex()[:8]}"
         transport = MqttTransport(config.broker, client_id=client_id)
         stack.callback(transport.close)
-        return Coordinator(
+        told = stack.enter_context(
+            observers(config.observability, federation=config.federation, directory=directory.path, also=observe)
+        )
+        return coordinator_kind(config)(
             config,
             bundle=bundle,
             transport=transport,
             directory=directory,
             evaluate=evaluator,
-            observe=observe,
+            observe=told,
         ).run()
+
+
+def coordinator_kind(config: FederationConfig) -> type[Coordinator]:
+    """The coordinator for a strategy: of rounds, or of a buffer that clients fill at their own pace.
+
+    Raises:
+        ConfigError: there is no such strategy.
+    """
+    return BufferedCoordinator if make_strategy(config.strategy).asynchronous else Coordinator
 
 
 class Evaluator:

@@ -19,22 +19,27 @@ import numpy.typing as npt
 
 from edgetrain import __version__
 from edgetrain.edge_client.config import ClientConfig
+from edgetrain.edge_client.control_variate import ControlVariate, control_change
 from edgetrain.edge_client.data import Dataset, load_dataset
-from edgetrain.edge_client.device import device_info, peak_memory_mb
+from edgetrain.edge_client.device import device_info, device_state, is_news, peak_memory_mb
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.held_parameters import HeldParameters
-from edgetrain.edge_client.installation import install_bundle
+from edgetrain.edge_client.installation import Fetch, install_bundle
 from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Abandoned, Mailbox, RunOver
+from edgetrain.edge_client.personal import PersonalParameters
 from edgetrain.edge_client.runtimes import available_runtimes
-from edgetrain.edge_client.runtimes.base import Session
+from edgetrain.edge_client.runtimes.base import Session, Vector
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.trainer import evaluate, train
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.blobs import blob_ref
-from edgetrain.protocol.codecs import supported_stages
+from edgetrain.protocol.codecs import Limits, decode, encode, supported_stages
+from edgetrain.protocol.errors import ConfigError
+from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import (
     Decline,
+    DeviceState,
     Goodbye,
     Hello,
     Offer,
@@ -43,6 +48,7 @@ from edgetrain.protocol.messages import (
     Report,
     Resources,
     encode_message,
+    split_update,
 )
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import seal
@@ -63,6 +69,14 @@ def new_connection() -> bytes:
     return os.urandom(16)
 
 
+class ComeBack(Exception):  # no error
+    """The coordinator will not need this client for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"not needed for {seconds:.0f} s")
+        self.seconds = seconds
+
+
 class Client:
     """One client.
 
@@ -71,6 +85,7 @@ class Client:
         state: its directory.
         transport: connected, with the will of `connection_will`.
         connection: 16 random bytes, the same as in the will.
+        run: that this client took part in before it was sent away, if it was.
         clock: monotonic seconds.
     """
 
@@ -81,12 +96,16 @@ class Client:
         state: ClientState,
         transport: Transport,
         connection: bytes,
+        run: bytes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._state = state
         self._transport = transport
         self._connection = connection
+        # The device's state as the coordinator knows it.
+        self._told = DeviceState()
+        self._earlier_run = run
         self._clock = clock
         self._mail = Mailbox(
             config.name,
@@ -107,9 +126,17 @@ class Client:
         self._validation_data: Dataset | None = None
         self._held: HeldParameters | None = None
         self._feedback: ErrorFeedback | None = None
+        # Where plans ask for them.
+        self._control: ControlVariate | None = None
+        self._personal: PersonalParameters | None = None
+        self._personal_patterns: tuple[str, ...] = ()
 
-    def run(self) -> None:
+    def run(self) -> float | None:
         """Takes part until the run ends (or for ever, see `exit_when_done`).
+
+        Returns:
+            None; or, if the coordinator will not need this client for a while, in how many seconds to run a new
+            one on a new connection.
 
         Raises:
             RefusedError: the coordinator will not have this client.
@@ -127,12 +154,16 @@ class Client:
                 except RunOver as over:
                     logger.info("%s", over)
             reason = "the run has ended"
+        except ComeBack as later:
+            reason = f"comes back in {later.seconds:.0f} s"
+            return later.seconds
         except KeyboardInterrupt:
             reason = "interrupted"
             raise
         finally:
             self._mail.send(Goodbye(reason=reason, connection=self._connection))
             self._transport.close()
+        return None
 
     def _finished(self) -> bool:
         """Whether the run that this client took part in has ended."""
@@ -141,22 +172,30 @@ class Client:
             self._config.exit_when_done
             and announce is not None
             and announce.status == "ended"
-            and announce.run == self._mail.joined
+            and announce.run in {self._mail.joined, self._earlier_run}
         )
+
+    @property
+    def joined(self) -> bytes | None:
+        """The run that it took part in last."""
+        return self._mail.joined
 
     # --- joining -------------------------------------------------------------------------------------
 
     def _join(self) -> None:
         """Hello, Welcome, the bundle, Ready."""
         mail = self._mail
-        mail.wait(lambda: mail.announce is not None and mail.announce.status == "open")
+        mail.wait(lambda: (mail.announce is not None and mail.announce.status == "open") or self._finished())
         announce = mail.announce
         assert announce is not None, "just waited for"
+        if announce.status == "ended":
+            raise RunOver("the run ended meanwhile")
         mail.joined, mail.welcomed, mail.plan = announce.run, False, None
         self._send_hello()
         mail.wait(lambda: mail.welcomed, repeat=self._send_hello)
         if self._bundle != announce.bundle.digest:
-            self._bundle = self._feedback = None
+            self._bundle = self._feedback = self._personal = None
+            self._personal_patterns = ()
             session = install_bundle(
                 announce.bundle, fetch=mail.fetch, state=self._state, config=self._config
             )
@@ -173,6 +212,7 @@ class Client:
                 run=announce.run,
                 num_parameters=self._session.manifest.num_parameters,
             )
+            self._control = None
         self._send_ready()
 
     def _introduce(self) -> None:
@@ -195,15 +235,21 @@ class Client:
             )
         )
 
+    def _tell_news(self) -> None:
+        if is_news(self._told, device_state()):
+            self._send_ready()
+
     def _send_ready(self) -> None:
         assert self._session, "joined"
         assert self._bundle, "joined"
         assert self._training_data, "joined"
+        self._told = device_state()
         self._mail.send(
             Ready(
                 bundle=self._bundle,
                 runtime=self._session.runtime,
                 num_examples=len(self._training_data),
+                state=self._told,
             )
         )
 
@@ -213,7 +259,8 @@ class Client:
         mail = self._mail
         self._settle_pending()
         while True:
-            mail.wait(lambda: mail.plan is not None)
+            # Whoever was not invited because of its battery or its heat says when that is over.
+            mail.wait(lambda: mail.plan is not None, repeat=self._tell_news)
             plan, mail.plan = mail.plan, None
             assert plan is not None, "just waited for"
             if plan.nonce in mail.closed:
@@ -233,7 +280,7 @@ class Client:
                     self._evaluate_round(plan)
             except Abandoned:
                 logger.info("round %d: over before its parameters came", plan.round)
-            except (TrainingError, CodecError, BlobError) as error:
+            except (TrainingError, CodecError, BlobError, ConfigError) as error:
                 logger.warning("round %d: %s", plan.round, error)
                 self._finish(plan.nonce, str(error)[:1000])
                 self._decline(plan, str(error)[:1000])
@@ -248,7 +295,8 @@ class Client:
         assert self._held, "joined"
         assert self._feedback, "joined"
         assert self._training_data, "joined"
-        parameters = self._held.advance(plan, partial(self._mail.fetch, abandon=lambda: self._is_over(plan)))
+        parameters = self._personalized(plan, self._held.advance(plan, self._fetch_for(plan)))
+        server_control = self._server_control(plan)
         started = self._clock()
         result = train(
             self._session,
@@ -256,28 +304,48 @@ class Client:
             self._training_data,
             plan.training,
             seed=_mix_seed(plan.seed, self._config.name, plan.round),
+            gradient_correction=None
+            if server_control is None
+            else server_control - self._own_control(plan).vector,
             may_continue=lambda: self._may_continue(plan),
         )
         if result.stopped is not None:
             logger.info("round %d: training stopped: %s", plan.round, result.stopped)
             return
+        offsets = tuple(entry.offset for entry in self._session.manifest.parameters)
         update = self._feedback.prepare(
-            result.parameters - parameters,
+            self._shared(result.parameters - parameters),
             plan.codec,
             seed=_mix_seed(plan.seed, self._config.name + "/codec", plan.round),
-            offsets=tuple(entry.offset for entry in self._session.manifest.parameters),
+            offsets=offsets,
         )
+        control = b""
+        if server_control is not None:
+            change = control_change(
+                server_control, parameters, result.parameters, plan.training, result.steps
+            )
+            control = encode(
+                self._shared(change),
+                plan.codec,
+                seed=_mix_seed(plan.seed, self._config.name + "/control", plan.round),
+                offsets=offsets,
+            )
+        if self._personal:
+            self._personal.keep(result.parameters)
         self._feedback.commit(
             Offer(
                 run=plan.run,
                 round=plan.round,
                 nonce=plan.nonce,
-                update=blob_ref(update),
+                update=blob_ref(update + control),
                 num_examples=result.num_examples,
                 steps=result.steps,
+                control_bytes=len(control),
                 metrics=_scalars(result.loss, result.metrics),
                 resources=self._resources(self._clock() - started),
-            )
+                state=device_state(),
+            ),
+            control,
         )
         self._settle_pending()
 
@@ -286,7 +354,7 @@ class Client:
         assert self._held, "joined"
         data = self._validation_data or self._training_data
         assert data, "joined"
-        parameters = self._held.advance(plan, partial(self._mail.fetch, abandon=lambda: self._is_over(plan)))
+        parameters = self._personalized(plan, self._held.advance(plan, self._fetch_for(plan)))
         started = self._clock()
         summary = evaluate(self._session, parameters, data)
         self._mail.send(
@@ -314,6 +382,10 @@ class Client:
         mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
         mail.upload = None
         verdict = mail.verdicts[digest]
+        if verdict.accepted and offer.control_bytes:
+            _, change = split_update(offer, feedback.update)
+            control = self._own_control(offer)
+            control.apply(digest, decode(change, Limits(max_parameters=len(control.vector))))
         feedback.settle(accepted=verdict.accepted)
         why_not_again = "" if verdict.accepted else f"its update was refused: {verdict.reason}"
         self._finish(offer.nonce, why_not_again[:1000])
@@ -321,10 +393,59 @@ class Client:
             logger.info("round %d: update of %d bytes accepted", offer.round, offer.update.size)
         else:
             logger.warning("round %d: update refused: %s", offer.round, verdict.reason)
+        if verdict.accepted and verdict.come_back_seconds and self._config.leave_when_idle:
+            raise ComeBack(verdict.come_back_seconds)
+
+    def _fetch_for(self, plan: Plan) -> Fetch:
+        """Fetches blobs as long as the plan is not over."""
+        return partial(self._mail.fetch, abandon=lambda: self._is_over(plan))
 
     def _is_over(self, plan: Plan) -> bool:
         newer = self._mail.plan
         return plan.nonce in self._mail.closed or (newer is not None and newer.nonce != plan.nonce)
+
+    # --- what stays here -----------------------------------------------------------------------------
+
+    def _personalized(self, plan: Plan, parameters: Vector) -> Vector:
+        """The round's parameters with this device's own, if the plan says that some stay here."""
+        assert self._session, "joined"
+        assert self._bundle, "joined"
+        if plan.personal != self._personal_patterns:
+            self._personal = None
+            if plan.personal:
+                mask = elements_of(self._session.manifest, plan.personal)
+                self._personal = self._state.personal_parameters(
+                    bundle=self._bundle, patterns=plan.personal, mask=mask
+                )
+            self._personal_patterns = plan.personal
+        return self._personal.overlay(parameters) if self._personal else parameters
+
+    def _shared(self, change: Vector) -> Vector:
+        """The part of a change that may leave the device."""
+        if self._personal:
+            change[self._personal.mask] = 0
+        return change
+
+    def _server_control(self, plan: Plan) -> Vector | None:
+        assert self._session, "joined"
+        length = self._session.manifest.num_parameters
+        if plan.control is None:
+            return None
+        data = self._fetch_for(plan)(plan.control, limit=8 * length + 4096)
+        control = decode(data, Limits(max_parameters=length)).dense()
+        if len(control) != length:
+            raise CodecError("the coordinator's control variate is not of the bundle's length")
+        return control
+
+    def _own_control(self, of: Plan | Offer) -> ControlVariate:
+        assert self._session, "joined"
+        if self._control is None or self._control.run != of.run:
+            self._control = self._state.control_variate(
+                run=of.run, num_parameters=self._session.manifest.num_parameters
+            )
+        return self._control
+
+    # --- around the rounds ---------------------------------------------------------------------------
 
     def _may_continue(self, plan: Plan) -> bool | str:
         self._mail.pump(0)

@@ -37,5 +37,8 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     exit_when_done: Annotated[
         bool, Meta(description="leave when the run ends, instead of waiting for the next")
     ] = True
+    leave_when_idle: Annotated[
+        bool, Meta(description="disconnect when the coordinator says that it needs nothing for a while")
+    ] = True
     max_bundle_bytes: Annotated[int, Meta(description="refuse bundles that need more bytes", ge=1)] = 1 << 30
     broker: BrokerConfig = BrokerConfig()

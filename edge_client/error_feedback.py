@@ -25,7 +25,7 @@ from edgetrain.edge_client.errors import StateError
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import encode, residual
 from edgetrain.protocol.files import write_atomically
-from edgetrain.protocol.messages import Offer
+from edgetrain.protocol.messages import Offer, split_update
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +74,17 @@ class ErrorFeedback:
         self.residual = target
         return self.update
 
-    def commit(self, offer: Offer) -> None:
+    def commit(self, offer: Offer, control: bytes = b"") -> None:
         """Stores the pending update; after this it may be sent.
+
+        Args:
+            offer: of what was prepared.
+            control: what is sent behind it, see `Offer.control_bytes`.
 
         Raises:
             StateError: not writable; nothing must be sent then.
         """
+        self.update += control
         assert offer.update == blob_ref(self.update), "the offer is of what was prepared"
         self.offer = offer
         self._save()
@@ -87,7 +92,8 @@ class ErrorFeedback:
     def settle(self, *, accepted: bool) -> None:
         """The coordinator's verdict on the pending update."""
         if accepted:
-            self.residual = residual(self.residual, self.update)
+            assert self.offer, "there is something to settle"
+            self.residual = residual(self.residual, split_update(self.offer, self.update)[0])
         self.offer, self.update = None, b""
         self._save()
 

@@ -4,6 +4,8 @@ identity.key         signing key, mode 0600
 coordinator.pub      the coordinator's public key, pinned when it was first seen
 bundles/DIGEST/      bundles by the SHA-256 of their manifest
 residual.bin         see `error_feedback`
+control.bin          see `control_variate`
+personal.bin         see `personal`
 """
 
 from __future__ import annotations
@@ -12,8 +14,13 @@ import fcntl
 import hashlib
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.edge_client.control_variate import ControlVariate
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import RefusedError, StateError
+from edgetrain.edge_client.personal import PersonalParameters
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.manifest import MANIFEST_FILE, FileEntry
 from edgetrain.protocol.signing import SigningKey
@@ -107,6 +114,16 @@ class ClientState:
         return ErrorFeedback(
             self.path / "residual.bin", bundle=bundle, run=run, num_parameters=num_parameters
         )
+
+    def control_variate(self, *, run: bytes, num_parameters: int) -> ControlVariate:
+        """The control variate for a run."""
+        return ControlVariate(self.path / "control.bin", run=run, num_parameters=num_parameters)
+
+    def personal_parameters(
+        self, *, bundle: bytes, patterns: tuple[str, ...], mask: npt.NDArray[np.bool_]
+    ) -> PersonalParameters:
+        """The parameters that stay on this device."""
+        return PersonalParameters(self.path / "personal.bin", bundle=bundle, patterns=patterns, mask=mask)
 
     def close(self) -> None:
         """Lets go of the lock."""

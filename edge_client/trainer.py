@@ -20,7 +20,7 @@ from edgetrain.edge_client.optimizers import clip_by_global_norm, sgd
 from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult, Vector
 from edgetrain.edge_client.runtimes.staging import check_vector
 from edgetrain.edge_client.schedules import learning_rate_factor
-from edgetrain.protocol.training import TrainingConfig
+from edgetrain.protocol.training import TrainingConfig, count_steps
 
 Metrics = dict[str, npt.NDArray[np.float64]]
 """Weighted means by name: shape [] or a small vector."""
@@ -165,12 +165,6 @@ def evaluate(session: Session, parameters: Vector, dataset: Dataset) -> EvalSumm
         chunk = np.arange(start, min(start + size, len(dataset)))
         sums.add(session.evaluate(parameters, *dataset.take(chunk)))
     return EvalSummary(num_examples=len(dataset), loss=sums.mean_loss(), metrics=sums.mean_metrics())
-
-
-def count_steps(num_examples: int, config: TrainingConfig) -> int:
-    """Optimizer steps of a whole local training."""
-    steps = config.epochs * math.ceil(num_examples / config.batch_size)
-    return min(steps, config.max_steps) if config.max_steps else steps
 
 
 def batches(num_examples: int, config: TrainingConfig, seed: int) -> Iterator[npt.NDArray[np.int64]]:

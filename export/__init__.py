@@ -1,4 +1,4 @@
-"""Module + loss + example batch -> training step as a pure graph -> programs -> bundle, with proven gradients."""
+"""Module + loss + example batch -> training step as a pure graph -> bundle, with proven gradients."""
 
 from edgetrain.export.errors import (
     BatchError,
@@ -10,6 +10,7 @@ from edgetrain.export.errors import (
     UnsupportedError,
 )
 from edgetrain.export.exporter import export_bundle
+from edgetrain.export.merge import merge
 from edgetrain.export.source import Source, load_source
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "UnsupportedError",
     "export_bundle",
     "load_source",
+    "merge",
 ]

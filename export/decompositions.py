@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._decomp import core_aten_decompositions
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from edgetrain.export import pooling
 from edgetrain.export.pooling import per_dimension
@@ -30,6 +31,8 @@ def common() -> Decompositions:
         aten.hardshrink_backward.default: hardshrink_backward,
         aten.softshrink_backward.default: hardshrink_backward,
         aten._weight_norm_interface_backward.default: weight_norm_backward,  # noqa: SLF001
+        aten.as_strided.default: as_strided,
+        aten.as_strided_scatter.default: as_strided_scatter,
         aten.empty_permuted.default: empty_permuted,
         **pooling.rules(),
     }
@@ -50,9 +53,10 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution of any rank, by its input, its weight and its bias.
 
-    By the input: the transposed convolution (and the other way round). By the weight: one matrix product per
-    kernel tap, of the output gradient with the input shifted to that tap.
+    By the input: the transposed convolution (and the other way round). By the weight: one matrix product of
+    the output gradient with the input shifted to each kernel tap.
     """
+    del bias_sizes, output_padding  # the shapes say it
     rank = x.ndim - 2
     stride, padding, dilation = (per_dimension(v, rank) for v in (stride, padding, dilation))
     grad_x = grad_w = grad_b = None
@@ -89,7 +93,7 @@ def _weight_gradient(
     """
     rank = len(stride)
     N, G = small.shape[0], groups
-    O, I = shape[0] // G, shape[1]
+    n_out, n_in = shape[0] // G, shape[1]
     positions = small.shape[2:]
     P = positions.numel()
     kernel = list(shape[2:])
@@ -101,19 +105,22 @@ def _weight_gradient(
         for i in range(rank):
             start = tap[i] * dilation[i]
             stop = start + (positions[i] - 1) * stride[i] + 1
-            view = aten.slice.Tensor(view, 2 + i, start, stop, stride[i])
+            if (start, stop, stride[i]) != (0, view.shape[2 + i], 1):
+                view = aten.slice.Tensor(view, 2 + i, start, stop, stride[i])
         taps.append(view)
-    if I == 1 and O == 1:
-        # Depthwise: a product per channel, no matrix.
-        dims = [0, *range(2, 2 + rank)]
-        return torch.stack([(small * tap).sum(dims) for tap in taps], -1).view(shape)
-    # [G, O, N*P] @ [G, N*P, I], one product per tap.
-    left = small.reshape(N, G, O, P).permute(1, 2, 0, 3).reshape(G, O, N * P)
-    products = [
-        torch.bmm(left, tap.reshape(N, G, I, P).permute(1, 0, 3, 2).reshape(G, N * P, I)) for tap in taps
-    ]
-    stacked = products[0].unsqueeze(-1) if len(products) == 1 else torch.stack(products, -1)
-    return stacked.reshape(shape)
+    columns = taps[0] if len(taps) == 1 else torch.stack(taps, 2)
+    K = len(taps)
+    if G == 1 and _transposing_pays(N, P, n_out, n_in * K):
+        left = small.reshape(N, n_out, P).transpose(0, 1).reshape(n_out, N * P)
+        right = columns.reshape(N, n_in * K, P).transpose(0, 1).reshape(n_in * K, N * P)
+        return torch.mm(left, right.T).reshape(shape)
+    left, right = small.reshape(N, G, n_out, P), columns.reshape(N, G, n_in * K, P)
+    return torch.matmul(left, right.transpose(-1, -2)).sum(0).reshape(shape)
+
+
+def _transposing_pays(N: int, P: int, rows: int, columns: int) -> bool:
+    """Whether one large product with the batch moved inside is less traffic than N products and their sum."""
+    return N > 1 and P * (rows + columns) < rows * columns
 
 
 def _indices(sizes: Sequence[int]) -> list[list[int]]:
@@ -121,6 +128,34 @@ def _indices(sizes: Sequence[int]) -> list[list[int]]:
     for size in sizes:
         indices = [[*index, i] for index in indices for i in range(size)]
     return indices
+
+
+def as_strided(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Tensor:
+    """Elements by their position in a contiguous tensor."""
+    return x.reshape(-1)[_positions(size, stride, storage_offset or 0)].reshape(size)
+
+
+def as_strided_scatter(
+    x: Tensor, source: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Tensor:
+    """Writes to positions in a contiguous tensor: the backward of in-place writes to views."""
+    if source.numel() == x.numel():
+        with disable_proxy_modes_tracing():
+            whole = torch.equal(_positions(size, stride, storage_offset or 0), torch.arange(x.numel()))
+        if whole:
+            return source.reshape(x.shape)
+    positions = _positions(size, stride, storage_offset or 0)
+    return x.reshape(-1).scatter(0, positions, source.reshape(-1)).reshape(x.shape)
+
+
+def _positions(size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    with disable_proxy_modes_tracing():
+        positions = torch.tensor(offset)
+        for n, step in zip(size, stride, strict=True):
+            positions = positions.unsqueeze(-1) + torch.arange(n) * step
+        return positions.flatten()
 
 
 def empty_permuted(size: Sequence[int], _order: Sequence[int], **options: Any) -> Tensor:

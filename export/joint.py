@@ -26,8 +26,10 @@ from edgetrain.export.batch import (
     per_sample_loss,
     tensor_spec,
 )
+from edgetrain.export.fold import fold_batch_norms
 from edgetrain.export.metrics import Metric, weighted_sum
 from edgetrain.export.prepare import Prepared, plain_math
+from edgetrain.export.tidy import VIEWS, drop_unused_leaves, mutates, name_constants, simplify
 from edgetrain.protocol.manifest import TensorSpec
 
 CLIP_NORM = "clip_norm"
@@ -156,10 +158,10 @@ def trace_infer(problem: Problem, decompositions: Decompositions) -> TracedGraph
 
 
 def trace_step_per_sample_clipped(problem: Problem, decompositions: Decompositions) -> TracedGraph:
-    """The step with every sample's gradient clipped to a norm before the sum (Abadi et al. 2016, arXiv:1607.00133).
+    """The step with every sample's gradient clipped to a norm before the sum.
 
-    A sample's gradient is that of its weighted loss, over all parameters together. One more input, `clip_norm`,
-    and one more output, `norms` [B]: the norms before clipping.
+    Abadi et al. 2016, arXiv:1607.00133. A sample's gradient is that of its weighted loss, over all parameters together. One more input,
+    `clip_norm`, and one more output, `norms` [B]: the norms before clipping.
     """
 
     def of_sample(
@@ -226,13 +228,15 @@ def _trace(
         *further,
     )
     with plain_math(problem.prepared.module):
-        module = make_fx(flat, decomposition_table=dict(decompositions))(*values)
-        if _mutates(module):
+        views_kept = {op: rule for op, rule in decompositions.items() if op not in VIEWS}
+        module = make_fx(flat, decomposition_table=views_kept)(*values)
+        if mutates(module):
             pure = torch.func.functionalize(fx.Interpreter(module).run, remove="mutations")
             module = make_fx(pure, decomposition_table=dict(decompositions))(*values)
-    _name_constants(module, problem.prepared)
-    _simplify(module)
-    kept = _drop_unused_leaves(module, P)
+    name_constants(module, problem.prepared.constant_names())
+    simplify(module)
+    fold_batch_norms(module)
+    kept = drop_unused_leaves(module, P)
     return TracedGraph(
         name=name,
         module=module,
@@ -240,70 +244,3 @@ def _trace(
         outputs=tuple(tensor_spec(key, value) for key, value in outputs.items()),
         example=tuple(values[i] for i in kept),
     )
-
-
-# Operators that return their input.
-_ALIASES = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh.default)
-
-
-def _mutates(module: fx.GraphModule) -> bool:
-    return any(
-        isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable  # noqa: SLF001
-        and node.target not in _ALIASES
-        for node in module.graph.nodes
-    )
-
-
-def _name_constants(module: fx.GraphModule, prepared: Prepared) -> None:
-    """Gives captured frozen tensors the names that they have in the user's module."""
-    names = {
-        id(tensor): name
-        for name, tensor in (*prepared.module.named_parameters(), *prepared.module.named_buffers())
-    }
-    for node in module.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        tensor = getattr(module, node.target)
-        label = names.get(id(tensor))
-        if label is None:
-            continue
-        attribute = "frozen_" + label.replace(".", "_")
-        while hasattr(module, attribute) and getattr(module, attribute) is not tensor:
-            attribute += "_"
-        if not hasattr(module, attribute):
-            module.register_buffer(attribute, tensor.detach())
-        names[id(getattr(module, attribute))] = label
-        node.target = attribute
-
-
-def _simplify(module: fx.GraphModule) -> None:
-    """Removes aliases and dead code, and gives every output a node of its own."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _ALIASES:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    output = graph.output_node()
-    results = list(output.args[0])
-    seen: set[fx.Node] = set()
-    for index, result in enumerate(results):
-        if result.op != "call_function" or result in seen:
-            with graph.inserting_before(output):
-                results[index] = graph.call_function(aten.clone.default, (result,))
-        seen.add(result)
-    output.args = (tuple(results),)
-    graph.eliminate_dead_code()
-    module.recompile()
-
-
-def _drop_unused_leaves(module: fx.GraphModule, num_parameters: int) -> list[int]:
-    """Erases placeholders of batch leaves that nothing reads. Returns the indices of those that stay."""
-    kept = []
-    for index, node in enumerate(n for n in list(module.graph.nodes) if n.op == "placeholder"):
-        if node.users or index < num_parameters:
-            kept.append(index)
-        else:
-            module.graph.erase_node(node)
-    module.recompile()
-    return kept

@@ -27,7 +27,7 @@ def make_program(
         UnsupportedError: an operator or a control flow that cannot be exported.
         ParityError: a graph computes other numbers than eager torch.
     """
-    translator = _Translator(lowering, problem)
+    translator = Translator(lowering, problem)
     graphs: dict[str, Graph] = {}
 
     def add(trace: Trace, prove: Callable[[TracedGraph, Run], None]) -> None:
@@ -60,7 +60,7 @@ def make_program(
     return Program(runtime=lowering.runtime, minimum_version=lowering.minimum_version, graphs=graphs)
 
 
-class _Translator:
+class Translator:
     """Translates graphs directly, or, once that has failed, by way of `torch.export`."""
 
     def __init__(self, lowering: Lowering, problem: Problem) -> None:
@@ -70,6 +70,11 @@ class _Translator:
         self._functional: Problem | None = None
 
     def translate(self, trace: Trace) -> tuple[TracedGraph, LoweredGraph]:
+        """Traces and lowers one graph.
+
+        Raises:
+            UnsupportedError: neither way works.
+        """
         if self._functional is not None:
             return self._attempt(trace, self._functional)
         try:

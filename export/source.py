@@ -1,4 +1,4 @@
-"""Where a model comes from: a registered name, a function in the user's file, or a Hugging Face configuration."""
+"""Where a model comes from: a registered name, a function in the user's file, or a configuration."""
 
 from __future__ import annotations
 

@@ -59,6 +59,18 @@ class DeviceInfo(msgspec.Struct, frozen=True, kw_only=True):
     memory_mb: Count = 0
 
 
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
+    """How a device is now; None and "" for what it does not know."""
+
+    battery_percent: float | None = None
+    charging: bool | None = None
+    # "wifi", "ethernet", "cellular", …
+    network: ShortText = ""
+    free_memory_mb: Count | None = None
+    # Of the hottest sensor.
+    temperature_c: float | None = None
+
+
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """First message of every connection."""
 
@@ -79,6 +91,7 @@ class Ready(Message, frozen=True, kw_only=True, tag="ready"):
     bundle: Digest
     runtime: ShortText
     num_examples: Count
+    state: DeviceState = DeviceState()
 
 
 class Decline(Message, frozen=True, kw_only=True, tag="decline"):
@@ -108,9 +121,13 @@ class Offer(Message, frozen=True, kw_only=True, tag="offer"):
     num_examples: Count
     # Optimizer steps done.
     steps: Count
+    # The last so many bytes of `update` are the change of the client's control variate, encoded like the
+    # update before it; 0 where the plan has no `control`.
+    control_bytes: Count = 0
     # Means over the local training: "loss", "accuracy", …
     metrics: Numbers = {}
     resources: Resources = Resources()
+    state: DeviceState = DeviceState()
 
 
 class Report(Message, frozen=True, kw_only=True, tag="report"):
@@ -188,6 +205,11 @@ class Plan(Message, frozen=True, kw_only=True, tag="plan"):
     # Or for those who have older ones: patches, oldest first, each one's result the base of the next.
     patches: Annotated[tuple[Patch, ...], Meta(max_length=64)] = ()
     training: TrainingConfig = TrainingConfig()
+    # The coordinator's control variate (SCAFFOLD), encoded by a codec: the client keeps one of its own, and
+    # sends its change along.
+    control: BlobRef | None = None
+    # Names of parameters that stay on the device, as file name patterns.
+    personal: Annotated[tuple[ShortText, ...], Meta(max_length=64)] = ()
     # Codec of the update.
     codec: ShortText = "dense|float32"
     # Seconds from now until the round closes.
@@ -203,6 +225,8 @@ class Verdict(Message, frozen=True, kw_only=True, tag="verdict"):
     digest: Digest
     accepted: bool
     reason: Text = ""
+    # The client will not be needed before so many seconds have passed: it may leave and come back; 0: stay.
+    come_back_seconds: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class RoundClosed(Message, frozen=True, kw_only=True, tag="closed"):
@@ -218,6 +242,12 @@ FromCoordinator = Announce | Welcome | Refusal | Plan | Verdict | RoundClosed | 
 
 _from_client = msgspec.msgpack.Decoder(FromClient)
 _from_coordinator = msgspec.msgpack.Decoder(FromCoordinator)
+
+
+def split_update(offer: Offer, update: bytes) -> tuple[bytes, bytes]:
+    """(the encoded delta, the encoded change of the control variate or nothing) of an update."""
+    end = len(update) - offer.control_bytes
+    return update[:end], update[end:]
 
 
 def encode_message(message: Message) -> bytes:

@@ -45,3 +45,9 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_grad_norm: NonNegative = 0.0
     # FedProx: adds mu * (parameters - received parameters) to the gradient; 0 for FedAvg.
     proximal_mu: NonNegative = 0.0
+
+
+def count_steps(num_examples: int, config: TrainingConfig) -> int:
+    """Optimizer steps of a whole local training."""
+    steps = config.epochs * -(-num_examples // config.batch_size)
+    return min(steps, config.max_steps) if config.max_steps else steps

@@ -12,14 +12,18 @@ from edgetrain.coordinator.folding import FixedPointSum
 from edgetrain.coordinator.strategies.base import Contribution, ServerState, Strategy, Vector
 
 
-def fedavg() -> Strategy:
-    """Weighted mean of the deltas, by number of examples."""
+def fedavg(*, weighted: bool = True) -> Strategy:
+    """Mean of the deltas.
+
+    Args:
+        weighted: by number of examples; otherwise every client counts the same.
+    """
 
     def init(num_parameters: int, _state: ServerState) -> FixedPointSum:
         return FixedPointSum(num_parameters)
 
     def fold(partial: FixedPointSum, contribution: Contribution) -> FixedPointSum:
-        partial.add(contribution.update, contribution.num_examples)
+        partial.add(contribution.update, contribution.num_examples if weighted else 1)
         return partial
 
     def finish(partial: FixedPointSum, parameters: Vector, state: ServerState) -> tuple[Vector, ServerState]:

@@ -31,6 +31,7 @@ _HERE = "edgetrain.edge_client.runtimes"
 # In the order in which they are named to users.
 _BUILT_IN = {
     "onnxruntime": f"{_HERE}.onnxruntime:OnnxRuntime",
+    "executorch": f"{_HERE}.executorch:ExecutorchRuntime",
     "ort-training": f"{_HERE}.ort_training:OrtTrainingRuntime",
     "torch": f"{_HERE}.torch:TorchRuntime",
 }
@@ -117,6 +118,6 @@ def _usable(name: str) -> Runtime:
 def _foreign() -> dict[str, Callable[[], Any]]:
     """How to load what other packages registered, by name."""
     # Reads the metadata of every installed package: only when one of ours will not do.
-    from importlib.metadata import entry_points  # noqa: PLC0415
+    from importlib.metadata import entry_points
 
     return {point.name: point.load for point in entry_points(group=GROUP) if point.name not in _BUILT_IN}

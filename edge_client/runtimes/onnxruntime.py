@@ -35,7 +35,7 @@ class OnnxRuntime:
     def available(self) -> str | None:
         """None if onnxruntime is here and new enough, else the reason and the pip line."""
         try:
-            import onnxruntime  # noqa: PLC0415 - only who runs a session pays for it
+            import onnxruntime
         except ImportError:
             return f"runtime onnxruntime is not installed: {INSTALL}"
         version = onnxruntime.__version__
@@ -50,7 +50,7 @@ class OnnxRuntime:
             SessionError: not installed, too old, or the program does not load.
             BundleError: no program for this runtime, or a corrupt file.
         """
-        import onnxruntime  # noqa: PLC0415
+        import onnxruntime
 
         check_minimum(bundle.manifest, self.name, onnxruntime.__version__, "onnxruntime")
         return OnnxSession(self.name, bundle, threads=threads)
@@ -138,7 +138,7 @@ def load_model(
         SessionError: onnxruntime refuses the model.
         BundleError: a file is missing or corrupt.
     """
-    import onnxruntime  # noqa: PLC0415
+    import onnxruntime
 
     options = session_options(threads)
     if external:
@@ -158,7 +158,7 @@ def load_model(
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
     """Options for small machines."""
-    import onnxruntime  # noqa: PLC0415
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

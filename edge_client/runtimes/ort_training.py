@@ -35,8 +35,8 @@ class OrtTrainingRuntime:
     def available(self) -> str | None:
         """None if the training build is here, else the reason and the pip line."""
         try:
-            import onnxruntime  # noqa: PLC0415 - only who runs a session pays for it
-            from onnxruntime.capi import _pybind_state  # noqa: PLC0415
+            import onnxruntime
+            from onnxruntime.capi import _pybind_state
         except ImportError:
             return f"runtime ort-training is not installed; {INSTALL}"
         if not hasattr(_pybind_state, "GradientGraphBuilder"):
@@ -50,7 +50,7 @@ class OrtTrainingRuntime:
             SessionError: not installed, too old, or the program does not load.
             BundleError: no program for this runtime, or a corrupt file.
         """
-        import onnxruntime  # noqa: PLC0415
+        import onnxruntime
 
         check_minimum(bundle.manifest, self.name, onnxruntime.__version__, "onnxruntime-training-cpu")
         return OrtTrainingSession(self.name, bundle, threads=threads)

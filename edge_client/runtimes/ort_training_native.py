@@ -42,8 +42,8 @@ class NativeTrainer:
         if reason is not None:
             raise SessionError(reason)
         check_vector(parameters, self.manifest.num_parameters)
-        import onnxruntime  # noqa: PLC0415 - only who trains this way pays for it
-        from onnxruntime.capi import _pybind_state as native  # noqa: PLC0415
+        import onnxruntime
+        from onnxruntime.capi import _pybind_state as native
 
         self._native, self._ort_value = native, onnxruntime.OrtValue
         self._staging = Staging(self.manifest)

@@ -47,7 +47,7 @@ class TorchRuntime:
             SessionError: too old, or the program does not load.
             BundleError: no program for this runtime, or a corrupt file.
         """
-        import torch  # noqa: PLC0415 - only who runs a session pays for it
+        import torch
 
         check_minimum(bundle.manifest, self.name, torch.__version__, "torch")
         if threads:
@@ -61,7 +61,7 @@ class TorchSession(GraphSession):
     def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
         """Loads a graph."""
         del name
-        import torch  # noqa: PLC0415
+        import torch
 
         try:
             program = torch.export.load(io.BytesIO(self.bundle.read(graph.file)))
@@ -85,7 +85,7 @@ class _TorchGraph:
         leaves: dict[str, Array],
         outputs: list[Array],
     ) -> None:
-        import torch  # noqa: PLC0415
+        import torch
 
         self._program = program
         self._file = graph.file.file
@@ -99,7 +99,7 @@ class _TorchGraph:
 
     def run(self, parameters: Vector) -> None:
         """One call; see `BoundGraph`."""
-        import torch  # noqa: PLC0415
+        import torch
 
         if parameters is not self._bound:
             # torch refuses to share memory that it may not write to.

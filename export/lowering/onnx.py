@@ -45,7 +45,6 @@ class OnnxLowering:
             program = _export(graph)
         except Exception as error:
             raise _operator_error(error) from error
-        assert program is not None
         model = program.model_proto
         _strip(model)
         if model.ByteSize() > MAX_MODEL_BYTES:
@@ -71,10 +70,12 @@ class OnnxLowering:
         return run
 
 
-def _export(graph: TracedGraph) -> torch.onnx.ONNXProgram | None:
+def _export(graph: TracedGraph) -> torch.onnx.ONNXProgram:
+    from onnxscript import optimizer  # noqa: PLC0415  # slow to import, and needed only here
+
     with quiet(), torch.no_grad():
         exported = torch.export.export(graph.module, graph.example, strict=False)
-        return torch.onnx.export(
+        program = torch.onnx.export(
             exported,
             (),
             dynamo=True,
@@ -83,9 +84,13 @@ def _export(graph: TracedGraph) -> torch.onnx.ONNXProgram | None:
             input_names=[spec.name for spec in graph.inputs],
             output_names=[spec.name for spec in graph.outputs],
             external_data=False,
-            optimize=True,
+            optimize=False,
             custom_translation_table=_translations(),
         )
+        assert program is not None
+        # Shapes are static and known, so one round without inference leaves nothing but a few identities.
+        optimizer.optimize_ir(program.model, num_iterations=1, onnx_shape_inference=False)
+        return program
 
 
 def _operator_error(error: BaseException) -> OperatorError:

@@ -611,7 +611,7 @@ def test_clients_report_on_their_own_data(federate):
     federation = federate(rounds={"total": 1, "goal": 3, "minimum": 3}, evaluation=EvaluationConfig(by_clients=True))
 
     class Reporting(ScriptedClient):
-        metrics = {"accuracy": 0.75}  # noqa: RUF012
+        metrics = {"accuracy": 0.75}
 
         def on_plan(self, plan):
             super().on_plan(plan)
@@ -688,4 +688,4 @@ def test_a_chunk_has_no_more_bytes_than_configured(federate):
     federation.add("b", Curious)
     federation.serve()
     assert max(largest) == 1024
-    assert FEDERATION == federation.config.federation
+    assert federation.config.federation == FEDERATION

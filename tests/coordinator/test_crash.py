@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.coordinator.test_coordinator import expected_parameters, final_parameters
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.errors import RunError
@@ -18,7 +19,6 @@ from edgetrain.coordinator.journal import RoundOpened, UpdateAccepted, read_jour
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.protocol.signing import SigningKey
 from support.scripted import Crash, ScriptedClient, ScriptedFederation
-from tests.coordinator.test_coordinator import expected_parameters, final_parameters
 
 NAMES = ["a", "b", "c"]
 ROUNDS = {"total": 3, "goal": 3, "deadline_seconds": 30.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 
@@ -54,8 +55,6 @@ def self_test_batch(path: Path):
 
 def node_counts(path: Path, graph: str = "step") -> dict[str, int]:
     """How often each ONNX operator occurs."""
-    import onnx
-
     bundle = Bundle(path)
     model = onnx.load_from_string(bundle.read(bundle.manifest.program("onnxruntime").graphs[graph].file))
     counts: dict[str, int] = {}
@@ -94,7 +93,7 @@ def flat_parameters(module, manifest: Manifest) -> np.ndarray:
     return np.concatenate([state[e.name].detach().numpy().ravel() for e in manifest.parameters])
 
 
-def assert_step_matches(path: Path, module, loss, batch, weights, rtol=1e-4, floor=1e-6):
+def assert_step_matches(path: Path, module, loss, batch, weights, *, rtol=1e-4, floor=1e-6):
     """The bundle's step against eager torch, on data and weights that the exporter has not seen."""
     manifest = manifest_of(path)
     got = run_graph(path, "step", flat_parameters(module, manifest), batch, weights)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Small modules that together use most of what networks are made of, each with its batch."""
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ CASES = {
     "conv circular": _conv(4, 6, 3, padding=1, padding_mode="circular"),
     "conv replicate": _conv(4, 6, 3, padding=1, padding_mode="replicate"),
     "conv1d": lambda: (Lambda(nn.Conv1d(4, 6, 3, stride=2, padding=1), (1, 4, 1)), torch.randn(3, 4, 11)),
-    "conv3d": lambda: (Lambda(nn.Conv3d(2, 3, 2, stride=2), (1, 2, 1, 1, 1)), torch.randn(2, 2, 5, 4, 4)),
+    "conv3d": lambda: (Lambda(nn.Conv3d(2, 3, 2, stride=2), (1, 2, 1, 1, 1)), torch.randn(3, 2, 5, 4, 4)),
     "conv transposed": _on_image(lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1)),
     "conv transposed groups": _on_image(lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2)),
     "conv transposed 1d": lambda: (Lambda(nn.ConvTranspose1d(4, 2, 4, stride=2), (1, 4, 1)), torch.randn(3, 4, 5)),
@@ -176,14 +177,14 @@ CASES = {
     "max pool overlapping": _on_image(lambda: nn.MaxPool2d(3, stride=2, padding=1)),
     "max pool ceil dilation": _on_image(lambda: nn.MaxPool2d(2, stride=2, dilation=2, ceil_mode=True)),
     "max pool 1d": lambda: (Lambda(nn.MaxPool1d(2), (1, 4, 1)), torch.randn(3, 4, 9)),
-    "max pool 3d": lambda: (Lambda(nn.MaxPool3d(2), (1, 4, 1, 1, 1)), torch.randn(2, 4, 4, 5, 4)),
+    "max pool 3d": lambda: (Lambda(nn.MaxPool3d(2), (1, 4, 1, 1, 1)), torch.randn(3, 4, 4, 5, 4)),
     "avg pool": _on_image(lambda: nn.AvgPool2d(2)),
     "avg pool padded": _on_image(lambda: nn.AvgPool2d(3, stride=2, padding=1)),
     "avg pool ceil": _on_image(lambda: nn.AvgPool2d(2, stride=2, ceil_mode=True)),
     "avg pool without pad": _on_image(lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
     "avg pool divisor": _on_image(lambda: nn.AvgPool2d(3, 2, divisor_override=2)),
     "avg pool 1d": lambda: (Lambda(nn.AvgPool1d(3, 2, 1), (1, 4, 1)), torch.randn(3, 4, 9)),
-    "avg pool 3d": lambda: (Lambda(nn.AvgPool3d(2), (1, 4, 1, 1, 1)), torch.randn(2, 4, 4, 5, 4)),
+    "avg pool 3d": lambda: (Lambda(nn.AvgPool3d(2), (1, 4, 1, 1, 1)), torch.randn(3, 4, 4, 5, 4)),
     "lp pool": _on_image(lambda: nn.LPPool2d(2, 3)),
     "adaptive avg 1": _on_image(lambda: nn.AdaptiveAvgPool2d(1)),
     "adaptive avg uneven": _on_image(lambda: nn.AdaptiveAvgPool2d((4, 3))),
@@ -219,10 +220,10 @@ CASES = {
     "causal attention": lambda: (CausalAttention(), torch.randn(3, 5, 12)),
     "multihead attention": lambda: (nn.TransformerEncoderLayer(12, 3, 16, 0.1, "gelu", batch_first=True, norm_first=True), torch.randn(3, 5, 12)),
     "transformer with padding": lambda: (PaddedTransformer(), {"source": torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0], [6, 7, 8, 1]]), "target": _ids(8, 3, 5) + 1}),
-    "lstm": lambda: (Rnn(nn.LSTM), torch.randn(3, 6, 4)),
-    "lstm two layers": lambda: (Rnn(nn.LSTM, num_layers=2, bidirectional=True), torch.randn(3, 4, 4)),
-    "gru": lambda: (Rnn(nn.GRU), torch.randn(3, 6, 4)),
-    "rnn": lambda: (Rnn(nn.RNN), torch.randn(3, 6, 4)),
+    "lstm": lambda: (Rnn(nn.LSTM), torch.randn(3, 3, 4)),
+    "lstm two layers": lambda: (Rnn(nn.LSTM, num_layers=2, bidirectional=True), torch.randn(3, 2, 4)),
+    "gru": lambda: (Rnn(nn.GRU), torch.randn(3, 3, 4)),
+    "rnn": lambda: (Rnn(nn.RNN), torch.randn(3, 3, 4)),
     "autograd function": lambda: (Lambda(nn.Linear(7, 5), (7,), Doubled.apply), torch.randn(3, 7)),
 }  # fmt: skip
 
@@ -251,6 +252,34 @@ for _name in (
     }.get(_name, {})
     CASES[_name] = _on_vector(lambda name=_name, options=_options: getattr(nn, name)(**options), (8,))
 CASES["gelu tanh"] = _on_vector(lambda: nn.GELU("tanh"), (8,))
+
+
+class Together(nn.Module):
+    """Several modules side by side: one graph instead of many. Tuple inputs, tuple outputs."""
+
+    def __init__(self, modules):
+        super().__init__()
+        self.parts = nn.ModuleDict(modules)
+
+    def forward(self, *inputs):
+        return tuple(part(x) for part, x in zip(self.parts.values(), inputs, strict=True))
+
+
+def squared_together(outputs, targets):
+    return torch.stack([squared(output, targets) for output in outputs]).sum(0)
+
+
+def groups(size):
+    """The cases with a single input, `size` at a time, each as (name, module, inputs)."""
+    single = [name for name, make in CASES.items() if isinstance(make()[1], torch.Tensor)]
+    return [single[i : i + size] for i in range(0, len(single), size)]
+
+
+def together(names):
+    made = {name: CASES[name]() for name in names}
+    module = Together({name.replace(" ", "_"): part for name, (part, _) in made.items()})
+    return module, tuple(x for _, x in made.values())
+
 
 _classes = torch.tensor([0, 4, 2])
 LOSSES = {

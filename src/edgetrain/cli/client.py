@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import msgspec
 
 from edgetrain.cli.settings import flags, load_settings, setting
 from edgetrain.edge_client.config import ClientConfig
+
+logger = logging.getLogger(__name__)
 
 
 @click.command("client")
@@ -35,12 +39,20 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     state = ClientState(Path(settings.state))
     try:
-        connection = new_connection()
-        transport = MqttTransport(
-            settings.broker,
-            client_id=f"edgetrain/{settings.federation}/{settings.name}",
-            will=connection_will(settings, state, connection),
-        )
-        Client(settings, state=state, transport=transport, connection=connection).run()
+        run: bytes | None = None
+        while True:
+            connection = new_connection()
+            transport = MqttTransport(
+                settings.broker,
+                client_id=f"edgetrain/{settings.federation}/{settings.name}",
+                will=connection_will(settings, state, connection),
+            )
+            client = Client(settings, state=state, transport=transport, connection=connection, run=run)
+            pause = client.run()
+            if pause is None:
+                break
+            run = client.joined
+            logger.info("not needed for %.0f s: disconnected until then", pause)
+            time.sleep(pause)
     finally:
         state.close()
