@@ -229,9 +229,9 @@ class Intake:
 
     def _on_want(self, record: ClientRecord, want: Want) -> None:
         current = self.current
-        if current and current.state.parts.get(record.name) is Part.INVITED:
-            if any(want.digest == blob.digest for blob in current.blobs):
-                current.state.advance(record.name, Part.TRAINING)
+        invited = current and current.state.parts.get(record.name) is Part.INVITED
+        if current and invited and any(want.digest == blob.digest for blob in current.blobs):
+            current.state.advance(record.name, Part.TRAINING)
         if not self._blobs.want(record.name, want.digest, want.ranges, self._clock()):
             logger.debug("%s wants a blob that is no more: %s", record.name, want.digest.hex()[:12])
 

@@ -306,7 +306,7 @@ def test_a_reader_that_goes_away_is_no_error(tiny_bundle):
 def test_what_is_not_installed_is_named_with_its_extra(tiny_bundle):
     code = (
         "import sys\nsys.modules['paho'] = None\n"
-        f"sys.argv = ['edgetrain', 'client', '--name', 'a', '--federation', 'f', '--data', 'd']\n"
+        "sys.argv = ['edgetrain', 'client', '--name', 'a', '--federation', 'f', '--data', 'd']\n"
         "from edgetrain.cli import main\nmain()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

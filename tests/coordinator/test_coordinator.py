@@ -688,4 +688,4 @@ def test_a_chunk_has_no_more_bytes_than_configured(federate):
     federation.add("b", Curious)
     federation.serve()
     assert max(largest) == 1024
-    assert FEDERATION == federation.config.federation
+    assert federation.config.federation == FEDERATION

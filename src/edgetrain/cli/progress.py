@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -30,7 +31,7 @@ class Progress:
         self._initial: events.Evaluated | None = None
         self._live = Live(console=self._console, refresh_per_second=8) if self._console.is_terminal else None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
