@@ -82,7 +82,9 @@ def test_bundles_that_are_none(cli, tiny_bundle, tmp_path, command):
 
 
 def test_a_wrong_runtime(cli, tiny_bundle):
-    refused(cli("verify", tiny_bundle, "--runtime", "abacus"), "no program for runtime 'abacus', only for: onnxruntime, ")
+    refused(
+        cli("verify", tiny_bundle, "--runtime", "abacus"), "no program for runtime 'abacus', only for: onnxruntime, "
+    )
 
 
 def test_a_good_bundle(cli, tiny_bundle):

@@ -563,7 +563,9 @@ def test_nobody_comes(federate):
 
 
 def test_the_first_round_waits_a_while_for_the_goal_and_then_takes_the_minimum(federate):
-    federation = federate(rounds={"total": 1, "goal": 5, "minimum": 1, "gather_seconds": 40.0, "deadline_seconds": 10.0})
+    federation = federate(
+        rounds={"total": 1, "goal": 5, "minimum": 1, "gather_seconds": 40.0, "deadline_seconds": 10.0}
+    )
     federation.add("a")
     started = federation.clock.now
     federation.serve()
@@ -621,8 +623,12 @@ def test_clients_report_on_their_own_data(federate):
             for plan in self.plans:
                 if plan.task == "evaluate" and plan.nonce not in self.answered:
                     self.answered.add(plan.nonce)
-                    self.send(Report(run=plan.run, round=plan.round, nonce=bytes(16), num_examples=1, metrics={"accuracy": 0}))
-                    self.send(Report(run=plan.run, round=plan.round, nonce=plan.nonce, num_examples=1, metrics=self.metrics))
+                    self.send(
+                        Report(run=plan.run, round=plan.round, nonce=bytes(16), num_examples=1, metrics={"accuracy": 0})
+                    )
+                    self.send(
+                        Report(run=plan.run, round=plan.round, nonce=plan.nonce, num_examples=1, metrics=self.metrics)
+                    )
 
     federation.add("a", Reporting)
     federation.add("b", type("Odd", (Reporting,), {"metrics": {"accuracy": float("nan")}}))

@@ -105,9 +105,7 @@ class Federation:
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def wait_for_rounds(self, count: int, coordinator: Process) -> None:
-        wait_for(
-            lambda: self.rounds_done() >= count or not coordinator.running(), f"round {count}\n{coordinator.log}"
-        )
+        wait_for(lambda: self.rounds_done() >= count or not coordinator.running(), f"round {count}\n{coordinator.log}")
         assert self.rounds_done() >= count, coordinator.output
 
     def records(self) -> list[dict[str, Any]]:
