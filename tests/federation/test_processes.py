@@ -70,38 +70,38 @@ def test_a_client_that_is_killed_comes_back(federate):
     federation = federate()
     coordinator = federation.start_coordinator()
     clients = federation.start_clients()
-    for number, victim in ((4, "client-1"), (9, "client-2"), (14, "client-1")):
+    for number, victim in ((4, "client-1"), (9, "client-2")):
         federation.wait_for_rounds(number, coordinator)
         clients[victim].kill()
         clients[victim] = federation.start_client(victim)
     assert coordinator.wait() == 0, coordinator.output
     for client in clients.values():
         assert client.wait() == 0, client.output
-    federation.check_nothing_lost_or_doubled(30, clients_killed=3)
+    federation.check_nothing_lost_or_doubled(20, clients_killed=2)
     rounds_of_victim = [number for name, number in federation.accepted_by_coordinator() if name == "client-1"]
-    assert rounds_of_victim[-1] > 20, "it took part again"
+    assert rounds_of_victim[-1] > 12, "it took part again"
 
 
 def test_a_coordinator_that_is_killed_goes_on(federate):
     federation = federate()
     clients = federation.start_clients()
     coordinator = federation.start_coordinator()
-    for number in (3, 8, 13):
+    for number in (3, 8):
         federation.wait_for_rounds(number, coordinator)
         coordinator.kill()
         coordinator = federation.start_coordinator()
     assert coordinator.wait() == 0, coordinator.output
     for client in clients.values():
         assert client.wait() == 0, client.output
-    federation.check_nothing_lost_or_doubled(30)
+    federation.check_nothing_lost_or_doubled(20)
     # Nobody was left out for more than the round that a kill fell into.
-    assert sum(record["accepted"] == 3 for record in federation.records()) >= 25
+    assert sum(record["accepted"] == 3 for record in federation.records()) >= 15
     losses = [record["loss"] for record in federation.records()]
     assert losses[-1] < losses[0]
 
 
 def test_everyone_is_killed_at_once(federate):
-    federation = federate(rounds={"total": 20})
+    federation = federate()
     clients = federation.start_clients()
     coordinator = federation.start_coordinator()
     for number in (4, 9):
@@ -117,7 +117,7 @@ def test_everyone_is_killed_at_once(federate):
 
 @pytest.mark.parametrize("broker", ["mosquitto", "embedded"])
 def test_a_broker_that_is_restarted_is_found_again(federate, broker):
-    federation = federate(broker=broker, rounds={"total": 20})
+    federation = federate(broker=broker)
     clients = federation.start_clients()
     coordinator = federation.start_coordinator()
     federation.wait_for_rounds(5, coordinator)
@@ -140,7 +140,7 @@ def check_interrupted(process, *, seconds=15.0):
 
 
 def test_an_interrupted_coordinator_goes_on_where_it_was(federate):
-    federation = federate(rounds={"total": 20})
+    federation = federate()
     clients = federation.start_clients()
     coordinator = federation.start_coordinator()
     federation.wait_for_rounds(5, coordinator)
@@ -178,7 +178,7 @@ def test_interrupts_while_waiting(federate):
 
 
 def test_an_interrupted_client_leaves_and_comes_back(federate):
-    federation = federate(rounds={"total": 20})
+    federation = federate()
     clients = federation.start_clients()
     coordinator = federation.start_coordinator()
     federation.wait_for_rounds(5, coordinator)
@@ -246,7 +246,7 @@ def test_a_client_whose_data_does_not_fit_says_so(federate, tmp_path):
 
 def test_two_clients_of_one_name_from_two_directories(federate, processes, tmp_path):
     """The second has another key: it is sent away, the first is not disturbed."""
-    federation = federate(clients=2, rounds={"total": 20})
+    federation = federate(clients=2)
     clients = federation.start_clients()
     coordinator = federation.start_coordinator()
     federation.wait_for_rounds(3, coordinator)

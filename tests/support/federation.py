@@ -62,7 +62,7 @@ class Federation:
             (path / f"{name}.toml").write_text(tomli_w.dumps(config))
         x, y = test or make_data(200, seed=99)
         np.savez(path / "test.npz", inputs=x, targets=y)
-        rounds = {"total": 30, "goal": clients, "minimum": 2, "deadline_seconds": 20.0, "gather_seconds": 20.0,
+        rounds = {"total": 20, "goal": clients, "minimum": 2, "deadline_seconds": 20.0, "gather_seconds": 20.0,
                   "idle_timeout_seconds": 40.0} | settings.pop("rounds", {})  # fmt: skip
         config = {
             "federation": "f",
