@@ -160,8 +160,9 @@ def trace_infer(problem: Problem, decompositions: Decompositions) -> TracedGraph
 def trace_step_per_sample_clipped(problem: Problem, decompositions: Decompositions) -> TracedGraph:
     """The step with every sample's gradient clipped to a norm before the sum.
 
-    Abadi et al. 2016, arXiv:1607.00133. A sample's gradient is that of its weighted loss, over all parameters together. One more input,
-    `clip_norm`, and one more output, `norms` [B]: the norms before clipping.
+    Abadi et al. 2016, arXiv:1607.00133. A sample's gradient is that of its weighted loss, over all
+    parameters together. One more input, `clip_norm`, and one more output, `norms` [B]: the norms before
+    clipping.
     """
 
     def of_sample(

@@ -187,7 +187,8 @@ def whole():
 
 @pytest.mark.parametrize(
     ("layer", "dim", "axis", "count"),
-    [("fc", "out", 0, 2), ("fc", "in", 1, 4), ("stem", "in", 1, 1), ("stem", "out", 0, 4), ("depthwise", "out", 0, 4)],
+    [("fc", "out", 0, 2), ("fc", "in", 1, 4), ("stem", "in", 1, 1), ("stem", "out", 0, 4),
+     ("depthwise", "out", 0, 4)],
 )  # fmt: skip
 def test_a_sparse_gradient_is_the_slice_of_the_whole(whole, layer, dim, axis, count):
     gradients, data = whole
