@@ -174,7 +174,7 @@ def run(task: Task) -> list[dict[str, object]]:
             row = rows[-1]
             print(
                 f"{task.name:10} {codec:32} {'feedback' if feedback else 'without ':8} accuracy {row['accuracy']:.4f} "
-                f"({100 * (row['accuracy'] - rows[0]['accuracy']):+.2f} points)  {row['bytes_per_parameter']:.4f} B/param  "
+                f"({100 * (row['accuracy'] - rows[0]['accuracy']):+.2f} points) {row['bytes_per_parameter']:.4f} B/param  "
                 f"{4 / row['bytes_per_parameter']:.0f}x  {time.perf_counter() - start:.0f} s",
                 flush=True,
             )

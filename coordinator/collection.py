@@ -161,7 +161,8 @@ class Collection:
         self.update_bytes += len(data)
         self.rows.append(
             ClientRow(
-                round=offer.round,
+                round=self._round,
+                staleness=self._round - offer.round,
                 client=client,
                 status="accepted",
                 num_examples=offer.num_examples,

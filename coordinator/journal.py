@@ -124,10 +124,7 @@ def read_journal(path: Path) -> Iterator[tuple[Meta, bytes]]:
 
 
 def _good_length(path: Path) -> int:
-    end = 0
-    for _meta, _payload, end in _records(path):
-        pass
-    return end
+    return max((end for _meta, _payload, end in _records(path)), default=0)
 
 
 def _records(path: Path) -> Iterator[tuple[Meta, bytes, int]]:

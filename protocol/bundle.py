@@ -6,12 +6,14 @@ Readers trust nothing: every file is checked against the manifest's SHA-256 and 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +71,29 @@ class Bundle:
         """
         data = _read(self.path, self._archive, entry.file, entry.size)
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise BundleError(
-                f"{self.path}: {entry.file} is corrupt: its size or SHA-256 is not the manifest's. "
-                "Copy or export the bundle again."
-            )
+            raise _corrupt(self.path, entry)
+        return data
+
+    def map(self, entry: FileEntry) -> memoryview:
+        """The contents of one file, verified; of a directory mapped into memory, not copied.
+
+        For large files that are read once: their pages are the system's to drop and to read again.
+
+        Raises:
+            BundleError: missing, or its size or hash differ from the manifest.
+        """
+        if self._archive is not None or entry.size == 0:
+            return memoryview(self.read(entry))
+        with _guarded(self.path, entry.file):
+            with _inside(self.path, entry.file).open("rb") as file:
+                if os.fstat(file.fileno()).st_size != entry.size:
+                    raise _corrupt(self.path, entry)
+                mapped = mmap.mmap(file.fileno(), entry.size, access=mmap.ACCESS_READ)
+            data = memoryview(mapped)
+            if hashlib.sha256(data).hexdigest() != entry.sha256:
+                raise _corrupt(self.path, entry)
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
         return data
 
     def initial_parameters(self) -> np.ndarray:
@@ -105,19 +126,37 @@ def _open_archive(path: Path) -> zipfile.ZipFile | None:
 
 def _read(path: Path, archive: zipfile.ZipFile | None, name: str, limit: int) -> bytes:
     """At most `limit` + 1 bytes, so that a file larger than declared costs nothing."""
-    try:
+    with _guarded(path, name):
         if archive is None:
-            file_path = path / name
-            if not file_path.resolve().is_relative_to(path.resolve()):
-                raise BundleError(f"{path}: {name} points outside the bundle")
-            with file_path.open("rb") as file:
+            with _inside(path, name).open("rb") as file:
                 return file.read(limit + 1)
         with archive.open(name) as member:
             return member.read(limit + 1)
+
+
+def _inside(path: Path, name: str) -> Path:
+    file = path / name
+    if not file.resolve().is_relative_to(path.resolve()):
+        raise BundleError(f"{path}: {name} points outside the bundle")
+    return file
+
+
+@contextmanager
+def _guarded(path: Path, name: str) -> Iterator[None]:
+    """What goes wrong while a file is read, as a BundleError."""
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError, KeyError, IsADirectoryError) as error:
         raise BundleError(f"{path}: {name} is missing: not a bundle, or not a whole one") from error
     except _ZIP_ERRORS as error:
         raise BundleError(f"{path}: {name} cannot be read: {error or type(error).__name__}") from error
+
+
+def _corrupt(path: Path, entry: FileEntry) -> BundleError:
+    return BundleError(
+        f"{path}: {entry.file} is corrupt: its size or SHA-256 is not the manifest's. "
+        "Copy or export the bundle again."
+    )
 
 
 def _is_bundle(path: Path) -> bool:

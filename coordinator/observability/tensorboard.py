@@ -96,7 +96,8 @@ def _masked(data: bytes) -> int:
 
 def _table() -> tuple[int, ...]:
     entries = []
-    for value in range(256):
+    for byte in range(256):
+        value = byte
         for _ in range(8):
             value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
         entries.append(value)

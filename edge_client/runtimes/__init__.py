@@ -31,6 +31,7 @@ _HERE = "edgetrain.edge_client.runtimes"
 # In the order in which they are named to users.
 _BUILT_IN = {
     "onnxruntime": f"{_HERE}.onnxruntime:OnnxRuntime",
+    "executorch": f"{_HERE}.executorch:ExecutorchRuntime",
     "ort-training": f"{_HERE}.ort_training:OrtTrainingRuntime",
     "torch": f"{_HERE}.torch:TorchRuntime",
 }

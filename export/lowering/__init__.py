@@ -6,12 +6,14 @@ from importlib.metadata import entry_points
 
 from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.lowering.base import Lowering
+from edgetrain.export.lowering.executorch import ExecutorchLowering
 from edgetrain.export.lowering.onnx import OnnxLowering
 from edgetrain.export.lowering.ort_training import OrtTrainingLowering
 from edgetrain.export.lowering.torch import TorchLowering
 
 _BUILTIN: dict[str, type[Lowering]] = {
     "onnxruntime": OnnxLowering,
+    "executorch": ExecutorchLowering,
     "ort-training": OrtTrainingLowering,
     "torch": TorchLowering,
 }

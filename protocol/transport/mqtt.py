@@ -161,7 +161,8 @@ class MqttTransport:
             for version in versions:
                 outcome = self._try(version)
                 if isinstance(outcome, _Client):
-                    logger.info("connected to %s:%d by MQTT %s", config.host, config.port, version.name[5:])
+                    number = "5" if version == MQTTProtocolVersion.MQTTv5 else "3.1.1"
+                    logger.info("connected to %s:%d by MQTT %s", config.host, config.port, number)
                     return outcome
             if time.monotonic() + delay > deadline:
                 raise TransportError(

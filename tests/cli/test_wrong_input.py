@@ -82,7 +82,9 @@ def test_bundles_that_are_none(cli, tiny_bundle, tmp_path, command):
 
 
 def test_a_wrong_runtime(cli, tiny_bundle):
-    refused(cli("verify", tiny_bundle, "--runtime", "abacus"), "no program for runtime 'abacus', only for: onnxruntime, ")
+    refused(
+        cli("verify", tiny_bundle, "--runtime", "abacus"), "no program for runtime 'abacus', only for: onnxruntime, "
+    )
 
 
 def test_a_good_bundle(cli, tiny_bundle):
@@ -306,7 +308,7 @@ def test_a_reader_that_goes_away_is_no_error(tiny_bundle):
 def test_what_is_not_installed_is_named_with_its_extra(tiny_bundle):
     code = (
         "import sys\nsys.modules['paho'] = None\n"
-        f"sys.argv = ['edgetrain', 'client', '--name', 'a', '--federation', 'f', '--data', 'd']\n"
+        "sys.argv = ['edgetrain', 'client', '--name', 'a', '--federation', 'f', '--data', 'd']\n"
         "from edgetrain.cli import main\nmain()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

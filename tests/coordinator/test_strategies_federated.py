@@ -11,6 +11,7 @@ from edgetrain.coordinator.adaptation import DeviceRule
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
 from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator.requests import write_request
 from edgetrain.coordinator.rounds import OUTSTANDING
 from edgetrain.coordinator.selection import SelectionConfig
 from edgetrain.edge_client.data import Dataset
@@ -288,3 +289,25 @@ def test_clients_that_are_not_needed_leave_and_come_back(federation):
     # Whoever was away when the run ended came back, saw it, and left.
     longest = max(record.seconds for record in coordinator._directory.records)
     assert all(0.001 <= pause <= 2 * longest for pause in federation.pauses)
+
+
+def test_a_buffered_run_goes_on_after_a_stop(federation):
+    settings = DEFAULTS | {"strategy": "fedbuff", "codec": "topk:0.3|int8"}
+
+    def stop_after_three(event):
+        if isinstance(event, events.RoundEnded) and event.record.round == 3:
+            write_request(federation.directory / "run", "stop")
+
+    rounds = RoundsConfig(total=8, goal=2, deadline_seconds=20, gather_seconds=5)
+    first = federation.coordinator(observe=stop_after_three, **(settings | {"rounds": rounds}))
+    federation.start()
+    assert first.run().status == "stopped"
+    federation.finish()
+    federation.reopen()
+    again = federation.coordinator(**(settings | {"rounds": rounds}))
+    federation.start()
+    summary = again.run()
+    federation.finish()
+    assert (summary.status, summary.rounds) == ("completed", 8)
+    # Those that arrive together may overfill a buffer.
+    assert all(2 <= record.accepted <= 3 for record in again._directory.records)

@@ -28,7 +28,7 @@ def test_messages_arrive_in_order_where_they_were_subscribed_to(wire):
     speaker.publish("u/deep/er", b"last")
     assert received(listener, 51) == [("t/a/x", payload) for payload in payloads] + [("u/deep/er", b"last")]
     assert listener.receive(0) is None
-    assert speaker.bytes_sent == sum(map(len, payloads)) + len(b"not this one" b"last")
+    assert speaker.bytes_sent == sum(map(len, payloads)) + len(b"not this onelast")
     assert listener.bytes_received == sum(map(len, payloads)) + 4
 
 

@@ -1,0 +1,64 @@
+"""Which operator ExecuTorch computes otherwise than torch. Its wheels have kernels that are silently wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+Compile = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
+"""A module and example inputs -> the same function, run by ExecuTorch."""
+
+# Largest error of a tensor, as a share of its largest element.
+TOLERANCE = 1e-4
+
+
+def differs(got: Tensor, expected: Tensor) -> bool:
+    """Whether two results are further apart than rounding explains."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return True
+    if not expected.is_floating_point():
+        return not torch.equal(got, expected)
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    close = torch.isclose(got, expected, rtol=0.0, atol=TOLERANCE * largest + 1e-6, equal_nan=True)
+    return not bool(close.all())
+
+
+def wrong_operator(module: fx.GraphModule, example: Sequence[Tensor], compile_: Compile) -> str | None:
+    """The first operator that gives other numbers than torch on the same input; None if none does.
+
+    All intermediate results are compared first, then the first that differs is run alone: an activation on the
+    kink of a relu may fall to either side without any operator being wrong.
+    """
+    values: dict[fx.Node, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            values[n] = super().run_node(n)
+            return values[n]
+
+    with torch.no_grad():
+        Recorder(module).run(*example)
+    nodes = [n for n in module.graph.nodes if n.op == "call_function" and isinstance(values[n], Tensor)]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(module.graph, copies)
+    graph.output(tuple(copies[n] for n in nodes))
+    results = compile_(fx.GraphModule(module, graph), example)(example)
+    for node, result in zip(nodes, results, strict=True):
+        if differs(result, values[node]) and _wrong_alone(module, node, values, compile_):
+            return str(node.target)
+    return None
+
+
+def _wrong_alone(
+    module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], compile_: Compile
+) -> bool:
+    graph = fx.Graph()
+    inputs = {n: graph.placeholder(n.name) for n in node.all_input_nodes}
+    graph.output((graph.node_copy(node, lambda n: inputs[n]),))
+    example = [values[n].contiguous() for n in inputs]
+    (result,) = compile_(fx.GraphModule(module, graph), example)(example)
+    return differs(result, values[node])
