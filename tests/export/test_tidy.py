@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from edgetrain.export.decompositions import common
 from edgetrain.export.fold import fold_batch_norms
 from edgetrain.export.tidy import simplify
 
@@ -11,7 +12,7 @@ aten = torch.ops.aten
 
 
 def graph_of(function, *values):
-    return make_fx(function)(*values)
+    return make_fx(function, decomposition_table=common())(*values)
 
 
 def targets(module):
