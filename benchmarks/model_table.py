@@ -89,7 +89,7 @@ def main() -> None:
             "# Models, selections, runtimes\n\n"
             f"Written by `python benchmarks/model_table.py`; batch {BATCH}. The gradient error is the "
             "exporter's proof: the largest difference to eager torch of any element of any gradient, as a share of the "
-            "largest element of that gradient. The size is what a device of that runtime downloads; \"ok\" says that "
+            'largest element of that gradient. The size is what a device of that runtime downloads; "ok" says that '
             "the bundle's self-test passed through the session, too (a runtime needs its own environment for that).\n\n"
             "| model | selection | runtime | trainable | KiB | gradient error | |\n|---|---|---|---|---|---|---|\n"
             + "\n".join(rows)

@@ -6,10 +6,9 @@ a rule are replaced by it. So a rule is an ordinary function on tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import math
 
 import torch
 from torch import Tensor, fx
