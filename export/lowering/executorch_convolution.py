@@ -46,7 +46,9 @@ def windows(x: Tensor, rows: Windows, columns: Windows, groups: int, *, taps_fir
     N, C = x.shape[:2]
     if 1 < groups < C and not taps_first:
         # Too many axes for XNNPACK's tensors: one group after the other.
-        return torch.cat([windows(part, rows, columns, 1, taps_first=False) for part in x.split(C // groups, 1)])
+        return torch.cat(
+            [windows(part, rows, columns, 1, taps_first=False) for part in x.split(C // groups, 1)]
+        )
     (top, bottom), (left, right) = rows.padding(x.shape[2]), columns.padding(x.shape[3])
     I, P, K = C // groups, rows.positions * columns.positions, rows.taps * columns.taps
     if top or bottom or left or right:

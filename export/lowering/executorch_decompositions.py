@@ -90,20 +90,20 @@ def leaky_relu_backward(grad: Tensor, x: Tensor, slope: float, is_result: bool) 
 
 
 def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    """x - max - log sum exp."""
+    """X - max - log sum exp."""
     del half_to_float
     shifted = x - x.amax(dim, keepdim=True)
     return shifted - shifted.exp().sum(dim, keepdim=True).log()
 
 
 def log_softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """grad - softmax * sum(grad)."""
+    """Grad - softmax * sum(grad)."""
     del dtype
     return grad - output.exp() * grad.sum(dim, keepdim=True)
 
 
 def softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """output * (grad - sum(output * grad))."""
+    """Output * (grad - sum(output * grad))."""
     del dtype
     product = grad * output
     return product - output * product.sum(dim, keepdim=True)
@@ -190,7 +190,9 @@ def _normal_cdf(x: Tensor) -> Tensor:
     """The normal distribution function to 1.5e-7: Abramowitz & Stegun 1964, formula 7.1.26."""
     z = torch.abs(x) * (1 / math.sqrt(2))
     t = torch.div(torch.ones(()), z * 0.3275911 + 1)
-    polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    polynomial = t * (
+        0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    )
     upper = polynomial * torch.exp(z * -z) * 0.5
     sign = aten.clamp.default(x * STEEP, -1.0, 1.0)
     return sign * (0.5 - upper) + 0.5

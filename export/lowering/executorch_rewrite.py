@@ -30,8 +30,9 @@ MASKED = -1e30
 
 def rewrite(graph: TracedGraph) -> fx.GraphModule:
     """The same function of the same inputs, in the operators of this module's rules."""
+    once = fx.GraphModule(graph.module, fx_graph_cse(graph.module.graph))
     with torch.no_grad():
-        module = make_fx(_Rewriter(graph.module).run)(*graph.example)
+        module = make_fx(_Rewriter(once).run)(*graph.example)
     _tidy(module)
     return module
 
@@ -119,7 +120,9 @@ class _Rewriter(fx.Interpreter):
             return make(*args).contiguous()
 
 
-def _sum(rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def _sum(
+    rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any
+) -> Any:
     """Products with ones."""
     if x.dtype != torch.float32 or x.numel() < SMALL or kwargs:
         return NotImplemented
@@ -127,7 +130,9 @@ def _sum(rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | None = None, keep
     return _weighted_sum(rewriter, x, summed, 1.0, keepdim=keepdim)
 
 
-def _mean(rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def _mean(
+    rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any
+) -> Any:
     """Global pooling, which XNNPACK has, or a sum."""
     if x.dtype != torch.float32 or x.numel() < SMALL or kwargs:
         return NotImplemented
@@ -230,7 +235,11 @@ def _add(rewriter: _Rewriter, a: Tensor, b: Any, *, alpha: float = 1) -> Any:
     if alpha != 1:
         return a + b * alpha
     node = rewriter.node
-    if all(user.target in _SOFTMAX for user in node.users) and rewriter.is_static(1) and isinstance(b, Tensor):
+    if (
+        all(user.target in _SOFTMAX for user in node.users)
+        and rewriter.is_static(1)
+        and isinstance(b, Tensor)
+    ):
         return a + rewriter.now(lambda: b.clamp(min=MASKED))
     return NotImplemented
 
@@ -405,7 +414,13 @@ def _input_gradient(
         mirrored = rewriter.now(lambda: _mirror(_image(weight), geometry.groups))
         return _constant_convolution(rewriter, grad, mirrored, geometry, padding, geometry.stride)
     rest = [
-        size[i] - ((grad.shape[2 + i] - 1) * geometry.stride[i] + geometry.dilation[i] * (geometry.kernel[i] - 1) + 1 - 2 * geometry.padding[i])
+        size[i]
+        - (
+            (grad.shape[2 + i] - 1) * geometry.stride[i]
+            + geometry.dilation[i] * (geometry.kernel[i] - 1)
+            + 1
+            - 2 * geometry.padding[i]
+        )
         for i in range(2)
     ]
     result: Tensor = aten.convolution.default(
