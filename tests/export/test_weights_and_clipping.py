@@ -108,3 +108,16 @@ def test_per_sample_clipping_matches_a_loop_over_samples(tmp_path):
     flat = np.concatenate([got[f"gradients.{e.name}"].ravel() for e in manifest.parameters])
     np.testing.assert_allclose(flat, wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
     assert got["weight_sum"] == 3.5
+
+
+def test_per_sample_clipping_of_separable_convolutions(tmp_path):
+    """Batched by vmap, their gradients come in strides that only one trace has; the export proves them."""
+    module = nn.Sequential(
+        nn.Conv2d(1, 8, (5, 3), stride=2, padding=(2, 1)), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1), nn.ReLU(),
+        nn.AvgPool2d((5, 4)), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+    data = torch.randn(4, 1, 10, 8), torch.arange(4) % 3
+    path = export_bundle(module, LOSS, data, per_sample_clipping=True, out=tmp_path / "b")
+    outputs = manifest_of(path).programs[0].graphs["step_per_sample_clipped"].outputs
+    assert [(spec.name, spec.shape) for spec in outputs][-1] == ("norms", (4,))
