@@ -3,7 +3,8 @@
     python benchmarks/model_table.py [--model NAME] [--runtime NAME]
 
 Exports each combination, which compares every element of every gradient with eager torch, runs the bundle's
-self-test through the session of each runtime that is installed here, and writes docs/model-table.md. A combination that cannot be exported is listed with the reason.
+self-test through the session of each runtime that is installed here, and writes
+docs/model-table.md. A combination that cannot be exported is listed with the reason.
 """
 
 from __future__ import annotations

@@ -138,9 +138,7 @@ def _readable_beyond(vector: Vector) -> Vector:
     return np.concatenate([vector, np.zeros(_OVERREAD // 4, np.float32)])[: vector.size]
 
 
-def _check_tensors(
-    file: str, what: str, found: tuple[TensorSpec, ...], declared: tuple[TensorSpec, ...]
-) -> None:
+def _check_tensors(file: str, what: str, found: tuple[TensorSpec, ...], declared: tuple[TensorSpec, ...]) -> None:
     have = [(spec.dtype, spec.shape) for spec in found]
     if have != [(spec.dtype, spec.shape) for spec in declared]:
         raise SessionError(f"{file}: its {what}s are not the manifest's: {have}")
