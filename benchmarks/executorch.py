@@ -196,8 +196,7 @@ def prepare(contender: str, folder: Path, model: str) -> Callable[[], object]:
         return stock_step(folder)
     if contender == BINDINGS:
         return bindings_step(folder / "bundle")
-    step = session_step(folder / "bundle", contender)
-    return step
+    return session_step(folder / "bundle", contender)
 
 
 def tensors(path: Path) -> tuple[Any, Any, list[Any]]:
