@@ -16,16 +16,12 @@ Memory is the peak resident set of a fresh process that only runs the session.
 
 from __future__ import annotations
 
-import sys
-
-# This file is named as the package that it measures: let the package be found first.
-sys.path.append(sys.path.pop(0))
-
 import argparse
 import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,6 +30,9 @@ from typing import Any
 
 from step_time import ask, eager_step, machine, peak_megabytes, reset_peak, session_step  # type: ignore[import-not-found]
 from step_time import time as clock
+
+# This file has the name of the package that it measures: from here on only the package is found.
+sys.path.remove(str(Path(__file__).resolve().parent))
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "executorch.json"
