@@ -3,7 +3,8 @@
     python benchmarks/model_table.py [--model NAME] [--runtime NAME]
 
 Exports each combination, which compares every element of every gradient with eager torch, runs the bundle's
-self-test through the session of each runtime that is installed here, and writes docs/model-table.md. A combination that cannot be exported is listed with the reason.
+self-test through the session of each runtime that is installed here, and writes
+docs/model-table.md. A combination that cannot be exported is listed with the reason.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def main() -> None:
             "# Models, selections, runtimes\n\n"
             f"Written by `python benchmarks/model_table.py`; batch {BATCH}. The gradient error is the "
             "exporter's proof: the largest difference to eager torch of any element of any gradient, as a share of the "
-            "largest element of that gradient. The size is what a device of that runtime downloads; \"ok\" says that "
+            'largest element of that gradient. The size is what a device of that runtime downloads; "ok" says that '
             "the bundle's self-test passed through the session, too (a runtime needs its own environment for that).\n\n"
             "| model | selection | runtime | trainable | KiB | gradient error | |\n|---|---|---|---|---|---|---|\n"
             + "\n".join(rows)

@@ -64,9 +64,7 @@ def start_broker(kind: BrokerKind | None = None, *, port: int = 0) -> LocalBroke
 
 def find_mosquitto() -> str | None:
     """Path of the mosquitto program; Debian puts it where users' PATH does not look."""
-    return shutil.which(
-        "mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    )
+    return shutil.which("mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 
 
 def free_port() -> int:
@@ -102,9 +100,7 @@ class Mosquitto:
             encoding="ascii",
         )
         with log.open("wb") as output:
-            self._process = spawn(
-                [program, "-c", str(config)], stdout=output, stderr=output, stdin=subprocess.DEVNULL
-            )
+            self._process = spawn([program, "-c", str(config)], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         try:
             _wait_until_open(port, alive=lambda: self._process.poll() is None)
         except BrokerError as error:
@@ -166,9 +162,7 @@ class EmbeddedBroker:
         try:
             from amqtt.broker import Broker  # noqa: PLC0415
         except ImportError as error:
-            raise BrokerError(
-                "the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'"
-            ) from error
+            raise BrokerError("the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'") from error
         for name in ("amqtt", "transitions"):
             # It calls it an error when a client just goes away.
             logging.getLogger(name).setLevel(logging.CRITICAL)

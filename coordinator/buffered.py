@@ -57,9 +57,7 @@ class BufferedCoordinator(Coordinator):
             if accepted >= rounds.goal or (accepted >= rounds.least and now >= state.deadline_at):
                 return True
             if rounds.idle_timeout_seconds and now - started > rounds.idle_timeout_seconds:
-                raise RoundFailed(
-                    f"buffer {number}: {accepted} of {rounds.goal} updates after {now - started:.0f} s"
-                )
+                raise RoundFailed(f"buffer {number}: {accepted} of {rounds.goal} updates after {now - started:.0f} s")
             return False
 
         self._pump(closed)

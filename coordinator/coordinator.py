@@ -92,9 +92,7 @@ class Coordinator:
         observe: events.Observer = lambda _event: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._downlink = Downlink(
-            CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest)
-        )
+        self._downlink = Downlink(CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest))
         self._config = config
         self._bundle = bundle
         self._transport = transport
@@ -280,9 +278,7 @@ class Coordinator:
         )
         opened = collection.open(
             self._directory,
-            RoundOpened(
-                run=self._directory.run, round=number, nonce=os.urandom(16), parameters=release.digest
-            ),
+            RoundOpened(run=self._directory.run, round=number, nonce=os.urandom(16), parameters=release.digest),
         )
         state = Round(
             number,
@@ -309,9 +305,7 @@ class Coordinator:
             else None,
             vector=release.digest,
             parameters=self._blobs.add(release.whole),
-            patches=tuple(
-                Patch(base=patch.base, blob=self._blobs.add(patch.data)) for patch in release.patches
-            ),
+            patches=tuple(Patch(base=patch.base, blob=self._blobs.add(patch.data)) for patch in release.patches),
         )
 
     def _release(self, number: int) -> Release:
@@ -340,9 +334,7 @@ class Coordinator:
             if ready + accepted >= rounds.goal:
                 return True
             # If only those are here whose updates an earlier process has accepted, the round ends as at its deadline.
-            if ready + accepted >= rounds.least and waited >= (
-                patience if ready else rounds.deadline_seconds
-            ):
+            if ready + accepted >= rounds.least and waited >= (patience if ready else rounds.deadline_seconds):
                 return True
             if rounds.idle_timeout_seconds and waited > rounds.idle_timeout_seconds:
                 raise RoundFailed(
@@ -377,15 +369,11 @@ class Coordinator:
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
         self._dismiss(current)
-        parameters, server_state = self._strategy.finish(
-            collection.partial, self._parameters, self._server_state
-        )
+        parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
         evaluation = (
-            self._evaluate_after(state.number, parameters)
-            if due or state.number >= self._config.rounds.total
-            else None
+            self._evaluate_after(state.number, parameters) if due or state.number >= self._config.rounds.total else None
         )
         now = self._clock()
         bytes_up, bytes_down = self._traffic()

@@ -328,6 +328,4 @@ class Intake:
 
 
 def _accepted(offer: Offer, come_back: float) -> Verdict:
-    return Verdict(
-        round=offer.round, digest=offer.update.digest, accepted=True, come_back_seconds=come_back
-    )
+    return Verdict(round=offer.round, digest=offer.update.digest, accepted=True, come_back_seconds=come_back)

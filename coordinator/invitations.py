@@ -125,9 +125,7 @@ class Invitations:
             seed=self._config.seed,
         )
 
-    def evaluation_plan(
-        self, number: int, parameters: Vector, reference: BlobRef, deadline_seconds: float
-    ) -> Plan:
+    def evaluation_plan(self, number: int, parameters: Vector, reference: BlobRef, deadline_seconds: float) -> Plan:
         """What clients are asked to evaluate: the parameters after round `number`."""
         return Plan(
             run=self._run,

@@ -56,7 +56,11 @@ def _apart(told: float | None, now: float | None, by: float) -> bool:
 def _network() -> str:
     """The kind of the fastest guess: the first interface that is up and not the loopback."""
     kinds = {"wl": "wifi", "en": "ethernet", "eth": "ethernet", "ww": "cellular", "rmnet": "cellular"}
-    for name, stats in sorted(psutil.net_if_stats().items()):
+    try:
+        interfaces = psutil.net_if_stats()
+    except OSError:  # Android and emulators do not let everybody ask
+        return ""
+    for name, stats in sorted(interfaces.items()):
         if stats.isup:
             for prefix, kind in kinds.items():
                 if name.startswith(prefix):

@@ -75,9 +75,7 @@ def number(term: str, options: dict[str, str], key: str, default: float) -> floa
     return value
 
 
-def targets(
-    module: nn.Module, term: str, options: dict[str, str], fits: Callable[[nn.Module], bool]
-) -> list[str]:
+def targets(module: nn.Module, term: str, options: dict[str, str], fits: Callable[[nn.Module], bool]) -> list[str]:
     """Paths of the layers that fit and that `target` names; no other option may be left."""
     target = options.pop("target", "")
     if options:

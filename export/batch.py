@@ -138,8 +138,7 @@ def read_example(example_batch: Any, micro_batch: int | None) -> Example:
     target = micro_batch or size
     rows = torch.arange(target) % size
     inputs, targets = (
-        replace(half, tensors=tuple(leaf[rows].contiguous() for leaf in half.tensors))
-        for half in (inputs, targets)
+        replace(half, tensors=tuple(leaf[rows].contiguous() for leaf in half.tensors)) for half in (inputs, targets)
     )
     return Example(inputs, targets, target)
 
@@ -236,9 +235,7 @@ def flatten_outputs(outputs: Any) -> dict[str, Tensor]:
     return found
 
 
-def call_module(
-    module: nn.Module, state: Mapping[str, Tensor], example: Example, inputs: tuple[Tensor, ...]
-) -> Any:
+def call_module(module: nn.Module, state: Mapping[str, Tensor], example: Example, inputs: tuple[Tensor, ...]) -> Any:
     """`module(*inputs)` with the parameters named in `state` replaced, wherever they are tied or shared."""
     args, kwargs = example.inputs.call_arguments(inputs)
     with replaced(module, state):

@@ -130,9 +130,7 @@ def _indices(sizes: Sequence[int]) -> list[list[int]]:
     return indices
 
 
-def as_strided(
-    x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
-) -> Tensor:
+def as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
     """Elements by their position in a contiguous tensor."""
     return x.reshape(-1)[_positions(size, stride, storage_offset or 0)].reshape(size)
 
@@ -168,9 +166,7 @@ def hardshrink_backward(grad: Tensor, x: Tensor, lambd: float) -> Tensor:
     return torch.where(x.abs() > lambd, grad, torch.zeros_like(grad))
 
 
-def weight_norm_backward(
-    grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
+def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Salimans and Kingma 2016, equation 3: gradients by the direction v and the length g."""
     dims = [d for d in range(v.ndim) if d != dim]
     norms = norms.reshape(g.shape)

@@ -170,9 +170,7 @@ def _ignored(loss: Loss, targets: object, shape: tuple[int, ...], asked: int | N
     """The target value that weighs nothing, where targets line up with the losses."""
     fits = isinstance(targets, Tensor) and not targets.is_floating_point() and tuple(targets.shape) == shape
     if asked is not None and not fits:
-        raise BatchError(
-            f"ignore_index={asked} needs one tensor of integer targets in the losses' shape {list(shape)}"
-        )
+        raise BatchError(f"ignore_index={asked} needs one tensor of integer targets in the losses' shape {list(shape)}")
     found = getattr(loss, "ignore_index", None) if asked is None else asked
     return found if fits and isinstance(found, int) else None
 

@@ -115,9 +115,7 @@ def _config(path: str) -> Any:
             raise SourceError(f"{file} is not JSON: {error}") from error
         kind = fields.get("model_type") if isinstance(fields, dict) else None
         if kind not in types:
-            raise SourceError(
-                f"{file}: model_type {kind!r} is unknown to transformers {transformers.__version__}"
-            )
+            raise SourceError(f"{file}: model_type {kind!r} is unknown to transformers {transformers.__version__}")
         return types[kind].from_dict(fields)
     if path in types:
         return types[path]()

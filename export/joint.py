@@ -102,9 +102,7 @@ class Evaluation(NamedTuple):
     def sums(self) -> dict[str, Tensor]:
         """The weighted sums that a graph gives, in its order."""
         losses = self.losses.detach()
-        metrics = {
-            f"metrics.{name}": weighted_sum(value, self.weights) for name, value in self.values.items()
-        }
+        metrics = {f"metrics.{name}": weighted_sum(value, self.weights) for name, value in self.values.items()}
         return {"loss_sum": (losses * self.weights).sum(), "weight_sum": self.weights.sum(), **metrics}
 
 
@@ -138,9 +136,7 @@ def trace_step(problem: Problem, decompositions: Decompositions) -> TracedGraph:
 def trace_eval(problem: Problem, decompositions: Decompositions) -> TracedGraph:
     """The step without gradients."""
 
-    def evaluate(
-        parameters: Sequence[Tensor], leaves: Sequence[Tensor], weights: Tensor
-    ) -> dict[str, Tensor]:
+    def evaluate(parameters: Sequence[Tensor], leaves: Sequence[Tensor], weights: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             return problem.evaluate(parameters, leaves, weights).sums()
 
@@ -168,9 +164,7 @@ def trace_step_per_sample_clipped(problem: Problem, decompositions: Decompositio
     def of_sample(
         parameters: tuple[Tensor, ...], leaves: tuple[Tensor, ...], weights: Tensor
     ) -> tuple[Tensor, Evaluation]:
-        evaluation = problem.evaluate(
-            parameters, [leaf.unsqueeze(0) for leaf in leaves], weights.unsqueeze(0)
-        )
+        evaluation = problem.evaluate(parameters, [leaf.unsqueeze(0) for leaf in leaves], weights.unsqueeze(0))
         losses, weights, values = evaluation
         alone = Evaluation(losses[0].detach(), weights[0], {key: value[0] for key, value in values.items()})
         return (losses * weights.unsqueeze(0)).sum(), alone
@@ -186,9 +180,7 @@ def trace_step_per_sample_clipped(problem: Problem, decompositions: Decompositio
         return Evaluation(*evaluation).sums() | _named(problem, clipped) | {"norms": norms}
 
     leaves = problem.example.leaves
-    return _trace(
-        "step_per_sample_clipped", problem, step, leaves, decompositions, {CLIP_NORM: problem.clip_norm}
-    )
+    return _trace("step_per_sample_clipped", problem, step, leaves, decompositions, {CLIP_NORM: problem.clip_norm})
 
 
 def _gradients(evaluation: Evaluation, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -65,8 +65,7 @@ def merge(
     elif out.suffix == ".pt":
         if module is None:
             raise MergeError(
-                f"{out}: a state_dict needs the module that was exported: give it (--model SOURCE), "
-                "or write .onnx"
+                f"{out}: a state_dict needs the module that was exported: give it (--model SOURCE), or write .onnx"
             )
         data = _state_dict(opened.manifest, vector, module, inputs, expected)
     else:
@@ -91,8 +90,7 @@ def read_parameters(parameters: str | os.PathLike[str] | npt.ArrayLike, manifest
         vector = np.asarray(parameters, dtype=np.float32)
     if vector.shape != (manifest.num_parameters,):
         raise MergeError(
-            f"the parameters have shape {list(vector.shape)}, bundle {manifest.name!r} has "
-            f"{manifest.num_parameters}"
+            f"the parameters have shape {list(vector.shape)}, bundle {manifest.name!r} has {manifest.num_parameters}"
         )
     if not np.isfinite(vector).all():
         raise MergeError("the parameters hold values that are NaN or infinite")
@@ -138,13 +136,10 @@ def _example_inputs(bundle: Bundle) -> dict[str, Array]:
     return inputs
 
 
-def _run_infer(
-    manifest: Manifest, infer: bytes, vector: Vector, inputs: dict[str, Array]
-) -> dict[str, Array]:
+def _run_infer(manifest: Manifest, infer: bytes, vector: Vector, inputs: dict[str, Array]) -> dict[str, Array]:
     graph = manifest.program("onnxruntime").graphs["infer"]
     arrays: list[Array] = [
-        vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
-        for entry in manifest.parameters
+        vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape) for entry in manifest.parameters
     ]
     arrays += [inputs[spec.name] for spec in graph.inputs[len(arrays) :]]
     outputs = OnnxLowering().load(LoweredGraph(file="infer.onnx", data=infer))(arrays)
@@ -192,9 +187,7 @@ def _state_dict(
         )
     merged = prepared.adapters.merged(
         {
-            entry.name: torch.from_numpy(
-                vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape).copy()
-            )
+            entry.name: torch.from_numpy(vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape).copy())
             for entry in manifest.parameters
         }
     )
@@ -207,9 +200,7 @@ def _state_dict(
     return buffer.getvalue()
 
 
-def _first_difference(
-    have: list[tuple[str, tuple[int, ...]]], want: list[tuple[str, tuple[int, ...]]]
-) -> str:
+def _first_difference(have: list[tuple[str, tuple[int, ...]]], want: list[tuple[str, tuple[int, ...]]]) -> str:
     for ours, theirs in zip(have, want, strict=False):
         if ours != theirs:
             return f"{ours[0]} {list(ours[1])} instead of {theirs[0]} {list(theirs[1])}"

@@ -58,9 +58,7 @@ def default_metrics(outputs: Any, targets: Any, weights_shape: tuple[int, ...]) 
     return {"correct": correct}
 
 
-def check_metrics(
-    metrics: Mapping[str, Metric], outputs: Any, targets: Any, weights_shape: tuple[int, ...]
-) -> None:
+def check_metrics(metrics: Mapping[str, Metric], outputs: Any, targets: Any, weights_shape: tuple[int, ...]) -> None:
     """Runs every metric once on the example.
 
     Raises:

@@ -205,9 +205,7 @@ def replication_pad_backward(grad: Tensor, x: Tensor, padding: Sequence[int]) ->
 
 
 def _upsample_backward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def backward(
-        grad: Tensor, output_size: Sequence[int], input_size: Sequence[int], *options: Any
-    ) -> Tensor:
+    def backward(grad: Tensor, output_size: Sequence[int], input_size: Sequence[int], *options: Any) -> Tensor:
         """Products with the resizing matrices, which the forward operator itself yields from unit vectors."""
         rank = len(output_size)
         # With align_corners or cubic first, then one scale per dimension.

@@ -68,9 +68,7 @@ def prepare(module: nn.Module, selection: str) -> Prepared:
     frozen: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         if name in names and not parameter.is_floating_point():
-            raise SelectionError(
-                f"{name} holds {parameter.dtype} and cannot learn; exclude it with '!{name}'"
-            )
+            raise SelectionError(f"{name} holds {parameter.dtype} and cannot learn; exclude it with '!{name}'")
         parameter.requires_grad_(False)
         (trainable if name in names else frozen)[name] = parameter.detach()
     _describe_norms(module, trainable, notes)
@@ -97,9 +95,7 @@ def _copy(module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise UnsupportedError(f"the model must be a torch.nn.Module, got a {type(module).__name__}")
     if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedError(
-            "the model is a TorchScript module; export the nn.Module that it was made from"
-        )
+        raise UnsupportedError("the model is a TorchScript module; export the nn.Module that it was made from")
     try:
         return copy.deepcopy(module).cpu()
     except (RuntimeError, TypeError) as error:
@@ -110,9 +106,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _convert_dtypes(module: nn.Module, notes: list[str]) -> None:
-    others = sorted(
-        {str(p.dtype).removeprefix("torch.") for p in _floats(module) if p.dtype != torch.float32}
-    )
+    others = sorted({str(p.dtype).removeprefix("torch.") for p in _floats(module) if p.dtype != torch.float32})
     if others:
         module.float()
         notes.append(f"parameters and buffers of {', '.join(others)} were converted to float32")

@@ -18,9 +18,7 @@ logger = logging.getLogger(__name__)
 Trace = Callable[[Problem, Decompositions], TracedGraph]
 
 
-def make_program(
-    lowering: Lowering, problem: Problem, expected: parity.Expected, files: dict[str, bytes]
-) -> Program:
+def make_program(lowering: Lowering, problem: Problem, expected: parity.Expected, files: dict[str, bytes]) -> Program:
     """All graphs of one runtime, proven; their files are added to `files`.
 
     Raises:
@@ -99,9 +97,7 @@ class Translator:
         try:
             return graph, self._lowering.lower(graph)
         except OperatorError as error:
-            raise locate.no_translation(
-                self._original, self._lowering.runtime, error.operator, error.cause
-            ) from error
+            raise locate.no_translation(self._original, self._lowering.runtime, error.operator, error.cause) from error
 
 
 def _entry(runtime: str, graph: TracedGraph, lowered: LoweredGraph, files: dict[str, bytes]) -> Graph:

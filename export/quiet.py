@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 _LOGGERS = (
     "torch",
+    "torch.__trace",
     "torch.onnx",
     "torch.export",
     "torch.fx.experimental.symbolic_shapes",

@@ -79,9 +79,7 @@ def _load_function(path: Path, name: str) -> Callable[..., Any]:
         sys.path.remove(folder)
     function = getattr(module, name, None)
     if not callable(function):
-        found = sorted(
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        )
+        found = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise SourceError(f"{path} has no function {name!r}; it has: {', '.join(found) or 'none'}")
     return function  # type: ignore[no-any-return]  # callable() was checked
 

@@ -60,6 +60,9 @@ def simplify(module: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target in _ALIASES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is aten.view.default:
+            # Whether a view is possible depends on strides, which another trace may choose differently.
+            node.target = aten.reshape.default
         elif node.target in _ARITHMETIC and isinstance(node.args[0], int | float):
             with graph.inserting_before(node):
                 # As a tensor: some translators read a number in first place as the wrong type.

@@ -33,9 +33,7 @@ class VersionError(MessageError):
     """The envelope is of another protocol version; `sender` is who claims to have sent it."""
 
     def __init__(self, sender: str, version: int) -> None:
-        super().__init__(
-            f"{sender} speaks protocol version {version}, this edgetrain speaks {PROTOCOL_VERSION}"
-        )
+        super().__init__(f"{sender} speaks protocol version {version}, this edgetrain speaks {PROTOCOL_VERSION}")
         self.sender = sender
         self.version = version
 
@@ -141,6 +139,4 @@ def verify(envelope: Envelope, federation: str, public_key: bytes) -> None:
             envelope.signature, _signed_bytes(federation, envelope.sender, envelope.body)
         )
     except (InvalidSignature, ValueError) as error:
-        raise SignatureError(
-            f"the signature of {envelope.sender!r} is not right: forged or damaged"
-        ) from error
+        raise SignatureError(f"the signature of {envelope.sender!r} is not right: forged or damaged") from error

@@ -143,9 +143,7 @@ class PrometheusServer:
         try:
             self._server = http.server.ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
-            raise CoordinatorError(
-                f"observability.prometheus_port: cannot listen on {host}:{port}: {error}"
-            ) from error
+            raise CoordinatorError(f"observability.prometheus_port: cannot listen on {host}:{port}: {error}") from error
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="prometheus", daemon=True)

@@ -35,6 +35,10 @@ from edgetrain.protocol.manifest import Graph, Manifest, TensorSpec
 
 # XNNPACK reads up to this far beyond the end of an input.
 _OVERREAD = 64
+# What the kernels that read indices say when one is out of range.
+_BAD_INDEX = re.compile(
+    r"operator aten::(embedding|gather|index|index_put|index_select|nll_loss\w*|scatter\w*)\.", re.IGNORECASE
+)
 
 
 class ExecutorchRuntime:
@@ -121,7 +125,7 @@ class _ExecutorchGraph:
         try:
             self._program.run()
         except ProgramError as error:
-            if re.search(r"out of (bounds|range)|indices?\b.*(out|<|>=)|not in range", str(error)):
+            if _BAD_INDEX.search(str(error)):
                 raise DataError(f"an index in the batch is out of range: {self._file}: {error}") from error
             raise SessionError(f"executorch failed in {self._file}: {error}") from error
 
@@ -134,9 +138,7 @@ def _readable_beyond(vector: Vector) -> Vector:
     return np.concatenate([vector, np.zeros(_OVERREAD // 4, np.float32)])[: vector.size]
 
 
-def _check_tensors(
-    file: str, what: str, found: tuple[TensorSpec, ...], declared: tuple[TensorSpec, ...]
-) -> None:
+def _check_tensors(file: str, what: str, found: tuple[TensorSpec, ...], declared: tuple[TensorSpec, ...]) -> None:
     have = [(spec.dtype, spec.shape) for spec in found]
     if have != [(spec.dtype, spec.shape) for spec in declared]:
         raise SessionError(f"{file}: its {what}s are not the manifest's: {have}")

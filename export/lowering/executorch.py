@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.fx.traceback import NodeSource
 
 from edgetrain.export.decompositions import Decompositions
 from edgetrain.export.errors import OperatorError
@@ -53,7 +55,7 @@ class ExecutorchLowering:
         """
         # A dimension of size 1 may have any stride; ExecuTorch would take some for channels-last.
         example = tuple(torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) for tensor in graph.example)
-        with quiet(), torch.no_grad():
+        with quiet(), _without_history(), torch.no_grad():
             module = rewrite(replace(graph, example=example))
             data, planned = _compile(module, example)
             self._prove(graph.module, module, example, data)
@@ -69,11 +71,12 @@ class ExecutorchLowering:
 
         return run
 
-    def _prove(
-        self, traced: fx.GraphModule, rewritten: fx.GraphModule, example: Sequence[Tensor], data: bytes
-    ) -> None:
+    def _prove(self, traced: fx.GraphModule, rewritten: fx.GraphModule, example: Sequence[Tensor], data: bytes) -> None:
         expected = traced(*example)
-        got = _load(data)(example)
+        run = _load(data)
+        run(example)
+        # The second run works in memory that the first has used, as every later one will.
+        got = run(example)
         if not any(differs(result, value) for result, value in zip(got, expected, strict=True)):
             return
 
@@ -128,10 +131,32 @@ def _compile(module: fx.GraphModule, example: tuple[Tensor, ...]) -> tuple[bytes
         if missing:
             raise OperatorError(missing[1], "ExecuTorch has no kernel for it") from error
         raise
-    return program.buffer, _planned_memory(program)
-
-
-def _planned_memory(program: Any) -> int:
-    """Bytes of all arenas of the program's one method."""
     plan = program.executorch_program.execution_plan[0]
-    return int(sum(plan.non_const_buffer_sizes))
+    _check_kernels(plan)
+    return program.buffer, sum(plan.non_const_buffer_sizes)
+
+
+def _check_kernels(plan: Any) -> None:
+    from executorch.extension.pybindings.portable_lib import _get_operator_names  # noqa: PLC0415
+
+    known = set(_get_operator_names())
+    for operator in plan.operators:
+        name = f"{operator.name}.{operator.overload}" if operator.overload else operator.name
+        if name not in known:
+            raise OperatorError(name, "ExecuTorch has no kernel for it")
+
+
+@contextmanager
+def _without_history() -> Iterator[None]:
+    """Nodes do not remember what they were made from: copying that over dozens of passes takes longest of all."""
+    original = NodeSource.__init__
+
+    def forget(self: NodeSource, *_args: Any, **_options: Any) -> None:
+        self.pass_name, self.action, self.from_node = "", [], []
+        self.node_info = self._dict = self._action_string = None
+
+    NodeSource.__init__ = forget  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        NodeSource.__init__ = original  # type: ignore[method-assign]

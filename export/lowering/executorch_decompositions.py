@@ -41,9 +41,7 @@ def decompositions() -> Decompositions:
         aten._log_softmax.default: log_softmax,  # noqa: SLF001
         aten._log_softmax_backward_data.default: log_softmax_backward,  # noqa: SLF001
         aten._softmax_backward_data.default: softmax_backward,  # noqa: SLF001
-        aten.embedding_dense_backward.default: _unless_large(
-            embedding_backward, aten.embedding_dense_backward.default
-        ),
+        aten.embedding_dense_backward.default: _unless_large(embedding_backward, aten.embedding_dense_backward.default),
         aten.gelu.default: gelu,
         aten.gelu_backward.default: gelu_backward,
         aten.hardtanh_backward.default: hardtanh_backward,
@@ -70,7 +68,8 @@ def _unless_large(form: Callable[..., Any], operator: _Operator) -> Callable[...
 
 def positive(x: Tensor) -> Tensor:
     """1 where x > 0, else 0, as float32."""
-    return aten.clamp.default(x * STEEP, 0.0, 1.0)
+    ones: Tensor = aten.clamp.default(x * STEEP, 0.0, 1.0)
+    return ones
 
 
 def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
@@ -90,20 +89,20 @@ def leaky_relu_backward(grad: Tensor, x: Tensor, slope: float, is_result: bool) 
 
 
 def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    """x - max - log sum exp."""
+    """X - max - log sum exp."""
     del half_to_float
     shifted = x - x.amax(dim, keepdim=True)
     return shifted - shifted.exp().sum(dim, keepdim=True).log()
 
 
 def log_softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """grad - softmax * sum(grad)."""
+    """Grad - softmax * sum(grad)."""
     del dtype
     return grad - output.exp() * grad.sum(dim, keepdim=True)
 
 
 def softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """output * (grad - sum(output * grad))."""
+    """Output * (grad - sum(output * grad))."""
     del dtype
     product = grad * output
     return product - output * product.sum(dim, keepdim=True)
@@ -111,7 +110,8 @@ def softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype)
 
 def one_hot(indices: Tensor, classes: int) -> Tensor:
     """Float rows of the identity: [*] -> [*, classes]. An index outside stops the program."""
-    return aten.embedding.default(torch.eye(classes), indices)
+    rows: Tensor = aten.embedding.default(torch.eye(classes), indices)
+    return rows
 
 
 def _valid(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ def _normal_cdf(x: Tensor) -> Tensor:
     t = torch.div(torch.ones(()), z * 0.3275911 + 1)
     polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     upper = polynomial * torch.exp(z * -z) * 0.5
-    sign = aten.clamp.default(x * STEEP, -1.0, 1.0)
+    sign: Tensor = aten.clamp.default(x * STEEP, -1.0, 1.0)
     return sign * (0.5 - upper) + 0.5
 
 

@@ -45,20 +45,39 @@ def wrong_operator(module: fx.GraphModule, example: Sequence[Tensor], compile_: 
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(module.graph, copies)
-    graph.output(tuple(copies[n] for n in nodes))
-    results = compile_(fx.GraphModule(module, graph), example)(example)
+    results = _run(module, graph, [(copies[n], values[n]) for n in nodes], example, compile_)
     for node, result in zip(nodes, results, strict=True):
         if differs(result, values[node]) and _wrong_alone(module, node, values, compile_):
             return str(node.target)
     return None
 
 
-def _wrong_alone(
-    module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], compile_: Compile
-) -> bool:
+def _wrong_alone(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], compile_: Compile) -> bool:
     graph = fx.Graph()
     inputs = {n: graph.placeholder(n.name) for n in node.all_input_nodes}
-    graph.output((graph.node_copy(node, lambda n: inputs[n]),))
+    copy = graph.node_copy(node, lambda n: inputs[n])
     example = [values[n].contiguous() for n in inputs]
-    (result,) = compile_(fx.GraphModule(module, graph), example)(example)
+    (result,) = _run(module, graph, [(copy, values[node])], example, compile_)
     return differs(result, values[node])
+
+
+def _run(
+    module: fx.GraphModule,
+    graph: fx.Graph,
+    results: Sequence[tuple[fx.Node, Tensor]],
+    example: Sequence[Tensor],
+    compile_: Compile,
+) -> Sequence[Tensor]:
+    """What each node gives in the second run, in memory that the first has used.
+
+    Results go through a product with 1, or they would be in the fresh memory of outputs.
+    """
+    graph.output(
+        tuple(
+            graph.call_function(torch.ops.aten.mul.Tensor, (node, 1.0)) if value.is_floating_point() else node
+            for node, value in results
+        )
+    )
+    run = compile_(fx.GraphModule(module, graph), example)
+    run(example)
+    return run(example)

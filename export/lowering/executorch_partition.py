@@ -26,4 +26,3 @@ def partitioner() -> Any:
     """The partitioner for one program."""
     configs = [BorderViewConfig if c is ViewCopyConfig else c for c in ALL_PARTITIONER_CONFIGS]
     return XnnpackPartitioner(configs=configs)
-

@@ -97,7 +97,10 @@ def max_pool_backward(
 
 def _spread(parts: Sequence[Tensor], found: Sequence[Windows], size: Sequence[int]) -> Tensor:
     """Adds every part at the input positions that its tap saw."""
-    tiled = all(w.first == 0 and w.spacing == 1 and w.step == w.taps and w.positions * w.step <= s for w, s in zip(found, size, strict=True))
+    tiled = all(
+        w.first == 0 and w.spacing == 1 and w.step == w.taps and w.positions * w.step <= s
+        for w, s in zip(found, size, strict=True)
+    )
     if tiled:
         whole = interleave(parts, [w.step for w in found])
         rest = [size[i] - whole.shape[2 + i] for i in range(2)]

@@ -6,10 +6,9 @@ a rule are replaced by it. So a rule is an ordinary function on tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import math
 
 import torch
 from torch import Tensor, fx
@@ -31,8 +30,9 @@ MASKED = -1e30
 
 def rewrite(graph: TracedGraph) -> fx.GraphModule:
     """The same function of the same inputs, in the operators of this module's rules."""
+    once = fx.GraphModule(graph.module, fx_graph_cse(graph.module.graph))
     with torch.no_grad():
-        module = make_fx(_Rewriter(graph.module).run)(*graph.example)
+        module = make_fx(_Rewriter(once).run)(*graph.example)
     _tidy(module)
     return module
 
@@ -103,8 +103,10 @@ class _Rewriter(fx.Interpreter):
         """Of the current call's (first) result, computed now."""
         with disable_proxy_modes_tracing():
             arguments = fx.node.map_arg(self.node.args, lambda node: self.env[node])
+            assert callable(self.node.target), "a call"
             result = self.node.target(*arguments, **self.node.kwargs)
-        return (result[0] if isinstance(result, tuple) else result).shape
+        first: Tensor = result[0] if isinstance(result, tuple) else result
+        return first.shape
 
     def constant(self, make: Callable[..., Tensor], *args: Any) -> Tensor:
         """A tensor that is computed now; the same for the same call."""
@@ -120,7 +122,9 @@ class _Rewriter(fx.Interpreter):
             return make(*args).contiguous()
 
 
-def _sum(rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def _sum(
+    rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any
+) -> Any:
     """Products with ones."""
     if x.dtype != torch.float32 or x.numel() < SMALL or kwargs:
         return NotImplemented
@@ -128,7 +132,9 @@ def _sum(rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | None = None, keep
     return _weighted_sum(rewriter, x, summed, 1.0, keepdim=keepdim)
 
 
-def _mean(rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def _mean(
+    rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any
+) -> Any:
     """Global pooling, which XNNPACK has, or a sum."""
     if x.dtype != torch.float32 or x.numel() < SMALL or kwargs:
         return NotImplemented
@@ -220,7 +226,7 @@ def _unsqueeze(rewriter: _Rewriter, x: Tensor, dim: int) -> Tensor:
     return x.reshape([*x.shape[:dim], 1, *x.shape[dim:]])
 
 
-def _squeeze(rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | int) -> Tensor:
+def _squeeze(_rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | int) -> Tensor:
     dims = [dims] if isinstance(dims, int) else dims
     gone = {dim % x.ndim for dim in dims if x.shape[dim] == 1}
     return x.reshape([size for dim, size in enumerate(x.shape) if dim not in gone])
@@ -265,7 +271,7 @@ def _batch_norm(
     var: Tensor,
     *rest: Any,
 ) -> Any:
-    """With running statistics: a scale and a shift. (What can be folded into a convolution was folded before.)"""
+    """With running statistics: a scale and a shift; what a convolution could take was folded before."""
     training, eps = (False, rest[1]) if len(rest) == 2 else (rest[0], rest[2])
     if training:
         return NotImplemented
@@ -318,9 +324,7 @@ def _convolution(
     if rewriter.is_static(1):
         if rewriter.is_static(2):
             return NotImplemented
-        y = aten.convolution.default(
-            x, weight, None, stride, padding, dilation, transposed, output_padding, groups
-        )
+        y = aten.convolution.default(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
     else:
         geometry = _geometry(weight, stride, padding, dilation, groups)
         shape = rewriter.shape()
@@ -406,7 +410,13 @@ def _input_gradient(
         mirrored = rewriter.now(lambda: _mirror(_image(weight), geometry.groups))
         return _constant_convolution(rewriter, grad, mirrored, geometry, padding, geometry.stride)
     rest = [
-        size[i] - ((grad.shape[2 + i] - 1) * geometry.stride[i] + geometry.dilation[i] * (geometry.kernel[i] - 1) + 1 - 2 * geometry.padding[i])
+        size[i]
+        - (
+            (grad.shape[2 + i] - 1) * geometry.stride[i]
+            + geometry.dilation[i] * (geometry.kernel[i] - 1)
+            + 1
+            - 2 * geometry.padding[i]
+        )
         for i in range(2)
     ]
     result: Tensor = aten.convolution.default(

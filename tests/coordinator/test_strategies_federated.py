@@ -83,9 +83,7 @@ def simulated(bundle, config):
 def test_a_federation_computes_what_the_simulation_computes(federation, bundle, strategy):
     coordinator, summary = run(federation, strategy=strategy)
     assert (summary.rounds, summary.updates) == (3, 9)
-    expected = simulated(
-        bundle, SimulationConfig(rounds=3, clients_per_round=3, training=TRAINING, strategy=strategy)
-    )
+    expected = simulated(bundle, SimulationConfig(rounds=3, clients_per_round=3, training=TRAINING, strategy=strategy))
     # The samples of a batch are in another order: float32 sums differ in the last bits.
     np.testing.assert_allclose(coordinator._parameters, expected, rtol=2e-3, atol=2e-5)
     assert np.abs(expected - Bundle(bundle).initial_parameters()).max() > 0.01
@@ -175,9 +173,7 @@ def test_weak_devices_get_less_to_do(federation):
     run(federation, devices=rules, strategy="fednova", rounds=RoundsConfig(total=1, goal=3))
     rows = (federation.directory / "run" / "clients.csv").read_text().splitlines()
     names = rows[0].split(",")
-    seen = {
-        row["client"]: row for row in (dict(zip(names, line.split(","), strict=True)) for line in rows[1:])
-    }
+    seen = {row["client"]: row for row in (dict(zip(names, line.split(","), strict=True)) for line in rows[1:])}
     assert {name: int(row["steps"]) for name, row in seen.items()} == {
         "client-0": 1,
         "client-1": 1,
@@ -270,8 +266,7 @@ def test_one_who_stays_away_is_banned_and_comes_back(federation, monkeypatch):
         selection=selection,
     )
     invited = [
-        json.loads(line)["invited"]
-        for line in (federation.directory / "run" / "rounds.jsonl").read_text().splitlines()
+        json.loads(line)["invited"] for line in (federation.directory / "run" / "rounds.jsonl").read_text().splitlines()
     ]
     # Spoils round 1, sits out 2 and 3, spoils round 4, sits out 5.
     assert invited == [3, 2, 2, 3, 2]

@@ -124,9 +124,7 @@ def test_control_variates_are_checked_like_updates(open_collection):
         (plain(GOOD * 1e38), "too large"),
     ):
         with pytest.raises(UpdateRefused, match=reason):
-            collection.accept(
-                "liar", offer(plain(GOOD), control=control), b"", plain(GOOD) + control, TRAINING
-            )
+            collection.accept("liar", offer(plain(GOOD), control=control), b"", plain(GOOD) + control, TRAINING)
     lie = Offer(
         run=bytes(16),
         round=1,

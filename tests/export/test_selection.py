@@ -59,9 +59,7 @@ def test_names(selection, expected):
 
 
 def test_a_tied_head_is_its_embedding():
-    module = nn.ModuleDict(
-        {"embed": nn.Embedding(5, 3), "mid": nn.Linear(3, 3), "out": nn.Linear(3, 5, bias=False)}
-    )
+    module = nn.ModuleDict({"embed": nn.Embedding(5, 3), "mid": nn.Linear(3, 3), "out": nn.Linear(3, 5, bias=False)})
     module["out"].weight = module["embed"].weight
     assert list(prepare(module, "head").trainable) == ["embed.weight"]
 
@@ -95,9 +93,7 @@ def test_partial_gradients_match_eager(selection):
 
 def test_frozen_parts_carry_no_backward():
     """With only the head learning, nothing of the convolutions' backward is in the graph."""
-    counts = {
-        selection: Step(network(), LOSS, batch(), selection).ops for selection in ("all", "head", "norm2")
-    }
+    counts = {selection: Step(network(), LOSS, batch(), selection).ops for selection in ("all", "head", "norm2")}
     assert counts["head"].count("Conv") == 2
     assert "ConvTranspose" not in counts["head"]
     assert "BatchNormalization" not in counts["head"]
@@ -138,9 +134,7 @@ def tokens(n=2, t=5):
 
 def test_lora_starts_as_the_model_and_has_the_gradients_of_low_rank_factors(tmp_path):
     module, data = Language(), tokens()
-    path = export_bundle(
-        module, token_loss, data, trainable="lora:r=2,alpha=6,target=qkv", out=tmp_path / "b"
-    )
+    path = export_bundle(module, token_loss, data, trainable="lora:r=2,alpha=6,target=qkv", out=tmp_path / "b")
     manifest = manifest_of(path)
     assert [(e.name, e.shape) for e in manifest.parameters] == [
         ("block.qkv.lora_A", (2, 12)),
@@ -172,9 +166,7 @@ def test_lora_on_a_weight_that_is_read_around_its_layer_is_refused():
             return self.b(x @ self.a.weight)
 
     with pytest.raises(SelectionError, match=r"a\.lora_A has no influence"):
-        export_bundle(
-            Around(), LOSS, (torch.randn(2, 3), torch.tensor([0, 1])), trainable="lora:r=1", out="unused"
-        )
+        export_bundle(Around(), LOSS, (torch.randn(2, 3), torch.tensor([0, 1])), trainable="lora:r=1", out="unused")
 
 
 @pytest.fixture(scope="module")

@@ -110,9 +110,7 @@ def test_a_users_function_with_options_and_neighbours(user_file):
 
 
 def test_users_mistakes_show_their_own_lines(user_file, tmp_path):
-    with pytest.raises(
-        SourceError, match=r"(?s)calling .*mine\.py:broken.*mine\.py\", line 12.*rows\[.*KeyError"
-    ):
+    with pytest.raises(SourceError, match=r"(?s)calling .*mine\.py:broken.*mine\.py\", line 12.*rows\[.*KeyError"):
         load_source(f"{user_file}:broken")
     with pytest.raises(SourceError, match="SystemExit: 3"):
         load_source(f"{user_file}:leaves")

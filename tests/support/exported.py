@@ -134,9 +134,7 @@ def _text():
 
         def forward(self, ids, mask):
             x = self.embedding(ids)
-            q, k, v = (
-                part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.project(self.norm(x)).chunk(3, -1)
-            )
+            q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.project(self.norm(x)).chunk(3, -1))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :] > 0)
             x = x + attended.transpose(1, 2).flatten(2)
             return self.head(x + self.down(F.gelu(self.up(x))))

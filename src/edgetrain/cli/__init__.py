@@ -73,9 +73,7 @@ def _missing(command: str, error: ModuleNotFoundError) -> Exception:
     )
 
 
-@click.group(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="edgetrain")
 @click.option("-v", "--verbose", count=True, help="Say more; -vv for everything.")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")

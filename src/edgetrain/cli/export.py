@@ -24,9 +24,7 @@ from edgetrain.cli.options import factory_options
     multiple=True,
     help="Runtime to lower to; repeat for several. [default: onnxruntime]",
 )
-@click.option(
-    "--micro-batch", type=click.IntRange(min=1), help="Samples per step. [default: the example batch's]"
-)
+@click.option("--micro-batch", type=click.IntRange(min=1), help="Samples per step. [default: the example batch's]")
 @click.option("--per-sample-clipping", is_flag=True, help="Add the step that differential privacy needs.")
 @click.option("--name", help="Name of the bundle. [default: MODEL]")
 @click.option("--task", help="For hf: models: classification, causal-lm, masked-lm or image-classification.")

@@ -58,9 +58,7 @@ class Progress:
             case events.Evaluated():
                 if event.round == 0:
                     self._initial = event
-                    self._line(
-                        f"before training: loss {event.loss:.4f}{_percent(', accuracy ', event.accuracy)}"
-                    )
+                    self._line(f"before training: loss {event.loss:.4f}{_percent(', accuracy ', event.accuracy)}")
             case events.RoundStarted():
                 again = f", attempt {event.attempt}" if event.attempt > 1 else ""
                 self._status = f"round {event.round}{again}: {event.invited} clients train"

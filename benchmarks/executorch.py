@@ -1,0 +1,258 @@
+"""ExecuTorch against itself, eager torch and onnxruntime: time and memory of one training step on suite S.
+
+    python benchmarks/executorch.py                 # all entries, ten minutes or so: lowering is slow
+    python benchmarks/executorch.py char-lm-last    # one
+
+Contenders, each in a process of its own, on one thread, taking turns step by step:
+
+- eager torch
+- stock: `_export_forward_backward` with ExecuTorch's portable kernels and its bindings, as its examples train
+- bindings: our program with ExecuTorch's own bindings, which need torch
+- executorch: our program with our session, without torch
+- onnxruntime: the same step as plain ONNX
+
+Memory is the peak resident set of a fresh process that only runs the session.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from step_time import ask, eager_step, machine, peak_megabytes, reset_peak, session_step  # type: ignore[import-not-found]
+from step_time import time as clock
+
+# This file has the name of the package that it measures: from here on only the package is found.
+sys.path.remove(str(Path(__file__).resolve().parent))
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "executorch.json"
+# entry -> model, selection
+SUITE = {
+    "mobilenet-v2-last-4": ("mobilenet-v2", r"^features\.(1[6-9]|2)|^head"),
+    "bert-tiny-last": ("bert-tiny", r"^blocks\.1|^pooler|^head"),
+    "char-lm-last": ("char-lm", r"^blocks\.3|^norm|^head"),
+    "char-lm-full": ("char-lm", "all"),
+    "ds-cnn-full": ("ds-cnn", "all"),
+    "resnet-8-full": ("resnet-8", "all"),
+}
+EAGER, STOCK, BINDINGS, OURS, ONNX = "eager torch", "stock", "bindings", "executorch", "onnxruntime"
+CONTENDERS = (EAGER, STOCK, BINDINGS, OURS, ONNX)
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Measurement:
+    entry: str
+    contender: str
+    milliseconds: float
+    # How many times faster than the stock way and than eager torch.
+    times_stock: float | None
+    times_eager: float
+    peak_mb: float
+    program_bytes: int
+    planned_bytes: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("entries", nargs="*", default=list(SUITE), help=", ".join(SUITE))
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=15, help="of each contender")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        contend(arguments.contender, arguments.folder, arguments.entries[0])
+        return
+    measurements = []
+    for entry in arguments.entries:
+        measurements += measure(entry, arguments.micro_batch, arguments.steps)
+        print_table(measurements)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        record = {"machine": machine(), "measurements": [asdict(found) for found in measurements]}
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def measure(entry: str, micro_batch: int, steps: int) -> list[Measurement]:
+    from edgetrain.export import export_bundle
+    from edgetrain.models import get_model
+    from edgetrain.protocol.bundle import Bundle
+
+    model, trainable = SUITE[entry]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        print(f"exporting {entry} …", file=sys.stderr)
+        source = get_model(model, batch_size=micro_batch)
+        path = export_bundle(*source, trainable=trainable, runtimes=(OURS, ONNX), out=folder / "bundle", name=model)
+        manifest = Bundle(path).manifest
+        found = list(CONTENDERS)
+        try:
+            names = {parameter.name for parameter in manifest.parameters}
+            (folder / "stock.pte").write_bytes(stock_program(source, names))
+        except Exception as error:  # noqa: BLE001  # the stock exporter raises whatever it met
+            print(f"stock cannot export {entry}: {str(error).splitlines()[0]}", file=sys.stderr)
+            found.remove(STOCK)
+        processes = {contender: start(contender, folder, entry) for contender in found}
+        times: dict[str, list[float]] = {contender: [] for contender in found}
+        for _ in range(steps):
+            for contender, process in processes.items():
+                times[contender].append(ask(process, "step"))
+        peaks = {contender: ask(process, "peak") for contender, process in processes.items()}
+        for process in processes.values():
+            process.communicate("stop\n")
+        stock_bytes = (folder / "stock.pte").stat().st_size if STOCK in found else 0
+    medians = {contender: statistics.median(t[WARM_UP:]) for contender, t in times.items()}
+    rows = []
+    for contender, median in medians.items():
+        runtime = {BINDINGS: OURS, OURS: OURS, ONNX: ONNX}.get(contender)
+        graph = manifest.program(runtime).graphs["step"] if runtime else None
+        rows.append(
+            Measurement(
+                entry=entry,
+                contender=contender,
+                milliseconds=round(1000 * median, 3),
+                times_stock=round(medians[STOCK] / median, 2) if STOCK in medians else None,
+                times_eager=round(medians[EAGER] / median, 3),
+                peak_mb=round(peaks[contender], 1),
+                program_bytes=graph.file.size if graph else (stock_bytes if contender == STOCK else 0),
+                planned_bytes=(graph.planned_memory or 0) if graph else 0,
+            )
+        )
+    return rows
+
+
+def stock_program(source: Any, trainable: set[str]) -> bytes:
+    """The way that ExecuTorch's documentation trains: a joint graph by its exporter, portable kernels."""
+    import torch
+    from executorch.exir import to_edge
+    from torch.export.experimental import _export_forward_backward
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from edgetrain.export.quiet import quiet
+
+    module, loss, (inputs, targets) = source
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+    class Joint(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = module.eval()
+
+        def forward(self, inputs: Any, targets: Any) -> Any:
+            outputs = self.net(**inputs) if isinstance(inputs, dict) else self.net(inputs)
+            losses = loss(outputs, targets)
+            return losses.sum(), losses.detach()
+
+    with quiet(), sdpa_kernel(SDPBackend.MATH):
+        joint = _export_forward_backward(torch.export.export(Joint(), (inputs, targets), strict=True))
+        return bytes(to_edge(joint).to_executorch().buffer)
+
+
+def start(contender: str, folder: Path, entry: str) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, entry, "--contender", contender, "--folder", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+
+
+def contend(contender: str, folder: Path, entry: str) -> None:
+    """The process of one contender: answers on its standard output."""
+    step = prepare(contender, folder, SUITE[entry][0])
+    for line in sys.stdin:
+        if line.strip() == "step":
+            begin = clock.perf_counter()
+            step()
+            print(clock.perf_counter() - begin, flush=True)
+        elif line.strip() == "peak":
+            print(peak_megabytes(), flush=True)
+        else:
+            return
+
+
+def prepare(contender: str, folder: Path, model: str) -> Callable[[], object]:
+    if contender == EAGER:
+        step: Callable[[], object] = eager_step(folder / "bundle", model)
+        return step
+    if contender == STOCK:
+        return stock_step(folder)
+    if contender == BINDINGS:
+        return bindings_step(folder / "bundle")
+    return session_step(folder / "bundle", contender)
+
+
+def tensors(path: Path) -> tuple[Any, Any, list[Any]]:
+    """The self-test's inputs and targets, and the parameters."""
+    import torch
+
+    from edgetrain.edge_client.selftest import read_self_test
+    from edgetrain.models.data import map_leaves
+    from edgetrain.protocol.bundle import Bundle
+
+    torch.set_num_threads(1)
+    bundle = Bundle(path)
+    (inputs, targets), weights = read_self_test(bundle)
+    vector = torch.from_numpy(bundle.initial_parameters())
+    parameters = [vector[e.offset : e.offset + e.numel].reshape(e.shape) for e in bundle.manifest.parameters]
+    halves = [map_leaves(torch.from_numpy, half) for half in (inputs, targets)]
+    leaves = [leaf for half in halves for leaf in (half.values() if isinstance(half, dict) else [half])]
+    return leaves, torch.from_numpy(weights), parameters
+
+
+def stock_step(folder: Path) -> Callable[[], object]:
+    from executorch.extension.training import _load_for_executorch_for_training_from_buffer
+
+    leaves, _, _ = tensors(folder / "bundle")
+    data = (folder / "stock.pte").read_bytes()
+    module = _load_for_executorch_for_training_from_buffer(data)
+    reset_peak()
+    return lambda: (data, module.forward_backward("forward", leaves))
+
+
+def bindings_step(path: Path) -> Callable[[], object]:
+    from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+
+    from edgetrain.protocol.bundle import Bundle
+
+    bundle = Bundle(path)
+    leaves, weights, parameters = tensors(path)
+    graph = bundle.manifest.program(OURS).graphs["step"]
+    names = [spec.name for spec in graph.inputs[len(parameters) : -1]]
+    batch = bundle.manifest.batch
+    known = dict(zip([leaf.name for leaf in (*batch.inputs.leaves, *batch.targets.leaves)], leaves, strict=True))
+    data = bundle.read(graph.file)
+    module = _load_for_executorch_from_buffer(data)
+    arguments = [*parameters, *(known[name] for name in names), weights]
+    return lambda: (data, module.run_method("forward", arguments))
+
+
+def print_table(measurements: list[Measurement]) -> None:
+    print("| entry | contender | ms a step | x stock | x eager | peak MB | program kB | planned MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for m in measurements:
+        stock = f"{m.times_stock:.1f}" if m.times_stock else "–"
+        print(
+            f"| {m.entry} | {m.contender} | {m.milliseconds:.2f} | {stock} | {m.times_eager:.2f} | "
+            f"{m.peak_mb:.0f} | {m.program_bytes / 1e3:.0f} | {m.planned_bytes / 1e6:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
