@@ -132,6 +132,8 @@ struct Graph {
   std::unique_ptr<Method> method;
   std::vector<Shape> inputs;
   std::vector<Shape> outputs;
+  // Where the caller wants each output; null while it has not said.
+  std::vector<void*> wanted;
   size_t planned_bytes = 0;
 };
 
@@ -188,6 +190,7 @@ int load(Graph& graph, uint64_t max_planned_bytes) {
     return fail("the program does not load", method.error());
   }
   graph.method = std::make_unique<Method>(std::move(*method));
+  graph.wanted.assign(graph.outputs.size(), nullptr);
   return 0;
 }
 
@@ -252,8 +255,11 @@ int32_t edgetrain_et_bind(void* handle, int32_t output, int32_t index, void* dat
     return fail("a buffer of " + std::to_string(bytes) + " bytes for a tensor of " + std::to_string(shape.bytes));
   }
   if (output != 0) {
-    const Error error = graph->method->set_output_data_ptr(data, bytes, i);
-    return error == Error::Ok ? 0 : fail("output " + std::to_string(i) + " cannot be bound", error);
+    // The program plans memory of its own for its outputs, as stock apps need it; ours takes its place. Untouched
+    // pages of the arena cost nothing.
+    graph->method->get_output(i).toTensor().unsafeGetTensorImpl()->set_data(data);
+    graph->wanted[i] = data;
+    return 0;
   }
   TensorImpl tensor(
       shape.type,
@@ -271,7 +277,17 @@ int32_t edgetrain_et_run(void* handle) {
   auto* graph = static_cast<Graph*>(handle);
   try {
     const Error error = graph->method->execute();
-    return error == Error::Ok ? 0 : fail("the program failed", error);
+    if (error != Error::Ok) {
+      return fail("the program failed", error);
+    }
+    for (size_t i = 0; i < graph->wanted.size(); ++i) {
+      // A view of another tensor points there again.
+      const void* data = graph->method->get_output(i).toTensor().const_data_ptr();
+      if (graph->wanted[i] != nullptr && graph->wanted[i] != data) {
+        std::memcpy(graph->wanted[i], data, graph->outputs[i].bytes);
+      }
+    }
+    return 0;
   } catch (const std::exception& error) {
     return fail(std::string("the program failed: ") + error.what());
   }

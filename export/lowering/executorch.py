@@ -122,8 +122,8 @@ def _compile(module: fx.GraphModule, example: tuple[Tensor, ...]) -> tuple[bytes
         partitioner=[partitioner()],
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
-    # Inputs and outputs are the caller's memory.
-    planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
+    # Inputs are the caller's memory. So would be outputs, but the stock Module of phone apps cannot say where.
+    planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=True)
     try:
         program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning))
     except RuntimeError as error:

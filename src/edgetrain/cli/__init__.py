@@ -26,6 +26,7 @@ _COMMANDS = {
     "merge": ("merge", "export", "Write an ordinary inference model from trained parameters."),
     "client": ("client", "client", "Take part in a federation, on a device."),
     "coordinator": ("coordinator", "coordinator", "Run a federation."),
+    "testvectors": ("testvectors", "client", "Write test vectors for implementations in other languages."),
     "build-runtime": ("build_runtime", "client", "Compile what a runtime needs on this machine."),
     "runs": ("runs", "coordinator", "List, show, plot, pause, resume and stop runs."),
     "demo": ("demo", "demo", "The whole thing on this machine, on real digits."),
