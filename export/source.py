@@ -57,8 +57,10 @@ def _load_registered(name: str, options: Mapping[str, Any] | None) -> Source:
             f"no model {name!r}. Registered: {', '.join(sorted(models.MODELS))}. "
             "Or give path/to/file.py:callable, or hf:PATH_OR_CONFIG"
         )
-    with user_code(f"making the model {name!r}"):
+    try:
         return Source(*models.get_model(name, **(options or {})))
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"model {name!r} cannot be made with {dict(options or {})}: {error}") from error
 
 
 def _load_function(path: Path, name: str) -> Callable[..., Any]:
