@@ -47,7 +47,7 @@ def windows(x: Tensor, rows: Windows, columns: Windows, groups: int, *, taps_fir
     if 1 < groups < C and not taps_first:
         # Too many axes for XNNPACK's tensors: one group after the other.
         return torch.cat(
-            [windows(part, rows, columns, 1, taps_first=False) for part in x.split(C // groups, 1)]
+            [windows(part, rows, columns, 1, taps_first=False) for part in torch.split(x, C // groups, 1)]
         )
     (top, bottom), (left, right) = rows.padding(x.shape[2]), columns.padding(x.shape[3])
     I, P, K = C // groups, rows.positions * columns.positions, rows.taps * columns.taps
@@ -189,7 +189,8 @@ def weight_gradient(x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
             for tap in taps(image, *geometry.forward(grad.shape[2:]))
         ]
         return torch.cat(sums, 1).reshape(-1, G).permute(1, 0).reshape(G, 1, *geometry.kernel)
-    gathered = windows(x, *geometry.forward(grad.shape[2:]), G, taps_first=True)
+    rows, columns = geometry.forward(grad.shape[2:])
+    gathered = windows(x, rows, columns, G, taps_first=True)
     right = grad.reshape(N, G, O, P).permute(1, 0, 3, 2).reshape(G, N * P, O)
     product = torch.bmm(gathered, right)
     return product.permute(0, 2, 1).reshape(G * O, I, *geometry.kernel)

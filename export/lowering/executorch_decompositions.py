@@ -70,7 +70,7 @@ def _unless_large(form: Callable[..., Any], operator: _Operator) -> Callable[...
 
 def positive(x: Tensor) -> Tensor:
     """1 where x > 0, else 0, as float32."""
-    return aten.clamp.default(x * STEEP, 0.0, 1.0)
+    return torch.clamp(x * STEEP, 0.0, 1.0)
 
 
 def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
@@ -111,7 +111,7 @@ def softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype)
 
 def one_hot(indices: Tensor, classes: int) -> Tensor:
     """Float rows of the identity: [*] -> [*, classes]. An index outside stops the program."""
-    return aten.embedding.default(torch.eye(classes), indices)
+    return torch.embedding(torch.eye(classes), indices)
 
 
 def _valid(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,7 @@ def _normal_cdf(x: Tensor) -> Tensor:
         0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
     )
     upper = polynomial * torch.exp(z * -z) * 0.5
-    sign = aten.clamp.default(x * STEEP, -1.0, 1.0)
+    sign = torch.clamp(x * STEEP, -1.0, 1.0)
     return sign * (0.5 - upper) + 0.5
 
 

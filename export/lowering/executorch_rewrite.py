@@ -103,8 +103,10 @@ class _Rewriter(fx.Interpreter):
         """Of the current call's (first) result, computed now."""
         with disable_proxy_modes_tracing():
             arguments = fx.node.map_arg(self.node.args, lambda node: self.env[node])
-            result = self.node.target(*arguments, **self.node.kwargs)
-        return (result[0] if isinstance(result, tuple) else result).shape
+            operator: Any = self.node.target
+            result = operator(*arguments, **self.node.kwargs)
+        first: Tensor = result[0] if isinstance(result, tuple) else result
+        return first.shape
 
     def constant(self, make: Callable[..., Tensor], *args: Any) -> Tensor:
         """A tensor that is computed now; the same for the same call."""
