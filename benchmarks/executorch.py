@@ -167,7 +167,7 @@ def start(contender: str, folder: Path, entry: str) -> subprocess.Popen[str]:
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=(folder / f"{contender}.log").open("wb"),
         text=True,
         env=environment,
     )

@@ -60,11 +60,9 @@ void collect_log(
   if (level != et_pal_log_level_t::kError && level != et_pal_log_level_t::kFatal) {
     return;
   }
-  if (logged.size() < kMaxMessage) {
-    if (!logged.empty()) {
-      logged += "; ";
-    }
-    logged.append(text, size);
+  const std::string line(text, size);
+  if (logged.size() < kMaxMessage && logged.find(line) == std::string::npos) {
+    logged += logged.empty() ? line : "; " + line;
   }
 }
 
