@@ -77,7 +77,7 @@ def test_losses_that_are_not_finite_are_refused(tmp_path):
 USER_FILE = """
 import torch
 from torch import nn
-from helper import WIDTH
+from neighbour import WIDTH
 
 def make(classes=3):
     return (nn.Linear(WIDTH, classes), nn.CrossEntropyLoss(reduction="none"),
@@ -97,7 +97,7 @@ def leaves():
 
 @pytest.fixture
 def user_file(tmp_path):
-    (tmp_path / "helper.py").write_text("WIDTH = 4\n")
+    (tmp_path / "neighbour.py").write_text("WIDTH = 4\n")
     path = tmp_path / "mine.py"
     path.write_text(USER_FILE)
     return path
