@@ -174,7 +174,8 @@ def run(task: Task) -> list[dict[str, object]]:
             row = rows[-1]
             print(
                 f"{task.name:10} {codec:32} {'feedback' if feedback else 'without ':8} accuracy {row['accuracy']:.4f} "
-                f"({100 * (row['accuracy'] - rows[0]['accuracy']):+.2f} points)  {row['bytes_per_parameter']:.4f} B/param  "
+                f"({100 * (row['accuracy'] - rows[0]['accuracy']):+.2f} points) "
+                f"{row['bytes_per_parameter']:.4f} B/param  "
                 f"{4 / row['bytes_per_parameter']:.0f}x  {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
@@ -188,9 +189,7 @@ def plot(rows: list[dict[str, object]], out: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = sorted({row["task"] for row in rows})
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(6 * len(names), 4.5), layout="constrained", squeeze=False
-    )
+    figure, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 4.5), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for row in rows:
             if row["task"] == name:

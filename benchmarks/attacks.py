@@ -168,9 +168,7 @@ def run(
     }
 
 
-def prepare(
-    clients: int, alpha: float, directory: Path
-) -> tuple[Session, np.ndarray, list[Dataset], Dataset]:
+def prepare(clients: int, alpha: float, directory: Path) -> tuple[Session, np.ndarray, list[Dataset], Dataset]:
     bundle = directory / "digits.edge"
     command = [sys.executable, "-m", "edgetrain", "-q", "export", "digits-cnn", "--micro-batch", "32"]
     subprocess.run([*command, "-o", str(bundle)], check=True)
@@ -215,9 +213,7 @@ def table_of(options: argparse.Namespace, alpha: float, directory: Path) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--alphas", type=float, nargs="+", default=[1.0, 0.3])

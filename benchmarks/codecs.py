@@ -55,9 +55,7 @@ def deltas(size: int) -> dict[str, np.ndarray]:
         "laplace": rng.laplace(size=size),
         "student-t(3)": rng.standard_t(3, size),
     }
-    return {name: (1e-3 * values).astype(np.float32) for name, values in made.items()} | {
-        "digits MLP": digits_delta()
-    }
+    return {name: (1e-3 * values).astype(np.float32) for name, values in made.items()} | {"digits MLP": digits_delta()}
 
 
 def digits_delta() -> np.ndarray:
@@ -87,9 +85,7 @@ def digits_delta() -> np.ndarray:
         ):
             np.subtract(weights, step, out=weights)
     ends = (w1, b1, w2, b2)
-    return np.concatenate([(end - begin).ravel() for end, begin in zip(ends, start, strict=True)]).astype(
-        np.float32
-    )
+    return np.concatenate([(end - begin).ravel() for end, begin in zip(ends, start, strict=True)]).astype(np.float32)
 
 
 def entropy_bytes(symbols: np.ndarray) -> float:
@@ -224,9 +220,7 @@ def plot(report: dict[str, list[Row]], path: Path) -> None:
     left.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
     left.invert_yaxis()
     left.tick_params(axis="y", labelsize=7)
-    left.set(
-        xscale="log", xlabel="bytes per parameter", title="One update of a normal delta", xlim=(1e-3, 30)
-    )
+    left.set(xscale="log", xlabel="bytes per parameter", title="One update of a normal delta", xlim=(1e-3, 30))
     for name in dict.fromkeys(row["delta"] for row in report["values"]):
         rows = [row for row in report["values"] if row["delta"] == name]
         right.plot([row["values"] for row in rows], [row["ratio"] for row in rows], "o-", label=name)
@@ -243,9 +237,7 @@ def plot(report: dict[str, list[Row]], path: Path) -> None:
 
 def main() -> None:
     """Runs everything."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()

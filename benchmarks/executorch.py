@@ -94,9 +94,7 @@ def measure(entry: str, micro_batch: int, steps: int) -> list[Measurement]:
         folder = Path(name)
         print(f"exporting {entry} …", file=sys.stderr)
         source = get_model(model, batch_size=micro_batch)
-        path = export_bundle(
-            *source, trainable=trainable, runtimes=(OURS, ONNX), out=folder / "bundle", name=model
-        )
+        path = export_bundle(*source, trainable=trainable, runtimes=(OURS, ONNX), out=folder / "bundle", name=model)
         manifest = Bundle(path).manifest
         found = list(CONTENDERS)
         try:
@@ -209,8 +207,7 @@ def prepare(contender: str, folder: Path, model: str) -> Callable[[], object]:
         return stock_step(folder)
     if contender == BINDINGS:
         return bindings_step(folder / "bundle")
-    step = session_step(folder / "bundle", contender)
-    return step
+    return session_step(folder / "bundle", contender)
 
 
 def tensors(path: Path) -> tuple[Any, Any, list[Any]]:
@@ -225,13 +222,9 @@ def tensors(path: Path) -> tuple[Any, Any, list[Any]]:
     bundle = Bundle(path)
     (inputs, targets), weights = read_self_test(bundle)
     vector = torch.from_numpy(bundle.initial_parameters())
-    parameters = [
-        vector[e.offset : e.offset + e.numel].reshape(e.shape) for e in bundle.manifest.parameters
-    ]
+    parameters = [vector[e.offset : e.offset + e.numel].reshape(e.shape) for e in bundle.manifest.parameters]
     halves = [map_leaves(torch.from_numpy, half) for half in (inputs, targets)]
-    leaves = [
-        leaf for half in halves for leaf in (half.values() if isinstance(half, dict) else [half])
-    ]
+    leaves = [leaf for half in halves for leaf in (half.values() if isinstance(half, dict) else [half])]
     return leaves, torch.from_numpy(weights), parameters
 
 
@@ -255,9 +248,7 @@ def bindings_step(path: Path) -> Callable[[], object]:
     graph = bundle.manifest.program(OURS).graphs["step"]
     names = [spec.name for spec in graph.inputs[len(parameters) : -1]]
     batch = bundle.manifest.batch
-    known = dict(
-        zip([leaf.name for leaf in (*batch.inputs.leaves, *batch.targets.leaves)], leaves, strict=True)
-    )
+    known = dict(zip([leaf.name for leaf in (*batch.inputs.leaves, *batch.targets.leaves)], leaves, strict=True))
     data = bundle.read(graph.file)
     module = _load_for_executorch_from_buffer(data)
     arguments = [*parameters, *(known[name] for name in names), weights]

@@ -48,9 +48,7 @@ class Measurement:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("models", nargs="*", default=["digits-cnn", "char-lm"])
-    parser.add_argument(
-        "--trainable", nargs="+", default=["all"], help="selections, as for `edgetrain export`"
-    )
+    parser.add_argument("--trainable", nargs="+", default=["all"], help="selections, as for `edgetrain export`")
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each contender")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -114,9 +112,7 @@ def start(contender: str, bundle: Path, model: str) -> subprocess.Popen[str]:
     python = TRAINING_PYTHON if contender == "ort-training" else sys.executable
     command = [str(python), __file__, model, "--contender", contender, "--bundle", str(bundle)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def ask(process: subprocess.Popen[str], question: str) -> float:

@@ -52,9 +52,7 @@ class DeviceRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def adapt(self, training: TrainingConfig) -> TrainingConfig:
         """The training of such a device."""
-        changes = {
-            name: value for name in ("epochs", "batch_size", "max_steps") if (value := getattr(self, name))
-        }
+        changes = {name: value for name in ("epochs", "batch_size", "max_steps") if (value := getattr(self, name))}
         return msgspec.structs.replace(training, **changes)
 
 

@@ -24,6 +24,7 @@ from edgetrain.coordinator.processes import spawn, stop
 
 HOST = "127.0.0.1"
 START_SECONDS = 10.0
+STOP_SECONDS = 1.0
 
 BrokerKind = Literal["mosquitto", "embedded"]
 
@@ -63,9 +64,7 @@ def start_broker(kind: BrokerKind | None = None, *, port: int = 0) -> LocalBroke
 
 def find_mosquitto() -> str | None:
     """Path of the mosquitto program; Debian puts it where users' PATH does not look."""
-    return shutil.which(
-        "mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    )
+    return shutil.which("mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
 
 
 def free_port() -> int:
@@ -101,9 +100,7 @@ class Mosquitto:
             encoding="ascii",
         )
         with log.open("wb") as output:
-            self._process = spawn(
-                [program, "-c", str(config)], stdout=output, stderr=output, stdin=subprocess.DEVNULL
-            )
+            self._process = spawn([program, "-c", str(config)], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         try:
             _wait_until_open(port, alive=lambda: self._process.poll() is None)
         except BrokerError as error:
@@ -155,7 +152,7 @@ class EmbeddedBroker:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._serve())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self._failure = error
         finally:
             self._settled.set()
@@ -163,11 +160,9 @@ class EmbeddedBroker:
 
     async def _serve(self) -> None:
         try:
-            from amqtt.broker import Broker
+            from amqtt.broker import Broker  # noqa: PLC0415
         except ImportError as error:
-            raise BrokerError(
-                "the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'"
-            ) from error
+            raise BrokerError("the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'") from error
         for name in ("amqtt", "transitions"):
             # It calls it an error when a client just goes away.
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -182,12 +177,17 @@ class EmbeddedBroker:
         try:
             await self._end.wait()
         finally:
-            await broker.shutdown()
-            # It leaves the tasks of connections that were lost.
-            left = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            # It would do so last, and wait for acknowledgements before, if need be for ever.
+            for server in broker._servers.values():  # noqa: SLF001
+                if server.instance is not None:
+                    server.instance.close()
+            await asyncio.wait({asyncio.create_task(broker.shutdown())}, timeout=STOP_SECONDS)
+            # Some of its tasks need to be told more than once, and make new ones meanwhile.
+            deadline = self._loop.time() + STOP_SECONDS
+            while (left := asyncio.all_tasks() - {asyncio.current_task()}) and self._loop.time() < deadline:
+                for task in left:
+                    task.cancel()
+                await asyncio.wait(left, timeout=0.1)
 
 
 def _check_free(port: int) -> None:

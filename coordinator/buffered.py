@@ -11,15 +11,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import msgspec
-
 from edgetrain.coordinator import events
 from edgetrain.coordinator.coordinator import Coordinator
 from edgetrain.coordinator.errors import RoundFailed
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.rounds import OUTSTANDING, Part
 from edgetrain.protocol.errors import ConfigError
-from edgetrain.protocol.messages import BlobRef, Plan
+from edgetrain.protocol.messages import BlobRef
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +57,7 @@ class BufferedCoordinator(Coordinator):
             if accepted >= rounds.goal or (accepted >= rounds.least and now >= state.deadline_at):
                 return True
             if rounds.idle_timeout_seconds and now - started > rounds.idle_timeout_seconds:
-                raise RoundFailed(
-                    f"buffer {number}: {accepted} of {rounds.goal} updates after {now - started:.0f} s"
-                )
+                raise RoundFailed(f"buffer {number}: {accepted} of {rounds.goal} updates after {now - started:.0f} s")
             return False
 
         self._pump(closed)
@@ -72,20 +68,22 @@ class BufferedCoordinator(Coordinator):
         """Invites as many as may work at the same time."""
         concurrency = self._config.rounds.concurrency
         out = current.state.count(*OUTSTANDING)
-        free = [name for name in self._pool(current) if not current.state.waits_for(name)]
+        free = [name for name in self._invitations.pool(current) if not current.state.waits_for(name)]
         wanted = min(len(free), concurrency - out) if concurrency else len(free)
         if wanted <= 0:
             return
         # Another choice every time, and the same again for the same order of events.
         current.invitations += 1
         now = self._clock()
-        chosen = self._choose(free, wanted, current.state.number, current.invitations)
+        number, attempt = current.state.number, current.invitations
+        # Where selection is "all", concurrency still holds.
+        chosen = self._invitations.choose(free, wanted, number=number, attempt=attempt)[:wanted]
         current.collection.invite(chosen)
         for name in chosen:
             current.state.invite(name)
             current.invited[name] = now
             self._working[name] = (current.state.number, now + self._config.rounds.deadline_seconds)
-            self._post.send(name, self._plan(current, name))
+            self._post.send(name, self._invitations.plan(current, name))
 
     def _give_up_on_late(self, current: OpenRound) -> None:
         now = self._clock()
@@ -96,10 +94,6 @@ class BufferedCoordinator(Coordinator):
                 logger.info("%s is given up on", name)
                 current.state.advance(name, Part.LOST)
                 del self._working[name]
-
-    def _plan(self, current: OpenRound, client: str) -> Plan:
-        plan = super()._plan(current, client)
-        return msgspec.structs.replace(plan, deadline_seconds=self._config.rounds.deadline_seconds)
 
     def _dismiss(self, current: OpenRound) -> None:
         """Nobody stops; parameters that nobody works on any more are forgotten."""

@@ -66,9 +66,7 @@ class Roster:
         return [record.name for record in self.all() if record.online and record.ready]
 
 
-def select_random(
-    eligible: list[str], count: int, *, seed: int, round_number: int, attempt: int
-) -> list[str]:
+def select_random(eligible: list[str], count: int, *, seed: int, round_number: int, attempt: int) -> list[str]:
     """A uniform choice of at most `count` names; the same arguments give the same choice."""
     generator = np.random.default_rng((seed, round_number, attempt))
     chosen = generator.permutation(len(eligible))[:count]

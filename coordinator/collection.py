@@ -105,9 +105,7 @@ class Collection:
         assert self._journal is not None, "open comes first"
         self._journal.append(Invited(clients=tuple(clients)))
 
-    def accept(
-        self, client: str, offer: Offer, envelope: bytes, update: bytes, training: TrainingConfig
-    ) -> None:
+    def accept(self, client: str, offer: Offer, envelope: bytes, update: bytes, training: TrainingConfig) -> None:
         """Checks and folds an update and appends it to the journal; `commit` makes it durable.
 
         Args:
@@ -139,9 +137,7 @@ class Collection:
         if client in self.digests:
             raise UpdateRefused("an update of this client is already in the round")
         if not 1 <= offer.num_examples <= self._max_examples:
-            raise UpdateRefused(
-                f"claims {offer.num_examples} examples, allowed are 1 to {self._max_examples}"
-            )
+            raise UpdateRefused(f"claims {offer.num_examples} examples, allowed are 1 to {self._max_examples}")
         if offer.steps > count_steps(offer.num_examples, training):
             raise UpdateRefused(f"claims {offer.steps} steps, more than {offer.num_examples} examples give")
         if offer.control_bytes > len(data):
@@ -161,7 +157,8 @@ class Collection:
         self.update_bytes += len(data)
         self.rows.append(
             ClientRow(
-                round=offer.round,
+                round=self._round,
+                staleness=self._round - offer.round,
                 client=client,
                 status="accepted",
                 num_examples=offer.num_examples,
@@ -184,6 +181,7 @@ class Collection:
                 f"the {what} has {decoded.num_parameters} parameters, the model has {self._num_parameters}"
             )
         return decoded
+
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,19 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator import events
-from edgetrain.coordinator.adaptation import adapted_setting, rule_for
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients import ClientRecord, Roster
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.deadlines import deadline_seconds
-from edgetrain.coordinator.downlink import WHOLE, Downlink, Release, vector_digest
+from edgetrain.coordinator.downlink import WHOLE, Downlink, Release
 from edgetrain.coordinator.errors import RoundFailed, StopRequested
 from edgetrain.coordinator.history import History
 from edgetrain.coordinator.intake import Intake
+from edgetrain.coordinator.invitations import Invitations, checked_strategy
 from edgetrain.coordinator.journal import RoundOpened
 from edgetrain.coordinator.open_round import OpenRound
-from edgetrain.coordinator.pace import come_back_seconds
 from edgetrain.coordinator.past_run import read_rows
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.records import Summary
@@ -34,14 +33,13 @@ from edgetrain.coordinator.reports import client_rows, round_record, summarize
 from edgetrain.coordinator.requests import Request, read_request, write_request
 from edgetrain.coordinator.rounds import Outcome, Part, Round
 from edgetrain.coordinator.run_directory import RunDirectory
-from edgetrain.coordinator.selection import Candidate, admitted, select
 from edgetrain.coordinator.spread import evaluation_of
 from edgetrain.coordinator.stopping import metric_series, stop_reason
-from edgetrain.coordinator.strategies import Setting, check_strategy, described, make_strategy
+from edgetrain.coordinator.strategies import described
 from edgetrain.protocol.bundle import Bundle
-from edgetrain.protocol.codecs import CodecSpec, Limits, encode, negotiate
+from edgetrain.protocol.codecs import CodecSpec, Limits, encode
 from edgetrain.protocol.groups import elements_of
-from edgetrain.protocol.messages import Patch, Plan, RoundClosed
+from edgetrain.protocol.messages import Patch, RoundClosed
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
 
@@ -55,8 +53,6 @@ BATCH_EVENTS = 256
 POLL_SECONDS = 0.5
 # Clients have so long to evaluate the final parameters.
 REPORT_SECONDS = 60.0
-# Rounds whose mean duration tells how long a client will not be needed.
-PACE_ROUNDS = 10
 # A failed round is tried again after a pause that doubles from one second up to this.
 MAX_RETRY_SECONDS = 30.0
 
@@ -96,10 +92,7 @@ class Coordinator:
         observe: events.Observer = lambda _event: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._codec = CodecSpec.parse(config.codec)
-        self._downlink = Downlink(
-            CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest)
-        )
+        self._downlink = Downlink(CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest))
         self._config = config
         self._bundle = bundle
         self._transport = transport
@@ -107,15 +100,7 @@ class Coordinator:
         self._evaluate = evaluate
         self._observe = observe
         self._clock = clock
-        setting = Setting(
-            codec=self._codec,
-            training=config.training,
-            minimum=config.rounds.least,
-            goal=config.rounds.goal,
-        )
-        self._strategy = make_strategy(config.strategy, setting)
-        for rule in config.devices:
-            check_strategy(self._strategy, adapted_setting(setting, rule))
+        self._strategy = checked_strategy(config)
         self._server_state = directory.load_server_state()
         self._num_parameters = bundle.manifest.num_parameters
         # What the devices keep to themselves stays as it was exported here.
@@ -141,6 +126,15 @@ class Coordinator:
             run=directory.run,
             bundle=self._blobs.add(bundle.manifest_bytes),
         )
+        self._invitations = Invitations(
+            config,
+            strategy=self._strategy,
+            roster=self._roster,
+            history=self._history,
+            run=directory.run,
+            bundle=bundle.digest,
+            clock=clock,
+        )
         self._intake = Intake(
             topics=self._topics,
             run=directory.run,
@@ -148,13 +142,12 @@ class Coordinator:
             post=self._post,
             blobs=self._blobs,
             roster=self._roster,
-            plan=self._plan,
+            plan=self._invitations.plan,
             max_update_bytes=self._max_update_bytes,
             observe=observe,
             clock=clock,
         )
-        if config.rounds.pace_seconds:
-            self._intake.come_back = self._come_back_seconds
+        self._intake.come_back = lambda client: self._invitations.come_back_seconds(client, directory.records)
         self._resumed = self._round_number > 0
         self._clients_saved = len(self._roster)
         # Before its first round, a coordinator waits a while for all that are there.
@@ -285,9 +278,7 @@ class Coordinator:
         )
         opened = collection.open(
             self._directory,
-            RoundOpened(
-                run=self._directory.run, round=number, nonce=os.urandom(16), parameters=release.digest
-            ),
+            RoundOpened(run=self._directory.run, round=number, nonce=os.urandom(16), parameters=release.digest),
         )
         state = Round(
             number,
@@ -314,9 +305,7 @@ class Coordinator:
             else None,
             vector=release.digest,
             parameters=self._blobs.add(release.whole),
-            patches=tuple(
-                Patch(base=patch.base, blob=self._blobs.add(patch.data)) for patch in release.patches
-            ),
+            patches=tuple(Patch(base=patch.base, blob=self._blobs.add(patch.data)) for patch in release.patches),
         )
 
     def _release(self, number: int) -> Release:
@@ -339,15 +328,13 @@ class Coordinator:
 
         def enough() -> bool:
             nonlocal shown
-            ready = len(self._pool(current))
+            ready = len(self._invitations.pool(current))
             accepted = current.state.count(Part.ACCEPTED)
             waited = self._clock() - start
             if ready + accepted >= rounds.goal:
                 return True
             # If only those are here whose updates an earlier process has accepted, the round ends as at its deadline.
-            if ready + accepted >= rounds.least and waited >= (
-                patience if ready else rounds.deadline_seconds
-            ):
+            if ready + accepted >= rounds.least and waited >= (patience if ready else rounds.deadline_seconds):
                 return True
             if rounds.idle_timeout_seconds and waited > rounds.idle_timeout_seconds:
                 raise RoundFailed(
@@ -361,40 +348,12 @@ class Coordinator:
 
         self._pump(enough)
 
-    def _pool(self, current: OpenRound) -> list[str]:
-        """Those that can be invited now."""
-        names = [name for name in self._roster.eligible() if name not in current.collection.digests]
-        least = self._config.rounds.least - current.state.count(Part.ACCEPTED)
-        pool = admitted(
-            self._config.selection,
-            self._candidates(names),
-            round_number=current.state.number,
-            least=max(least, 1),
-        )
-        return [candidate.name for candidate in pool]
-
-    def _candidates(self, names: Sequence[str]) -> list[Candidate]:
-        records = [self._roster[name] for name in names]
-        return [
-            Candidate(record.name, record.num_examples, record.state, self._history.of(record.name))
-            for record in records
-        ]
-
-    def _choose(self, names: Sequence[str], count: int, number: int, attempt: int) -> list[str]:
-        return select(
-            self._config.selection,
-            self._candidates(names),
-            count,
-            seed=self._config.seed,
-            round_number=number,
-            attempt=attempt,
-        )
-
     def _invite(self, current: OpenRound) -> None:
         state, rounds = current.state, self._config.rounds
         needed = rounds.goal - state.count(Part.ACCEPTED)
         wanted = math.ceil(needed * rounds.over_selection)
-        chosen = self._choose(self._pool(current), wanted, state.number, state.attempt)
+        pool = self._invitations.pool(current)
+        chosen = self._invitations.choose(pool, wanted, number=state.number, attempt=state.attempt)
         now = self._clock()
         current.invited_at = now if current.invited_at is None else current.invited_at
         state.deadline_at = now + deadline_seconds(rounds, self._history.durations, state.attempt)
@@ -404,44 +363,17 @@ class Coordinator:
         for name in chosen:
             state.invite(name)
             current.invited[name] = now
-            self._post.send(name, self._plan(current, name))
+            self._post.send(name, self._invitations.plan(current, name))
         self._observe(events.RoundStarted(state.number, state.attempt, len(chosen)))
-
-    def _plan(self, current: OpenRound, client: str) -> Plan:
-        record = self._roster.get(client)
-        rule = rule_for(self._config.devices, record)
-        codec = CodecSpec.parse(rule.codec) if rule.codec else self._codec
-        if record:
-            codec = negotiate(codec, record.stages)
-        training = current.trainings[client] = self._strategy.training(rule.adapt(self._config.training))
-        return Plan(
-            run=self._directory.run,
-            round=current.state.number,
-            nonce=current.state.nonce,
-            bundle=self._bundle.digest,
-            vector=current.vector,
-            parameters=current.parameters,
-            patches=current.patches,
-            training=training,
-            control=current.control,
-            personal=self._config.personal,
-            codec=str(codec),
-            deadline_seconds=max(0.0, current.state.deadline_at - self._clock()),
-            seed=self._config.seed,
-        )
 
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
         self._dismiss(current)
-        parameters, server_state = self._strategy.finish(
-            collection.partial, self._parameters, self._server_state
-        )
+        parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
         evaluation = (
-            self._evaluate_after(state.number, parameters)
-            if due or state.number >= self._config.rounds.total
-            else None
+            self._evaluate_after(state.number, parameters) if due or state.number >= self._config.rounds.total else None
         )
         now = self._clock()
         bytes_up, bytes_down = self._traffic()
@@ -487,17 +419,6 @@ class Coordinator:
         self._observe(events.Evaluated(number, evaluation.loss, evaluation.accuracy))
         return evaluation
 
-    def _come_back_seconds(self, client: str) -> float:
-        rounds, records = self._config.rounds, self._directory.records[-PACE_ROUNDS:]
-        return come_back_seconds(
-            population=len(self._roster),
-            per_round=math.ceil(rounds.goal * rounds.over_selection),
-            round_seconds=sum(record.seconds for record in records) / max(len(records), 1),
-            at_least=rounds.pace_seconds,
-            client=client,
-            round_number=self._round_number,
-        )
-
     def _traffic(self) -> tuple[int, int]:
         """(bytes from clients, bytes that clients say they received) since this was asked last."""
         up = down = 0
@@ -528,16 +449,8 @@ class Coordinator:
         deadline = self._clock() + REPORT_SECONDS
         reference = self._blobs.add(encode(parameters, WHOLE))
         self._blobs.expect(reference, audience=len(clients))
-        plan = self._intake.evaluation_plan = Plan(
-            run=self._directory.run,
-            round=self._round_number,
-            nonce=os.urandom(16),
-            task="evaluate",
-            bundle=self._bundle.digest,
-            vector=vector_digest(parameters),
-            parameters=reference,
-            personal=self._config.personal,
-            deadline_seconds=REPORT_SECONDS,
+        plan = self._intake.evaluation_plan = self._invitations.evaluation_plan(
+            self._round_number, parameters, reference, REPORT_SECONDS
         )
         for name in clients:
             self._post.send(name, plan)

@@ -58,14 +58,10 @@ class FixedPointSum:
         """Raises what `add` would raise, and adds nothing: for those who fill two sums with one update."""
         self._scaled(update, weight, scale)
 
-    def _scaled(
-        self, update: SparseOrDense, weight: int, scale: float
-    ) -> tuple[npt.NDArray[np.float64], int]:
+    def _scaled(self, update: SparseOrDense, weight: int, scale: float) -> tuple[npt.NDArray[np.float64], int]:
         """The values in units of 2^-30, not yet rounded, and a bound of the largest."""
         if update.num_parameters != len(self.total):
-            raise UpdateRefused(
-                f"the update has {update.num_parameters} parameters, the model has {len(self.total)}"
-            )
+            raise UpdateRefused(f"the update has {update.num_parameters} parameters, the model has {len(self.total)}")
         scaled = update.values.astype(np.float64)
         scaled *= float(weight) * scale * 2.0**FRACTION_BITS
         largest = float(np.max(np.abs(scaled), initial=0.0))

@@ -19,6 +19,7 @@ from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds import Part
 from edgetrain.protocol import BlobError, MessageError
 from edgetrain.protocol.blobs import Assembler, parse_chunk
+from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.messages import (
     Decline,
     Goodbye,
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 # An upload that has not moved for so long is asked for again.
 STALL_SECONDS = 3.0
 MAX_RANGES = 512
+# What a codec can always be negotiated down to.
+EVERYONES_STAGES = CodecSpec().stages
 
 
 class Intake:
@@ -177,14 +180,18 @@ class Intake:
 
     def _on_hello(self, client: str, hello: Hello) -> None:
         record = self._roster.get(client)
-        if record is None:
-            record = ClientRecord(client, hello.public_key)
-            self._roster.add(record)
-        elif record.public_key != hello.public_key:
+        reason = None
+        if record and record.public_key != hello.public_key:
             reason = f"the name {client!r} belongs to another key in this run: choose another name"
+        elif missing := EVERYONES_STAGES - set(hello.stages):
+            reason = f"lacks codec stages that everyone has: {', '.join(sorted(missing))}"
+        if reason is not None:
             self._refuse(client, reason)
             self._post.send(client, Refusal(reason=reason, connection=hello.connection))
             return
+        if record is None:
+            record = ClientRecord(client, hello.public_key)
+            self._roster.add(record)
         if record.connection != hello.connection:
             # A new process, or its first Hello; a copy of the Hello of this connection changes nothing.
             if record.ready:
@@ -222,9 +229,9 @@ class Intake:
 
     def _on_want(self, record: ClientRecord, want: Want) -> None:
         current = self.current
-        if current and current.state.parts.get(record.name) is Part.INVITED:
-            if any(want.digest == blob.digest for blob in current.blobs):
-                current.state.advance(record.name, Part.TRAINING)
+        invited = current and current.state.parts.get(record.name) is Part.INVITED
+        if current and invited and any(want.digest == blob.digest for blob in current.blobs):
+            current.state.advance(record.name, Part.TRAINING)
         if not self._blobs.want(record.name, want.digest, want.ranges, self._clock()):
             logger.debug("%s wants a blob that is no more: %s", record.name, want.digest.hex()[:12])
 
@@ -321,6 +328,4 @@ class Intake:
 
 
 def _accepted(offer: Offer, come_back: float) -> Verdict:
-    return Verdict(
-        round=offer.round, digest=offer.update.digest, accepted=True, come_back_seconds=come_back
-    )
+    return Verdict(round=offer.round, digest=offer.update.digest, accepted=True, come_back_seconds=come_back)

@@ -124,10 +124,7 @@ def read_journal(path: Path) -> Iterator[tuple[Meta, bytes]]:
 
 
 def _good_length(path: Path) -> int:
-    end = 0
-    for _meta, _payload, end in _records(path):
-        pass
-    return end
+    return max((end for _meta, _payload, end in _records(path)), default=0)
 
 
 def _records(path: Path) -> Iterator[tuple[Meta, bytes, int]]:
@@ -137,11 +134,7 @@ def _records(path: Path) -> Iterator[tuple[Meta, bytes, int]]:
         size = os.fstat(file.fileno()).st_size
         while len(header := file.read(_HEADER.size)) == _HEADER.size:
             magic, version, _, meta_length, payload_length, crc = _HEADER.unpack(header)
-            if (
-                magic != _MAGIC
-                or version != _VERSION
-                or end + _HEADER.size + meta_length + payload_length > size
-            ):
+            if magic != _MAGIC or version != _VERSION or end + _HEADER.size + meta_length + payload_length > size:
                 return
             encoded, payload = file.read(meta_length), file.read(payload_length)
             if zlib.crc32(payload, zlib.crc32(encoded)) != crc:

@@ -110,11 +110,7 @@ def read_rows(path: Path) -> list[ClientRow]:
 
 def _lines(path: Path, kind: type[T]) -> list[T]:
     data = path.read_bytes() if path.exists() else b""
-    return [
-        msgspec.json.decode(line, type=kind)
-        for line in data.splitlines(keepends=True)
-        if line.endswith(b"\n")
-    ]
+    return [msgspec.json.decode(line, type=kind) for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def _described(table: object) -> str:

@@ -25,9 +25,7 @@ class Post:
         bundle: the manifest to announce.
     """
 
-    def __init__(
-        self, transport: Transport, topics: Topics, key: SigningKey, *, run: bytes, bundle: BlobRef
-    ) -> None:
+    def __init__(self, transport: Transport, topics: Topics, key: SigningKey, *, run: bytes, bundle: BlobRef) -> None:
         self._transport = transport
         self._topics = topics
         self._key = key

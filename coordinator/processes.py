@@ -31,7 +31,7 @@ def spawn(arguments: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
         options["preexec_fn"] = die_with_parent
-    return subprocess.Popen(arguments, start_new_session=True, **options)
+    return subprocess.Popen(arguments, start_new_session=True, **options)  # noqa: S603
 
 
 def stop(process: subprocess.Popen[bytes], *, seconds: float = 5.0) -> int:

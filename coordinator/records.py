@@ -48,6 +48,8 @@ class ClientRow(msgspec.Struct, frozen=True, kw_only=True):
     update_bytes: int = 0
     seconds: float = 0.0
     peak_memory_mb: float = 0.0
+    # How many versions old the parameters were that it started from; 0 in synchronous rounds.
+    staleness: int = 0
     # It spoiled the round: lost, refused, or not there at the deadline.
     failed: bool = False
 

@@ -89,9 +89,7 @@ def summarize(
         clients=sum(1 for record in clients if record.last_accepted),
         final_accuracy=last.accuracy if last else None,
         final_loss=last.loss if last else None,
-        best_accuracy=max(
-            (record.accuracy for record in records if record.accuracy is not None), default=None
-        ),
+        best_accuracy=max((record.accuracy for record in records if record.accuracy is not None), default=None),
         bytes_up=sum(record.bytes_up for record in records),
         bytes_up_float32=float32,
         bytes_down=sum(record.bytes_down for record in records),
@@ -99,14 +97,10 @@ def summarize(
         update_bytes_mean=round(update_bytes / updates, 1) if updates else 0.0,
         reduction=round(float32 / update_bytes, 2) if update_bytes else 0.0,
         seconds=round(seconds, 3),
-        seconds_per_round=round(sum(record.seconds for record in records) / len(records), 4)
-        if records
-        else 0.0,
+        seconds_per_round=round(sum(record.seconds for record in records) / len(records), 4) if records else 0.0,
         client_peak_mb=max((record.resources.peak_memory_mb for record in clients), default=0.0),
         best_round=best_round,
         accuracy_by_client={
-            name: report.metrics["accuracy"]
-            for name, report in sorted(reports.items())
-            if "accuracy" in report.metrics
+            name: report.metrics["accuracy"] for name, report in sorted(reports.items()) if "accuracy" in report.metrics
         },
     )

@@ -104,9 +104,7 @@ class RunDirectory:
         except BlockingIOError as error:
             raise RunError(f"{self.path}: another coordinator runs in this directory") from error
         self.run = self._load_or_create_info(config, bundle_digest)
-        write_atomically(
-            self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600
-        )
+        write_atomically(self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600)
         key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
         self.key = SigningKey.load_or_create(key)
         self._metric = config.stop.metric
@@ -117,9 +115,7 @@ class RunDirectory:
     def _load_or_create_info(self, config: FederationConfig, bundle_digest: bytes) -> bytes:
         path = self.path / "run.json"
         if not path.exists():
-            info = _RunInfo(
-                run=os.urandom(16).hex(), federation=config.federation, bundle=bundle_digest.hex()
-            )
+            info = _RunInfo(run=os.urandom(16).hex(), federation=config.federation, bundle=bundle_digest.hex())
             write_atomically(path, msgspec.json.encode(info))
         try:
             info = msgspec.json.decode(path.read_bytes(), type=_RunInfo)
@@ -128,11 +124,7 @@ class RunDirectory:
                 raise ValueError("the run's id has not 16 bytes")
         except (msgspec.DecodeError, ValueError) as error:
             raise RunError(f"{path}: damaged: {error}") from error
-        if (
-            info.format_version != 1
-            or info.federation != config.federation
-            or info.bundle != bundle_digest.hex()
-        ):
+        if info.format_version != 1 or info.federation != config.federation or info.bundle != bundle_digest.hex():
             raise RunError(
                 f"{self.path}: holds a run of federation {info.federation!r} with bundle {info.bundle[:12]}…, not "
                 f"{config.federation!r} with {bundle_digest.hex()[:12]}…; choose another `out`"
@@ -151,9 +143,7 @@ class RunDirectory:
             except msgspec.DecodeError as error:
                 raise RunError(f"{path}: line {len(records) + 1} is damaged: {error}") from error
             if records[-1].round != len(records):
-                raise RunError(
-                    f"{path}: line {len(records)} is of round {records[-1].round}; restore the file"
-                )
+                raise RunError(f"{path}: line {len(records)} is of round {records[-1].round}; restore the file")
             good += len(line)
         if good < len(data):
             # A power cut tore the last line: that round did not close, and its journal is still there.
@@ -340,9 +330,7 @@ class RunDirectory:
                 (
                     entry.name,
                     bytes.fromhex(entry.public_key),
-                    None
-                    if entry.last_round is None
-                    else (entry.last_round, bytes.fromhex(entry.last_digest or "")),
+                    None if entry.last_round is None else (entry.last_round, bytes.fromhex(entry.last_digest or "")),
                 )
                 for entry in pinned
             ]

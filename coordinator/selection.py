@@ -178,12 +178,8 @@ def _by_utility(
     unseen = [int(index) for index in generator.permutation(new)]
     if not seen:
         return unseen
-    preferred = config.preferred_seconds or float(
-        np.median([candidates[index].past.seconds for index in seen])
-    )
-    utilities = [
-        oort_utility(candidates[index], round_number, preferred, config.slowness_exponent) for index in seen
-    ]
+    preferred = config.preferred_seconds or float(np.median([candidates[index].past.seconds for index in seen]))
+    utilities = [oort_utility(candidates[index], round_number, preferred, config.slowness_exponent) for index in seen]
     exploit = min(len(seen), count - explore)
     cutoff = 0.95 * sorted(utilities, reverse=True)[max(exploit - 1, 0)]
     pool = [(index, value) for index, value in zip(seen, utilities, strict=True) if value >= cutoff]
@@ -204,10 +200,7 @@ def oort_utility(candidate: Candidate, round_number: int, preferred: float, expo
 def _weighted(weights: Sequence[float], generator: np.random.Generator) -> list[int]:
     """A random order without replacement, heavier ones earlier (Efraimidis and Spirakis 2006)."""
     uniform = generator.random(len(weights))
-    keys = [
-        math.log(max(u, 1e-300)) / max(float(weight), 1e-12)
-        for u, weight in zip(uniform, weights, strict=True)
-    ]
+    keys = [math.log(max(u, 1e-300)) / max(float(weight), 1e-12) for u, weight in zip(uniform, weights, strict=True)]
     return sorted(range(len(weights)), key=lambda index: -keys[index])
 
 

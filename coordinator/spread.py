@@ -65,9 +65,7 @@ def evaluation_of(
             [client.metrics[metric] for client in measured], [client.num_examples for client in measured]
         )
     earlier = {client.client: client.metrics for client in before.clients} if before else {}
-    worse = tuple(
-        client.client for client in clients if _is_worse(earlier.get(client.client), client.metrics)
-    )
+    worse = tuple(client.client for client in clients if _is_worse(earlier.get(client.client), client.metrics))
     return FederatedEvaluation(round=number, clients=clients, spread=spread, worse=worse)
 
 

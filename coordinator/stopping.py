@@ -58,9 +58,7 @@ def metric_series(
     if metric.startswith(BY_CLIENTS):
         name = metric.removeprefix(BY_CLIENTS)
         means = {
-            evaluation.round: evaluation.spread[name].mean
-            for evaluation in evaluations
-            if name in evaluation.spread
+            evaluation.round: evaluation.spread[name].mean for evaluation in evaluations if name in evaluation.spread
         }
         return [means.get(record.round) for record in records]
     return [getattr(record, metric) for record in records]
@@ -75,8 +73,6 @@ def best_round(metric: str, records: Sequence[RoundRecord], series: Sequence[flo
     """The round with the best value of a metric, the earlier of equals; None if it was never measured."""
     sign = 1.0 if smaller_is_better(metric) else -1.0
     measured = [
-        (sign * value, record.round)
-        for record, value in zip(records, series, strict=True)
-        if value is not None
+        (sign * value, record.round) for record, value in zip(records, series, strict=True) if value is not None
     ]
     return min(measured)[1] if measured else None

@@ -196,9 +196,7 @@ class Client:
         if self._bundle != announce.bundle.digest:
             self._bundle = self._feedback = self._personal = None
             self._personal_patterns = ()
-            session = install_bundle(
-                announce.bundle, fetch=mail.fetch, state=self._state, config=self._config
-            )
+            session = install_bundle(announce.bundle, fetch=mail.fetch, state=self._state, config=self._config)
             dataset = load_dataset(self._config.data, session.manifest)
             self._training_data, self._validation_data = split_validation(
                 dataset, self._config.validation_fraction, self._config.name
@@ -304,9 +302,7 @@ class Client:
             self._training_data,
             plan.training,
             seed=_mix_seed(plan.seed, self._config.name, plan.round),
-            gradient_correction=None
-            if server_control is None
-            else server_control - self._own_control(plan).vector,
+            gradient_correction=None if server_control is None else server_control - self._own_control(plan).vector,
             may_continue=lambda: self._may_continue(plan),
         )
         if result.stopped is not None:
@@ -321,9 +317,7 @@ class Client:
         )
         control = b""
         if server_control is not None:
-            change = control_change(
-                server_control, parameters, result.parameters, plan.training, result.steps
-            )
+            change = control_change(server_control, parameters, result.parameters, plan.training, result.steps)
             control = encode(
                 self._shared(change),
                 plan.codec,
@@ -414,9 +408,7 @@ class Client:
             self._personal = None
             if plan.personal:
                 mask = elements_of(self._session.manifest, plan.personal)
-                self._personal = self._state.personal_parameters(
-                    bundle=self._bundle, patterns=plan.personal, mask=mask
-                )
+                self._personal = self._state.personal_parameters(bundle=self._bundle, patterns=plan.personal, mask=mask)
             self._personal_patterns = plan.personal
         return self._personal.overlay(parameters) if self._personal else parameters
 

@@ -22,9 +22,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     runtime: Annotated[
         str, Meta(description="runtime to train on [default: the first of the bundle's that is here]")
     ] = ""
-    threads: Annotated[
-        int, Meta(description="threads of one training step; 0 lets the runtime choose", ge=0)
-    ] = 1
+    threads: Annotated[int, Meta(description="threads of one training step; 0 lets the runtime choose", ge=0)] = 1
     validation_fraction: Annotated[
         float, Meta(description="share of the local data kept for validation", ge=0, lt=1)
     ] = 0.1
@@ -34,9 +32,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="the coordinator's public key in hex; without it the first one seen is trusted and remembered"
         ),
     ] = ""
-    exit_when_done: Annotated[
-        bool, Meta(description="leave when the run ends, instead of waiting for the next")
-    ] = True
+    exit_when_done: Annotated[bool, Meta(description="leave when the run ends, instead of waiting for the next")] = True
     leave_when_idle: Annotated[
         bool, Meta(description="disconnect when the coordinator says that it needs nothing for a while")
     ] = True

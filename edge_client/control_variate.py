@@ -101,9 +101,7 @@ class ControlVariate:
         self._applied = header.applied
 
 
-def control_change(
-    server: Vector, received: Vector, trained: Vector, training: TrainingConfig, steps: int
-) -> Vector:
+def control_change(server: Vector, received: Vector, trained: Vector, training: TrainingConfig, steps: int) -> Vector:
     """By how much a client's control variate should change, float32 [num_parameters].
 
     With gradients `g - own + server` and no momentum, `received - trained` over the sum of the learning rates
@@ -116,9 +114,7 @@ def control_change(
         training: learning rate and schedule count.
         steps: optimizer steps done; none make no change.
     """
-    rates = training.learning_rate * sum(
-        learning_rate_factor(training.schedule, step, steps) for step in range(steps)
-    )
+    rates = training.learning_rate * sum(learning_rate_factor(training.schedule, step, steps) for step in range(steps))
     if rates == 0:
         return np.zeros_like(server)
     change: Vector = (received - trained) / np.float32(rates) - server

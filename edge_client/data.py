@@ -113,9 +113,7 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> Array | None:
             return None
         if dtype.hasobject or math.prod(shape) == 0:
             return None
-        return np.memmap(
-            path, dtype, "r", offset=file.tell(), shape=shape, order="F" if fortran_order else "C"
-        )
+        return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape, order="F" if fortran_order else "C")
 
 
 class _Table(NamedTuple):

@@ -101,9 +101,7 @@ def check_dataset(dataset: Dataset, batch: BatchSpec, where: str = "") -> Datase
 
 def _check_weights(weights: Array, spec: TensorSpec, where: str) -> None:
     if not isinstance(weights, np.ndarray) or weights.dtype.kind not in "fiub":
-        raise DataError(
-            f"{where}weights: expected a float32 array, got {getattr(weights, 'dtype', type(weights))}"
-        )
+        raise DataError(f"{where}weights: expected a float32 array, got {getattr(weights, 'dtype', type(weights))}")
     if weights.ndim != 1:
         check_shape(spec, weights, where)
     values = weights.astype(np.float32)

@@ -64,9 +64,7 @@ class ErrorFeedback:
         self.update = b""
         self._load()
 
-    def prepare(
-        self, delta: Vector, codec: str, *, seed: int, offsets: tuple[int, ...] | None = None
-    ) -> bytes:
+    def prepare(self, delta: Vector, codec: str, *, seed: int, offsets: tuple[int, ...] | None = None) -> bytes:
         """Encodes `residual + delta`. Nothing is stored yet: `commit` follows with the offer."""
         assert self.offer is None, "settle the pending update first"
         target = self.residual + delta

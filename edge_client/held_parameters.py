@@ -9,7 +9,7 @@ import numpy as np
 
 from edgetrain.edge_client.installation import Fetch
 from edgetrain.edge_client.runtimes.base import Vector
-from edgetrain.protocol import CodecError
+from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.codecs import Limits, decode
 from edgetrain.protocol.messages import Plan
 
@@ -52,10 +52,13 @@ class HeldParameters:
         if self._vector is None or self._digest not in bases:
             return None
         vector = self._vector.copy()
-        for patch in plan.patches[bases.index(self._digest) :]:
-            decode(fetch(patch.blob, limit=limit), self._limits()).add_to(vector)
-        if _digest(vector) != plan.vector:
-            logger.warning("round %d: the patches lead to other parameters; taking them whole", plan.round)
+        try:
+            for patch in plan.patches[bases.index(self._digest) :]:
+                decode(fetch(patch.blob, limit=limit), self._limits()).add_to(vector)
+            if _digest(vector) != plan.vector:
+                raise CodecError("they lead to other parameters")
+        except (BlobError, CodecError) as error:
+            logger.warning("round %d: the patches are of no use: %s; taking the whole", plan.round, error)
             return None
         return vector
 

@@ -67,9 +67,7 @@ def install_bundle(ref: BlobRef, *, fetch: Fetch, state: ClientState, config: Cl
     return session
 
 
-def choose_runtime(
-    offered: Sequence[str], wanted: str, here: Callable[[], Sequence[str]] = available_runtimes
-) -> str:
+def choose_runtime(offered: Sequence[str], wanted: str, here: Callable[[], Sequence[str]] = available_runtimes) -> str:
     """The wanted runtime, or the first of those offered that is installed here.
 
     Raises:
@@ -77,9 +75,7 @@ def choose_runtime(
     """
     if wanted:
         if wanted not in offered:
-            raise BundleError(
-                f"the bundle has no program for runtime {wanted!r}, only for: {', '.join(offered)}"
-            )
+            raise BundleError(f"the bundle has no program for runtime {wanted!r}, only for: {', '.join(offered)}")
         return wanted
     installed = here()
     for name in offered:

@@ -121,9 +121,7 @@ class Mailbox:
 
     # --- in ------------------------------------------------------------------------------------------
 
-    def fetch(
-        self, ref: BlobRef, *, limit: int, abandon: Callable[[], bool] = lambda: False
-    ) -> bytes:
+    def fetch(self, ref: BlobRef, *, limit: int, abandon: Callable[[], bool] = lambda: False) -> bytes:
         """A verified blob. Fan-out and repairs arrive on different topics; both count.
 
         Args:

@@ -43,9 +43,7 @@ class PersonalParameters:
         mask: which elements they are, bool [num_parameters].
     """
 
-    def __init__(
-        self, path: Path, *, bundle: bytes, patterns: tuple[str, ...], mask: npt.NDArray[np.bool_]
-    ) -> None:
+    def __init__(self, path: Path, *, bundle: bytes, patterns: tuple[str, ...], mask: npt.NDArray[np.bool_]) -> None:
         self._path = path
         self._header = _Header(bundle=bundle, patterns=patterns)
         self.mask = mask

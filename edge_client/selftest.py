@@ -130,8 +130,7 @@ def read_self_test(bundle: Bundle) -> tuple[Batch, Vector]:
     specs = [leaf for _, structure in structures for leaf in structure.leaves] + [manifest.batch.weights]
     if len(data) != sum(spec.nbytes for spec in specs):
         raise SessionError(
-            f"{bundle.path}: the self-test has {len(data)} bytes, its shapes need "
-            f"{sum(spec.nbytes for spec in specs)}"
+            f"{bundle.path}: the self-test has {len(data)} bytes, its shapes need {sum(spec.nbytes for spec in specs)}"
         )
     arrays: list[Array] = []
     offset = 0

@@ -81,10 +81,7 @@ class ClientState:
         """Whether a bundle's file is here and whole."""
         path = self.bundle_directory(digest) / entry.file
         try:
-            return (
-                path.stat().st_size == entry.size
-                and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256
-            )
+            return path.stat().st_size == entry.size and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256
         except OSError:
             return False
 
@@ -111,9 +108,7 @@ class ClientState:
 
     def error_feedback(self, *, bundle: bytes, run: bytes, num_parameters: int) -> ErrorFeedback:
         """The residual for a run."""
-        return ErrorFeedback(
-            self.path / "residual.bin", bundle=bundle, run=run, num_parameters=num_parameters
-        )
+        return ErrorFeedback(self.path / "residual.bin", bundle=bundle, run=run, num_parameters=num_parameters)
 
     def control_variate(self, *, run: bytes, num_parameters: int) -> ControlVariate:
         """The control variate for a run."""

@@ -1,7 +1,7 @@
 """A model of your own: a function that returns (module, loss, example batch).
 
-    edgetrain export examples/own_model.py:make --trainable last:2 -o own.edge
-    edgetrain export examples/own_model.py:make --set hidden=128 -o wide.edge
+edgetrain export examples/own_model.py:make --trainable last:2 -o own.edge
+edgetrain export examples/own_model.py:make --set hidden=128 -o wide.edge
 """
 
 import torch
@@ -14,8 +14,12 @@ class Recognizer(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv1d(3, 32, 5, padding=2), nn.ReLU(), nn.AvgPool1d(2),
-            nn.Conv1d(32, hidden, 5, padding=2), nn.GELU(), nn.AvgPool1d(2),
+            nn.Conv1d(3, 32, 5, padding=2),
+            nn.ReLU(),
+            nn.AvgPool1d(2),
+            nn.Conv1d(32, hidden, 5, padding=2),
+            nn.GELU(),
+            nn.AvgPool1d(2),
         )
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, 6)

@@ -1,4 +1,4 @@
-"""Module + loss + example batch -> training step as a pure graph -> programs -> bundle, with proven gradients."""
+"""Module + loss + example batch -> training step as a pure graph -> bundle, with proven gradients."""
 
 from edgetrain.export.errors import (
     BatchError,

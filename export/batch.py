@@ -1,10 +1,10 @@
-"""The example batch `(inputs, targets)`: its structure, and how it meets the module, the loss and the metrics."""
+"""The example batch `(inputs, targets)`: its structure, and how it meets the module and the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -137,11 +137,10 @@ def read_example(example_batch: Any, micro_batch: int | None) -> Example:
         raise BatchError(f"micro_batch is {micro_batch}, must be at least 1")
     target = micro_batch or size
     rows = torch.arange(target) % size
-    halves = (
-        HalfBatch(half.name, half.kind, half.keys, tuple(leaf[rows].contiguous() for leaf in half.tensors))
-        for half in (inputs, targets)
+    inputs, targets = (
+        replace(half, tensors=tuple(leaf[rows].contiguous() for leaf in half.tensors)) for half in (inputs, targets)
     )
-    return Example(*halves, micro_batch=target)
+    return Example(inputs, targets, target)
 
 
 def _read_half(name: Literal["inputs", "targets"], half: Any) -> HalfBatch:
@@ -157,10 +156,10 @@ def _read_half(name: Literal["inputs", "targets"], half: Any) -> HalfBatch:
     return HalfBatch(name, kind, tuple(items), tensors)  # type: ignore[arg-type]
 
 
-def _read_leaf(name: str, leaf: Any) -> Tensor:
-    if not isinstance(leaf, Tensor):
-        raise BatchError(f"{name} of the example batch must be a torch.Tensor, got {_describe(leaf)}")
-    leaf = leaf.detach().cpu()
+def _read_leaf(name: str, given: Any) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise BatchError(f"{name} of the example batch must be a torch.Tensor, got {_describe(given)}")
+    leaf: Tensor = given.detach().cpu()
     if leaf.dtype == torch.float64:
         leaf = leaf.float()
     dtype_name(leaf.dtype, f"{name} of the example batch")
@@ -236,9 +235,7 @@ def flatten_outputs(outputs: Any) -> dict[str, Tensor]:
     return found
 
 
-def call_module(
-    module: nn.Module, state: Mapping[str, Tensor], example: Example, inputs: tuple[Tensor, ...]
-) -> Any:
+def call_module(module: nn.Module, state: Mapping[str, Tensor], example: Example, inputs: tuple[Tensor, ...]) -> Any:
     """`module(*inputs)` with the parameters named in `state` replaced, wherever they are tied or shared."""
     args, kwargs = example.inputs.call_arguments(inputs)
     with replaced(module, state):
@@ -247,7 +244,7 @@ def call_module(
 
 @contextmanager
 def replaced(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Puts the tensors of `state` in place of the parameters of these names, wherever they are tied or shared."""
+    """Puts the tensors of `state` in place of the parameters of these names, also tied or shared ones."""
     # torch.func.functional_call would leave the replacement behind in a module that is registered twice.
     canonical = {id(parameter): name for name, parameter in module.named_parameters()}
     places = [

@@ -53,9 +53,10 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of a convolution of any rank, by its input, its weight and its bias.
 
-    By the input: the transposed convolution (and the other way round). By the weight: one matrix product of the
-    output gradient with the input shifted to each kernel tap.
+    By the input: the transposed convolution (and the other way round). By the weight: one matrix product of
+    the output gradient with the input shifted to each kernel tap.
     """
+    del bias_sizes, output_padding  # the shapes say it
     rank = x.ndim - 2
     stride, padding, dilation = (per_dimension(v, rank) for v in (stride, padding, dilation))
     grad_x = grad_w = grad_b = None
@@ -92,7 +93,7 @@ def _weight_gradient(
     """
     rank = len(stride)
     N, G = small.shape[0], groups
-    O, I = shape[0] // G, shape[1]
+    n_out, n_in = shape[0] // G, shape[1]
     positions = small.shape[2:]
     P = positions.numel()
     kernel = list(shape[2:])
@@ -109,17 +110,17 @@ def _weight_gradient(
         taps.append(view)
     columns = taps[0] if len(taps) == 1 else torch.stack(taps, 2)
     K = len(taps)
-    if G == 1 and _transposing_pays(N, P, O, I * K):
-        left = small.reshape(N, O, P).transpose(0, 1).reshape(O, N * P)
-        right = columns.reshape(N, I * K, P).transpose(0, 1).reshape(I * K, N * P)
+    if G == 1 and _transposing_pays(N, P, n_out, n_in * K):
+        left = small.reshape(N, n_out, P).transpose(0, 1).reshape(n_out, N * P)
+        right = columns.reshape(N, n_in * K, P).transpose(0, 1).reshape(n_in * K, N * P)
         return torch.mm(left, right.T).reshape(shape)
-    left, right = small.reshape(N, G, O, P), columns.reshape(N, G, I * K, P)
+    left, right = small.reshape(N, G, n_out, P), columns.reshape(N, G, n_in * K, P)
     return torch.matmul(left, right.transpose(-1, -2)).sum(0).reshape(shape)
 
 
-def _transposing_pays(N: int, P: int, O: int, columns: int) -> bool:
+def _transposing_pays(N: int, P: int, rows: int, columns: int) -> bool:
     """Whether one large product with the batch moved inside is less traffic than N products and their sum."""
-    return N > 1 and N * P * (O + columns) < N * O * columns
+    return N > 1 and P * (rows + columns) < rows * columns
 
 
 def _indices(sizes: Sequence[int]) -> list[list[int]]:
@@ -129,9 +130,7 @@ def _indices(sizes: Sequence[int]) -> list[list[int]]:
     return indices
 
 
-def as_strided(
-    x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
-) -> Tensor:
+def as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
     """Elements by their position in a contiguous tensor."""
     return x.reshape(-1)[_positions(size, stride, storage_offset or 0)].reshape(size)
 
@@ -167,9 +166,7 @@ def hardshrink_backward(grad: Tensor, x: Tensor, lambd: float) -> Tensor:
     return torch.where(x.abs() > lambd, grad, torch.zeros_like(grad))
 
 
-def weight_norm_backward(
-    grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
+def weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Salimans and Kingma 2016, equation 3: gradients by the direction v and the length g."""
     dims = [d for d in range(v.ndim) if d != dim]
     norms = norms.reshape(g.shape)

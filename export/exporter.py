@@ -55,10 +55,11 @@ def export_bundle(
     """Exports a module with its training step, proves the gradients, and writes a bundle.
 
     Args:
-        module: called as `module(inputs)`, `module(*inputs)` or `module(**inputs)`, as the example's inputs are
-            a tensor, a tuple or a dict. Not changed.
+        module: called as `module(inputs)`, `module(*inputs)` or `module(**inputs)`, as the example's inputs
+            are a tensor, a tuple or a dict. Not changed.
         loss: `loss(outputs, targets)` -> one loss per sample, [B], or per token, [B, T].
-        example_batch: `(inputs, targets)`, each a tensor, a tuple or a dict of tensors; dimension 0 is the batch.
+        example_batch: `(inputs, targets)`, each a tensor, a tuple or a dict of tensors; dimension 0 is the
+            batch.
         trainable: what learns; see `edgetrain.export.select`.
         runtimes: one program is written for each.
         micro_batch: samples per call of the step; None for the size of the example.
@@ -131,13 +132,13 @@ def _unused(prepared: Prepared, expected: parity.Reference) -> list[str]:
     added = {name for names in prepared.adapters.names.values() for name in names}
     if wrong := [name for name in unused if name in added]:
         raise SelectionError(
-            f"{wrong[0]} has no influence on the loss: the model uses that layer's weight without calling the "
-            "layer, or not at all. Leave it out of the target"
+            f"{wrong[0]} has no influence on the loss: the model uses that layer's weight without calling "
+            "the layer, or not at all. Leave it out of the target"
         )
     if len(unused) == len(prepared.trainable):
         raise SelectionError(
-            f"the loss depends on none of the selected parameters ({', '.join(unused[:5])}…): there is nothing "
-            "to train. Select others, or check that the loss uses the outputs"
+            f"the loss depends on none of the selected parameters ({', '.join(unused[:5])}…): there is "
+            "nothing to train. Select others, or check that the loss uses the outputs"
         )
     return [f"{name} has no influence on the loss: its gradient is zero" for name in unused]
 
@@ -169,9 +170,7 @@ def _ignored(loss: Loss, targets: object, shape: tuple[int, ...], asked: int | N
     """The target value that weighs nothing, where targets line up with the losses."""
     fits = isinstance(targets, Tensor) and not targets.is_floating_point() and tuple(targets.shape) == shape
     if asked is not None and not fits:
-        raise BatchError(
-            f"ignore_index={asked} needs one tensor of integer targets in the losses' shape {list(shape)}"
-        )
+        raise BatchError(f"ignore_index={asked} needs one tensor of integer targets in the losses' shape {list(shape)}")
     found = getattr(loss, "ignore_index", None) if asked is None else asked
     return found if fits and isinstance(found, int) else None
 

@@ -31,7 +31,7 @@ def fold_batch_norms(module: fx.GraphModule) -> int:
 
 def _fits(norm: fx.Node) -> bool:
     convolution: Any = norm.args[0]
-    if norm.args[5] or not all(user.args[1] == 0 for user in norm.users):
+    if norm.args[5] or any(user.users and user.args[1] != 0 for user in norm.users):
         return False
     if convolution.target is not aten.convolution.default or len(convolution.users) > 1:
         return False
@@ -67,4 +67,5 @@ def _fold(module: fx.GraphModule, norm: fx.Node, name: str) -> None:
         new_bias = module.graph.get_attr(f"{name}_bias")
     convolution.args = (convolution.args[0], new_weight, new_bias, *convolution.args[3:])
     for user in list(norm.users):
-        user.replace_all_uses_with(convolution)
+        if user.args[1] == 0:
+            user.replace_all_uses_with(convolution)

@@ -1,7 +1,8 @@
 """The second way to a trace, for modules that the first cannot take.
 
-`torch.export` sees through guards on data-independent values, frees the forward of in-place writes to views and
-takes large operators apart *before* autograd differentiates them, so that no exotic backward operator arises.
+`torch.export` sees through guards on data-independent values, frees the forward of in-place writes to views
+and takes large operators apart *before* autograd differentiates them, so that no exotic backward operator
+arises.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def functional_problem(problem: Problem) -> Problem:
     args, kwargs = example.inputs.call_arguments(example.inputs.tensors)
     table = {
         op: rule
-        for op, rule in core_aten_decompositions().items()
+        for op, rule in dict(core_aten_decompositions()).items()
         if not op._schema.name.removeprefix("aten::").startswith(_KEPT)  # noqa: SLF001
     }
     table[torch.ops.aten.copy.default] = _copy

@@ -1,12 +1,12 @@
 """Models of `transformers`, by configuration or from a local directory. Nothing is downloaded.
 
-`hf:SOURCE[,KEY=VALUE…]`, where SOURCE is a configuration (JSON file), a directory with `config.json` and perhaps
-weights, or a model type such as `bert`; keys overwrite fields of the configuration. Without weights on disk the
-model is initialised at random from a fixed seed.
+`hf:SOURCE[,KEY=VALUE…]`, where SOURCE is a configuration (JSON file), a directory with `config.json` and
+perhaps weights, or a model type such as `bert`; keys overwrite fields of the configuration. Without weights
+on disk the model is initialised at random from a fixed seed.
 
 A batch is `({"input_ids", "attention_mask"}, targets)` for text and `({"pixel_values"}, targets)` for images.
-Targets are classes [B], or tokens [B, T] where -100 is ignored: for `causal-lm` the *next* token at each position,
-for `masked-lm` the token behind each mask.
+Targets are classes [B], or tokens [B, T] where -100 is ignored: for `causal-lm` the *next* token at each
+position, for `masked-lm` the token behind each mask.
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ def _config(path: str) -> Any:
             raise SourceError(f"{file} is not JSON: {error}") from error
         kind = fields.get("model_type") if isinstance(fields, dict) else None
         if kind not in types:
-            raise SourceError(
-                f"{file}: model_type {kind!r} is unknown to transformers {transformers.__version__}"
-            )
+            raise SourceError(f"{file}: model_type {kind!r} is unknown to transformers {transformers.__version__}")
         return types[kind].from_dict(fields)
     if path in types:
         return types[path]()

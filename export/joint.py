@@ -29,6 +29,7 @@ from edgetrain.export.batch import (
 from edgetrain.export.fold import fold_batch_norms
 from edgetrain.export.metrics import Metric, weighted_sum
 from edgetrain.export.prepare import Prepared, plain_math
+from edgetrain.export.tidy import VIEWS, drop_unused_leaves, mutates, name_constants, simplify
 from edgetrain.protocol.manifest import TensorSpec
 
 CLIP_NORM = "clip_norm"
@@ -101,9 +102,7 @@ class Evaluation(NamedTuple):
     def sums(self) -> dict[str, Tensor]:
         """The weighted sums that a graph gives, in its order."""
         losses = self.losses.detach()
-        metrics = {
-            f"metrics.{name}": weighted_sum(value, self.weights) for name, value in self.values.items()
-        }
+        metrics = {f"metrics.{name}": weighted_sum(value, self.weights) for name, value in self.values.items()}
         return {"loss_sum": (losses * self.weights).sum(), "weight_sum": self.weights.sum(), **metrics}
 
 
@@ -137,9 +136,7 @@ def trace_step(problem: Problem, decompositions: Decompositions) -> TracedGraph:
 def trace_eval(problem: Problem, decompositions: Decompositions) -> TracedGraph:
     """The step without gradients."""
 
-    def evaluate(
-        parameters: Sequence[Tensor], leaves: Sequence[Tensor], weights: Tensor
-    ) -> dict[str, Tensor]:
+    def evaluate(parameters: Sequence[Tensor], leaves: Sequence[Tensor], weights: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             return problem.evaluate(parameters, leaves, weights).sums()
 
@@ -157,18 +154,17 @@ def trace_infer(problem: Problem, decompositions: Decompositions) -> TracedGraph
 
 
 def trace_step_per_sample_clipped(problem: Problem, decompositions: Decompositions) -> TracedGraph:
-    """The step with every sample's gradient clipped to a norm before the sum (Abadi et al. 2016, arXiv:1607.00133).
+    """The step with every sample's gradient clipped to a norm before the sum.
 
-    A sample's gradient is that of its weighted loss, over all parameters together. One more input, `clip_norm`,
-    and one more output, `norms` [B]: the norms before clipping.
+    Abadi et al. 2016, arXiv:1607.00133. A sample's gradient is that of its weighted loss, over all
+    parameters together. One more input, `clip_norm`, and one more output, `norms` [B]: the norms before
+    clipping.
     """
 
     def of_sample(
         parameters: tuple[Tensor, ...], leaves: tuple[Tensor, ...], weights: Tensor
     ) -> tuple[Tensor, Evaluation]:
-        evaluation = problem.evaluate(
-            parameters, [leaf.unsqueeze(0) for leaf in leaves], weights.unsqueeze(0)
-        )
+        evaluation = problem.evaluate(parameters, [leaf.unsqueeze(0) for leaf in leaves], weights.unsqueeze(0))
         losses, weights, values = evaluation
         alone = Evaluation(losses[0].detach(), weights[0], {key: value[0] for key, value in values.items()})
         return (losses * weights.unsqueeze(0)).sum(), alone
@@ -184,9 +180,7 @@ def trace_step_per_sample_clipped(problem: Problem, decompositions: Decompositio
         return Evaluation(*evaluation).sums() | _named(problem, clipped) | {"norms": norms}
 
     leaves = problem.example.leaves
-    return _trace(
-        "step_per_sample_clipped", problem, step, leaves, decompositions, {CLIP_NORM: problem.clip_norm}
-    )
+    return _trace("step_per_sample_clipped", problem, step, leaves, decompositions, {CLIP_NORM: problem.clip_norm})
 
 
 def _gradients(evaluation: Evaluation, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -227,16 +221,15 @@ def _trace(
         *further,
     )
     with plain_math(problem.prepared.module):
-        # A view must stay a view as long as something may be written through it.
-        views_kept = {op: rule for op, rule in decompositions.items() if op not in _VIEWS}
+        views_kept = {op: rule for op, rule in decompositions.items() if op not in VIEWS}
         module = make_fx(flat, decomposition_table=views_kept)(*values)
-        if _mutates(module):
+        if mutates(module):
             pure = torch.func.functionalize(fx.Interpreter(module).run, remove="mutations")
             module = make_fx(pure, decomposition_table=dict(decompositions))(*values)
-    _name_constants(module, problem.prepared)
-    _simplify(module)
+    name_constants(module, problem.prepared.constant_names())
+    simplify(module)
     fold_batch_norms(module)
-    kept = _drop_unused_leaves(module, P)
+    kept = drop_unused_leaves(module, P)
     return TracedGraph(
         name=name,
         module=module,
@@ -244,82 +237,3 @@ def _trace(
         outputs=tuple(tensor_spec(key, value) for key, value in outputs.items()),
         example=tuple(values[i] for i in kept),
     )
-
-
-# Operators that return their input.
-_ALIASES = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh.default)
-
-
-_ARITHMETIC = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
-_VIEWS = (aten.as_strided.default,)
-
-
-def _mutates(module: fx.GraphModule) -> bool:
-    """Whether the graph writes in place, or holds views that only make sense with storage behind them."""
-    return any(
-        isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable  # noqa: SLF001
-        and node.target not in _ALIASES
-        or node.target in _VIEWS
-        for node in module.graph.nodes
-    )
-
-
-def _name_constants(module: fx.GraphModule, prepared: Prepared) -> None:
-    """Gives captured frozen tensors the names that they have in the user's module."""
-    names = {
-        id(tensor): name
-        for name, tensor in (*prepared.module.named_parameters(), *prepared.module.named_buffers())
-    }
-    for node in module.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        tensor = getattr(module, node.target)
-        label = names.get(id(tensor))
-        if label is None:
-            continue
-        attribute = "frozen_" + label.replace(".", "_")
-        while hasattr(module, attribute) and getattr(module, attribute) is not tensor:
-            attribute += "_"
-        if not hasattr(module, attribute):
-            module.register_buffer(attribute, tensor.detach())
-        names[id(getattr(module, attribute))] = label
-        node.target = attribute
-
-
-def _simplify(module: fx.GraphModule) -> None:
-    """Removes aliases and dead code, and gives every output a node of its own."""
-    graph = module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _ALIASES:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.target in _ARITHMETIC and isinstance(node.args[0], int | float):
-            with graph.inserting_before(node):
-                # As a tensor: some translators read a number in first place as the wrong type.
-                options = {"dtype": node.args[1].meta["val"].dtype}
-                number = graph.call_function(aten.scalar_tensor.default, (node.args[0],), options)
-            node.args = (number, *node.args[1:])
-    output = graph.output_node()
-    results = list(output.args[0])
-    seen: set[fx.Node] = set()
-    for index, result in enumerate(results):
-        if result.op != "call_function" or result in seen:
-            with graph.inserting_before(output):
-                results[index] = graph.call_function(aten.clone.default, (result,))
-        seen.add(result)
-    output.args = (tuple(results),)
-    graph.eliminate_dead_code()
-    module.recompile()
-
-
-def _drop_unused_leaves(module: fx.GraphModule, num_parameters: int) -> list[int]:
-    """Erases placeholders of batch leaves that nothing reads. Returns the indices of those that stay."""
-    kept = []
-    for index, node in enumerate(n for n in list(module.graph.nodes) if n.op == "placeholder"):
-        if node.users or index < num_parameters:
-            kept.append(index)
-        else:
-            module.graph.erase_node(node)
-    module.recompile()
-    return kept

@@ -25,7 +25,7 @@ _DATA_DEPENDENT = re.compile(
 
 @contextmanager
 def module_path(module: nn.Module) -> Iterator[list[str]]:
-    """Keeps the paths of the modules whose forward is running; after an exception, the last is the culprit."""
+    """Keeps the paths of the modules that are running; after an exception, the last is the culprit."""
     running: list[str] = []
 
     def enter(path: str) -> Callable[..., None]:
@@ -48,21 +48,21 @@ def module_path(module: nn.Module) -> Iterator[list[str]]:
 
 
 def callers(problem: Problem, operator: str) -> list[str]:
-    """Paths of the modules that call an ATen operator (or the forward of a backward one), by running eager."""
+    """Paths of the modules that call an ATen operator, or the forward of a backward one, in eager torch."""
     wanted = operator.split(".")[1 if operator.startswith(("aten.", "prims.")) else 0]
     wanted = wanted.split("_backward")[0]
     found: dict[str, None] = {}
 
     with module_path(problem.prepared.module) as running:
 
-        class Watch(TorchDispatchMode):
+        class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 name = func._schema.name.partition("::")[2].rstrip("_")  # noqa: SLF001
                 if name == wanted or name.endswith(f"_{wanted}"):
                     found[running[-1] if running else "(the loss or a metric)"] = None
                 return func(*args, **(kwargs or {}))
 
-        with plain_math(problem.prepared.module), torch.no_grad(), Watch():
+        with plain_math(problem.prepared.module), torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
             problem.evaluate(problem.parameters, problem.example.leaves, problem.weights)
     return list(found)
 
@@ -75,17 +75,18 @@ def refuse_randomness(problem: Problem) -> None:
     """
     with module_path(problem.prepared.module) as running:
 
-        class Watch(TorchDispatchMode):
+        class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 if torch.Tag.nondeterministic_seeded in func.tags and func._schema.name != "aten::dropout":  # noqa: SLF001
                     where = _described(problem, running[-1]) if running else "the loss or a metric"
                     raise UnsupportedError(
-                        f"random numbers in evaluation mode cannot be exported: {func} in {where}. Use nn.Dropout "
-                        "or F.dropout(…, training=self.training), or pass the noise as an input of the batch"
+                        f"random numbers in evaluation mode cannot be exported: {func} in {where}. Use "
+                        "nn.Dropout or F.dropout(…, training=self.training), or pass the noise as an "
+                        "input of the batch"
                     )
                 return func(*args, **(kwargs or {}))
 
-        with plain_math(problem.prepared.module), torch.no_grad(), Watch():
+        with plain_math(problem.prepared.module), torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
             problem.evaluate(problem.parameters, problem.example.leaves, problem.weights)
 
 

@@ -36,12 +36,13 @@ def merge(
     *,
     module: nn.Module | None = None,
 ) -> Path:
-    """Writes an ordinary inference model with the trained parameters in it; adapters are merged into the weights.
+    """Writes an ordinary inference model with the trained parameters in it and no adapters left.
 
     Args:
         bundle: with a program for onnxruntime.
         parameters: the flat vector, or a file of it: `.safetensors` by name, `.npy`, or raw float32.
-        out: `.onnx` for a model that takes the inputs and nothing else, or `.pt` for the `state_dict` of `module`.
+        out: `.onnx` for a model that takes the inputs and nothing else, or `.pt` for the `state_dict` of
+            `module`.
         module: for `.pt`, the module that was exported, with the same frozen weights.
 
     Returns:
@@ -101,7 +102,8 @@ def _read_file(path: Path, manifest: Manifest) -> Vector:
         if path.suffix == ".safetensors":
             return _by_name(path, manifest)
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False).astype(np.float32)
+            loaded: Vector = np.load(path, allow_pickle=False).astype(np.float32)
+            return loaded
         return np.frombuffer(path.read_bytes(), dtype="<f4").astype(np.float32)
     except (OSError, ValueError) as error:
         raise MergeError(f"{path}: cannot be read as parameters: {error}") from error
@@ -134,13 +136,10 @@ def _example_inputs(bundle: Bundle) -> dict[str, Array]:
     return inputs
 
 
-def _run_infer(
-    manifest: Manifest, infer: bytes, vector: Vector, inputs: dict[str, Array]
-) -> dict[str, Array]:
+def _run_infer(manifest: Manifest, infer: bytes, vector: Vector, inputs: dict[str, Array]) -> dict[str, Array]:
     graph = manifest.program("onnxruntime").graphs["infer"]
     arrays: list[Array] = [
-        vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
-        for entry in manifest.parameters
+        vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape) for entry in manifest.parameters
     ]
     arrays += [inputs[spec.name] for spec in graph.inputs[len(arrays) :]]
     outputs = OnnxLowering().load(LoweredGraph(file="infer.onnx", data=infer))(arrays)
@@ -188,9 +187,7 @@ def _state_dict(
         )
     merged = prepared.adapters.merged(
         {
-            entry.name: torch.from_numpy(
-                vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape).copy()
-            )
+            entry.name: torch.from_numpy(vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape).copy())
             for entry in manifest.parameters
         }
     )
@@ -203,9 +200,7 @@ def _state_dict(
     return buffer.getvalue()
 
 
-def _first_difference(
-    have: list[tuple[str, tuple[int, ...]]], want: list[tuple[str, tuple[int, ...]]]
-) -> str:
+def _first_difference(have: list[tuple[str, tuple[int, ...]]], want: list[tuple[str, tuple[int, ...]]]) -> str:
     for ours, theirs in zip(have, want, strict=False):
         if ours != theirs:
             return f"{ours[0]} {list(ours[1])} instead of {theirs[0]} {list(theirs[1])}"

@@ -1,4 +1,4 @@
-"""Metrics that the graphs compute beside the loss. Each gives values per sample; the graph sums them weighted."""
+"""Metrics beside the loss. Each gives values per sample, of which the graph gives the weighted sum."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ Metric = Callable[[Any, Any], Tensor]
 
 def correct(outputs: Any, targets: Any) -> Tensor:
     """1 where the class of the largest logit is the target. Logits [..., C], targets [...]."""
-    return (logits_of(outputs).argmax(-1) == targets).float()
+    right: Tensor = logits_of(outputs).argmax(-1) == targets
+    return right.float()
 
 
 def class_count(outputs: Any, targets: Any) -> Tensor:
     """One row per sample with a 1 at its class: summed, the samples of each class [C]."""
-    classes = logits_of(outputs).shape[-1]
-    return (targets.unsqueeze(-1) == torch.arange(classes)).float()
+    rows: Tensor = targets.unsqueeze(-1) == torch.arange(logits_of(outputs).shape[-1])
+    return rows.float()
 
 
 def class_correct(outputs: Any, targets: Any) -> Tensor:
@@ -37,7 +38,8 @@ def class_correct(outputs: Any, targets: Any) -> Tensor:
 def default_metrics(outputs: Any, targets: Any, weights_shape: tuple[int, ...]) -> dict[str, Metric]:
     """Metrics for logits whose targets are the classes of the same samples or tokens; none otherwise.
 
-    `correct`, and for at most `MAX_CLASSES` classes and one class per sample, `class_correct` and `class_count`.
+    `correct`, and for at most `MAX_CLASSES` classes and one class per sample, `class_correct` and
+    `class_count`.
     """
     logits = logits_of(outputs)
     fits = (
@@ -56,9 +58,7 @@ def default_metrics(outputs: Any, targets: Any, weights_shape: tuple[int, ...]) 
     return {"correct": correct}
 
 
-def check_metrics(
-    metrics: Mapping[str, Metric], outputs: Any, targets: Any, weights_shape: tuple[int, ...]
-) -> None:
+def check_metrics(metrics: Mapping[str, Metric], outputs: Any, targets: Any, weights_shape: tuple[int, ...]) -> None:
     """Runs every metric once on the example.
 
     Raises:

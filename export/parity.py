@@ -1,8 +1,8 @@
 """The proof: the lowered graph's numbers against eager torch, parameter by parameter.
 
-Eager is an independent computation: the ordinary module, called and differentiated by autograd, not the trace.
-Two points are compared, the initial parameters and a neighbour of them, because a fresh model may be degenerate
-(zero-initialised layers, symmetric biases) and hide a wrong gradient.
+Eager is an independent computation: the ordinary module, called and differentiated by autograd, not the
+trace. Two points are compared, the initial parameters and a neighbour of them, because a fresh model may be
+degenerate (zero-initialised layers, symmetric biases) and hide a wrong gradient.
 """
 
 from __future__ import annotations
@@ -10,18 +10,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from edgetrain.export.batch import HalfBatch, flatten_outputs
 from edgetrain.export.errors import ExportError, ParityError
 from edgetrain.export.joint import Problem, TracedGraph
-from edgetrain.export.lowering.base import Array, Run
+from edgetrain.export.lowering.base import Run
 from edgetrain.export.metrics import weighted_sum
 from edgetrain.export.prepare import plain_math
 from edgetrain.export.user_code import user_code
+
+# Of any dtype; arithmetic between them is what this file is about.
+Array = npt.NDArray[Any]
 
 # Largest error of a tensor, as a share of its largest element.
 TOLERANCE = 1e-4
@@ -98,9 +103,7 @@ def reference(problem: Problem, parameters: Sequence[Tensor]) -> Reference:
         parameters=tuple(parameter.detach() for parameter in parameters),
         loss_sum=float(loss_sum.detach()),
         weight_sum=float(evaluation.weights.sum()),
-        metrics={
-            name: weighted_sum(value, evaluation.weights).numpy() for name, value in evaluation.values.items()
-        },
+        metrics={name: weighted_sum(value, evaluation.weights).numpy() for name, value in evaluation.values.items()},
         gradients={name: g.numpy() for name, g in zip(problem.names, gradients, strict=True)},
         outputs={name: value.numpy() for name, value in outputs.items()},
         unused=tuple(name for name, g in zip(problem.names, found, strict=True) if g is None),
@@ -160,9 +163,7 @@ def _in_double(problem: Problem) -> Problem:
     def widen(half: HalfBatch) -> HalfBatch:
         return replace(half, tensors=tuple(t.double() if t.is_floating_point() else t for t in half.tensors))
 
-    example = replace(
-        problem.example, inputs=widen(problem.example.inputs), targets=widen(problem.example.targets)
-    )
+    example = replace(problem.example, inputs=widen(problem.example.inputs), targets=widen(problem.example.targets))
     module, base = (copy.deepcopy(part).double() for part in (problem.prepared.module, problem.prepared.base))
     prepared = replace(problem.prepared, module=module, base=base)
     return replace(problem, prepared=prepared, example=example, weights=problem.weights.double())
@@ -183,9 +184,7 @@ def check_finite(problem: Problem, expected: Reference) -> None:
         )
 
 
-def prove_step(
-    runtime: str, problem: Problem, graph: TracedGraph, run: Run, expected: Expected
-) -> ParityReport:
+def prove_step(runtime: str, problem: Problem, graph: TracedGraph, run: Run, expected: Expected) -> ParityReport:
     """Compares the step at every point.
 
     Raises:
@@ -201,9 +200,7 @@ def prove_step(
     return ParityReport(runtime, loss_error, worst_error, worst)
 
 
-def _prove_gradients(
-    runtime: str, problem: Problem, got: dict[str, Array], point: Reference
-) -> tuple[str, float]:
+def _prove_gradients(runtime: str, problem: Problem, got: dict[str, Array], point: Reference) -> tuple[str, float]:
     """The parameter with the largest relative error, and that error."""
     floor = FLOOR * max(float(np.abs(g).max(initial=0)) for g in point.gradients.values())
     relative: dict[str, float] = {}
@@ -223,9 +220,7 @@ def _prove_gradients(
         allowed = {n: TOLERANCE * float(np.abs(g).max(initial=0)) + floor for n, g in point.gradients.items()}
         wrong = {n: d for n, d in wrong.items() if not d <= allowed[n] + moves[n]}
     if wrong:
-        shares = {
-            n: d / max(float(np.abs(point.gradients[n]).max(initial=0)), 1e-30) for n, d in wrong.items()
-        }
+        shares = {n: d / max(float(np.abs(point.gradients[n]).max(initial=0)), 1e-30) for n, d in wrong.items()}
         name = max(shares, key=lambda key: shares[key] if np.isfinite(shares[key]) else np.inf)
         raise ParityError(
             f"{runtime}: the exported gradient of {name!r} differs from eager torch by {shares[name]:.1e} "
@@ -259,9 +254,7 @@ def _clipped_reference(problem: Problem, point: Reference) -> tuple[Tensor, Clip
     return clip_norm, ClippedReference(replace(point, gradients=sums), norms.numpy())
 
 
-def prove_clipped(
-    runtime: str, problem: Problem, graph: TracedGraph, run: Run, expected: ClippedReference
-) -> None:
+def prove_clipped(runtime: str, problem: Problem, graph: TracedGraph, run: Run, expected: ClippedReference) -> None:
     """Compares the step with per-sample clipping.
 
     Raises:
@@ -285,9 +278,7 @@ def prove_eval(runtime: str, problem: Problem, graph: TracedGraph, run: Run, exp
     Raises:
         ParityError: one of them differs.
     """
-    _prove_sums(
-        runtime, graph.name, problem, _run(problem, graph, run, expected.neighbour), expected.neighbour
-    )
+    _prove_sums(runtime, graph.name, problem, _run(problem, graph, run, expected.neighbour), expected.neighbour)
 
 
 def prove_infer(runtime: str, problem: Problem, graph: TracedGraph, run: Run, expected: Expected) -> None:
@@ -320,16 +311,13 @@ def _run(problem: Problem, graph: TracedGraph, run: Run, point: Reference) -> di
     return {spec.name: array for spec, array in zip(graph.outputs, arrays, strict=True)}
 
 
-def _prove_sums(
-    runtime: str, graph: str, problem: Problem, got: dict[str, Array], expected: Reference
-) -> float:
+def _prove_sums(runtime: str, graph: str, problem: Problem, got: dict[str, Array], expected: Reference) -> float:
     wanted = {"loss_sum": np.asarray(expected.loss_sum), "weight_sum": np.asarray(expected.weight_sum)}
     wanted |= {f"metrics.{name}": expected.metrics[name] for name in problem.metrics}
     for name, value in wanted.items():
         error = float(np.abs(got[name] - value).max())
         if not error <= TOLERANCE * max(float(np.abs(value).max()), 1.0):
             raise ParityError(
-                f"{runtime}: {name} of graph {graph!r} is {got[name]}, eager torch gives {value}. "
-                "No bundle was written"
+                f"{runtime}: {name} of graph {graph!r} is {got[name]}, eager torch gives {value}. No bundle was written"
             )
     return float(abs(got["loss_sum"] - expected.loss_sum)) / max(abs(expected.loss_sum), 1e-30)

@@ -112,12 +112,11 @@ def _avg_pool2d(
 ) -> Tensor:
     """ONNX's AveragePool has no divisor of its own; everything else is left to the runtime."""
     if divisor_override is None:
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]  # how a decomposition declines
     del count_include_pad
-    out = torch.nn.functional.avg_pool2d(
-        torch.zeros_like(x[:1, :1]), kernel_size, stride or None, padding, ceil_mode
-    )
-    matrices = _averaging_matrices(x.shape, out.shape, kernel_size, stride, padding, None)
+    with disable_proxy_modes_tracing():
+        shape = aten.avg_pool2d(torch.zeros(x.shape), kernel_size, stride, padding, ceil_mode).shape
+    matrices = _averaging_matrices(x.shape, shape, kernel_size, stride, padding, None)
     return along_last(x, [matrix.T for matrix in matrices]) / divisor_override
 
 
@@ -165,7 +164,7 @@ def _averaging_matrices(
 
 
 def adaptive_avg_pool(x: Tensor, output_size: Sequence[int]) -> Tensor:
-    """Averages of windows whose sizes may differ: a mean, or a product with an averaging matrix per dimension."""
+    """Averages of windows whose sizes may differ: a mean, or a product with a matrix per dimension."""
     rank = len(output_size)
     if all(size == 1 for size in output_size):
         return x.mean(list(range(-rank, 0)), keepdim=True)
@@ -206,9 +205,7 @@ def replication_pad_backward(grad: Tensor, x: Tensor, padding: Sequence[int]) ->
 
 
 def _upsample_backward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def backward(
-        grad: Tensor, output_size: Sequence[int], input_size: Sequence[int], *options: Any
-    ) -> Tensor:
+    def backward(grad: Tensor, output_size: Sequence[int], input_size: Sequence[int], *options: Any) -> Tensor:
         """Products with the resizing matrices, which the forward operator itself yields from unit vectors."""
         rank = len(output_size)
         # With align_corners or cubic first, then one scale per dimension.

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edgetrain.export.adapters import Adapters, add_adapters, is_adapter_term
+from edgetrain.export.adapters import Adapters, is_adapter_term
 from edgetrain.export.errors import SelectionError, UnsupportedError
+from edgetrain.export.lora import add_lora
 from edgetrain.export.select import select, terms
+from edgetrain.export.sparse import add_slices
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class Prepared:
     # What was changed, for the user to read.
     notes: tuple[str, ...]
 
+    def constant_names(self) -> dict[int, str]:
+        """Names of all parameters and buffers, by the identity of the tensor."""
+        return {
+            id(tensor): name
+            for part in (self.base, self.module)
+            for name, tensor in (*part.named_parameters(), *part.named_buffers())
+        }
+
 
 def prepare(module: nn.Module, selection: str) -> Prepared:
     """Copies the module, makes it deterministic and frees the selected parameters.
@@ -43,7 +53,7 @@ def prepare(module: nn.Module, selection: str) -> Prepared:
     notes: list[str] = []
     module = _copy(module)
     _convert_dtypes(module, notes)
-    _remove_randomness(module, notes)
+    _describe_dropout(module, notes)
     _refuse_batch_statistics(module)
     module.eval()
     base, adapters = module, Adapters()
@@ -52,15 +62,13 @@ def prepare(module: nn.Module, selection: str) -> Prepared:
         base = _copy(module)
         base.requires_grad_(False)
     for term in adapter_terms:
-        add_adapters(module, term, adapters)
+        (add_lora if term.startswith("lora") else add_slices)(module, term, adapters)
     names = set(select(module, selection, adapters.names))
     trainable: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         if name in names and not parameter.is_floating_point():
-            raise SelectionError(
-                f"{name} holds {parameter.dtype} and cannot learn; exclude it with '!{name}'"
-            )
+            raise SelectionError(f"{name} holds {parameter.dtype} and cannot learn; exclude it with '!{name}'")
         parameter.requires_grad_(False)
         (trainable if name in names else frozen)[name] = parameter.detach()
     _describe_norms(module, trainable, notes)
@@ -87,9 +95,7 @@ def _copy(module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise UnsupportedError(f"the model must be a torch.nn.Module, got a {type(module).__name__}")
     if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedError(
-            "the model is a TorchScript module; export the nn.Module that it was made from"
-        )
+        raise UnsupportedError("the model is a TorchScript module; export the nn.Module that it was made from")
     try:
         return copy.deepcopy(module).cpu()
     except (RuntimeError, TypeError) as error:
@@ -100,9 +106,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _convert_dtypes(module: nn.Module, notes: list[str]) -> None:
-    others = sorted(
-        {str(p.dtype).removeprefix("torch.") for p in _floats(module) if p.dtype != torch.float32}
-    )
+    others = sorted({str(p.dtype).removeprefix("torch.") for p in _floats(module) if p.dtype != torch.float32})
     if others:
         module.float()
         notes.append(f"parameters and buffers of {', '.join(others)} were converted to float32")
@@ -114,25 +118,20 @@ def _floats(module: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
-def _remove_randomness(module: nn.Module, notes: list[str]) -> None:
-    removed = [
-        name for name, part in module.named_modules() if isinstance(part, nn.modules.dropout._DropoutNd)
-    ]
-    for name in removed:
-        parent, _, child = name.rpartition(".")
-        if name:
-            setattr(module.get_submodule(parent), child, nn.Identity())
-    if removed:
-        notes.append(f"{len(removed)} dropout layers were removed (training on the device uses none)")
+def _describe_dropout(module: nn.Module, notes: list[str]) -> None:
+    layers = [part for part in module.modules() if type(part).__module__ == nn.Dropout.__module__]
+    if layers:
+        notes.append(f"{len(layers)} dropout layers were removed: training on the device uses none")
+
+
+def _batch_norms(module: nn.Module) -> dict[str, nn.BatchNorm1d]:
+    # All kinds share a private base class; the 1d one stands for its attributes.
+    base = nn.BatchNorm1d.__bases__[0]
+    return {name: part for name, part in module.named_modules() if isinstance(part, base)}  # type: ignore[misc]
 
 
 def _refuse_batch_statistics(module: nn.Module) -> None:
-    norms = [
-        (name, part)
-        for name, part in module.named_modules()
-        if isinstance(part, nn.modules.batchnorm._BatchNorm)
-    ]
-    for name, part in norms:
+    for name, part in _batch_norms(module).items():
         if part.running_mean is None:
             raise UnsupportedError(
                 f"{name} ({type(part).__name__}) keeps no running statistics: its output would depend on who "
@@ -141,14 +140,12 @@ def _refuse_batch_statistics(module: nn.Module) -> None:
 
 
 def _describe_norms(module: nn.Module, trainable: Collection[str], notes: list[str]) -> None:
-    norms = [
-        name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
-    ]  # noqa: SLF001
+    norms = _batch_norms(module)
     learning = [name for name in norms if {f"{name}.weight", f"{name}.bias"} & set(trainable)]
     if learning:
         notes.append(
-            f"{len(learning)} batch normalisations learn weight and bias with frozen statistics: the running mean "
-            "and variance of the given model are used and not updated"
+            f"{len(learning)} batch normalisations learn weight and bias with frozen statistics: the running "
+            "mean and variance of the given model are used and not updated"
         )
     if frozen := len(norms) - len(learning):
         notes.append(

@@ -18,16 +18,14 @@ logger = logging.getLogger(__name__)
 Trace = Callable[[Problem, Decompositions], TracedGraph]
 
 
-def make_program(
-    lowering: Lowering, problem: Problem, expected: parity.Expected, files: dict[str, bytes]
-) -> Program:
+def make_program(lowering: Lowering, problem: Problem, expected: parity.Expected, files: dict[str, bytes]) -> Program:
     """All graphs of one runtime, proven; their files are added to `files`.
 
     Raises:
         UnsupportedError: an operator or a control flow that cannot be exported.
         ParityError: a graph computes other numbers than eager torch.
     """
-    translator = _Translator(lowering, problem)
+    translator = Translator(lowering, problem)
     graphs: dict[str, Graph] = {}
 
     def add(trace: Trace, prove: Callable[[TracedGraph, Run], None]) -> None:
@@ -60,7 +58,7 @@ def make_program(
     return Program(runtime=lowering.runtime, minimum_version=lowering.minimum_version, graphs=graphs)
 
 
-class _Translator:
+class Translator:
     """Translates graphs directly, or, once that has failed, by way of `torch.export`."""
 
     def __init__(self, lowering: Lowering, problem: Problem) -> None:
@@ -70,6 +68,11 @@ class _Translator:
         self._functional: Problem | None = None
 
     def translate(self, trace: Trace) -> tuple[TracedGraph, LoweredGraph]:
+        """Traces and lowers one graph.
+
+        Raises:
+            UnsupportedError: neither way works.
+        """
         if self._functional is not None:
             return self._attempt(trace, self._functional)
         try:
@@ -94,9 +97,7 @@ class _Translator:
         try:
             return graph, self._lowering.lower(graph)
         except OperatorError as error:
-            raise locate.no_translation(
-                self._original, self._lowering.runtime, error.operator, error.cause
-            ) from error
+            raise locate.no_translation(self._original, self._lowering.runtime, error.operator, error.cause) from error
 
 
 def _entry(runtime: str, graph: TracedGraph, lowered: LoweredGraph, files: dict[str, bytes]) -> Graph:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a registered name, a function in the user's file, or a Hugging Face configuration."""
+"""Where a model comes from: a registered name, a function in the user's file, or a configuration."""
 
 from __future__ import annotations
 
@@ -57,8 +57,10 @@ def _load_registered(name: str, options: Mapping[str, Any] | None) -> Source:
             f"no model {name!r}. Registered: {', '.join(sorted(models.MODELS))}. "
             "Or give path/to/file.py:callable, or hf:PATH_OR_CONFIG"
         )
-    with user_code(f"making the model {name!r}"):
+    try:
         return Source(*models.get_model(name, **(options or {})))
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"model {name!r} cannot be made with {dict(options or {})}: {error}") from error
 
 
 def _load_function(path: Path, name: str) -> Callable[..., Any]:
@@ -79,9 +81,7 @@ def _load_function(path: Path, name: str) -> Callable[..., Any]:
         sys.path.remove(folder)
     function = getattr(module, name, None)
     if not callable(function):
-        found = sorted(
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
-        )
+        found = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise SourceError(f"{path} has no function {name!r}; it has: {', '.join(found) or 'none'}")
     return function  # type: ignore[no-any-return]  # callable() was checked
 

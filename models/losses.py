@@ -32,7 +32,5 @@ def token_cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.T
     Returns:
         float [B, T], in nats; 0 at `IGNORE_INDEX`.
     """
-    losses = F.cross_entropy(
-        outputs.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX
-    )
+    losses = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
     return losses.view_as(targets)

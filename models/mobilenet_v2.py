@@ -42,12 +42,8 @@ def scaled(channels: int, width: float) -> int:
     return rounded if rounded >= 0.9 * wanted else rounded + 8
 
 
-def _convolution(
-    channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1
-) -> list[nn.Module]:
-    convolution = nn.Conv2d(
-        channels_in, channels_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False
-    )
+def _convolution(channels_in: int, channels_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(channels_out)]
 
 
@@ -79,9 +75,7 @@ class MobileNetV2(nn.Module):
             for index in range(repeats):
                 channels_out = scaled(base, width)
                 block_stride = stride if index == 0 else 1
-                layers.append(
-                    InvertedResidual(channels, channels_out, stride=block_stride, expansion=expansion)
-                )
+                layers.append(InvertedResidual(channels, channels_out, stride=block_stride, expansion=expansion))
                 channels = channels_out
         last = scaled(1280, max(1.0, width))
         self.features = nn.Sequential(*layers, *_convolution(channels, last, 1), nn.ReLU6())

@@ -108,9 +108,7 @@ def keep_channels(norm: nn.BatchNorm2d, channels: torch.Tensor) -> nn.BatchNorm2
     return new.train(norm.training)
 
 
-def _rebuilt(
-    layer: nn.Conv2d | nn.Linear, outputs: torch.Tensor, inputs: torch.Tensor
-) -> nn.Conv2d | nn.Linear:
+def _rebuilt(layer: nn.Conv2d | nn.Linear, outputs: torch.Tensor, inputs: torch.Tensor) -> nn.Conv2d | nn.Linear:
     if isinstance(layer, nn.Conv2d):
         return _convolution(layer, outputs, inputs, groups=1)
     new = nn.Linear(len(inputs), len(outputs), bias=layer.bias is not None)
@@ -135,9 +133,7 @@ def _convolution(layer: nn.Conv2d, outputs: torch.Tensor, inputs: torch.Tensor, 
 
 
 @torch.no_grad()
-def _copy(
-    old: nn.Conv2d | nn.Linear, new: nn.Conv2d | nn.Linear, outputs: torch.Tensor, inputs: torch.Tensor
-) -> None:
+def _copy(old: nn.Conv2d | nn.Linear, new: nn.Conv2d | nn.Linear, outputs: torch.Tensor, inputs: torch.Tensor) -> None:
     new.weight.copy_(old.weight[outputs][:, inputs])
     if old.bias is not None and new.bias is not None:
         new.bias.copy_(old.bias[outputs])

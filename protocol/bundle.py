@@ -119,9 +119,7 @@ def _open_archive(path: Path) -> zipfile.ZipFile | None:
     try:
         return zipfile.ZipFile(path)
     except _ZIP_ERRORS as error:
-        raise BundleError(
-            f"{path}: not a bundle directory and not an {ARCHIVE_SUFFIX} archive: {error}"
-        ) from error
+        raise BundleError(f"{path}: not a bundle directory and not an {ARCHIVE_SUFFIX} archive: {error}") from error
 
 
 def _read(path: Path, archive: zipfile.ZipFile | None, name: str, limit: int) -> bytes:
@@ -154,8 +152,7 @@ def _guarded(path: Path, name: str) -> Iterator[None]:
 
 def _corrupt(path: Path, entry: FileEntry) -> BundleError:
     return BundleError(
-        f"{path}: {entry.file} is corrupt: its size or SHA-256 is not the manifest's. "
-        "Copy or export the bundle again."
+        f"{path}: {entry.file} is corrupt: its size or SHA-256 is not the manifest's. Copy or export the bundle again."
     )
 
 

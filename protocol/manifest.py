@@ -252,12 +252,9 @@ def decode_manifest(data: bytes) -> Manifest:
     """
     version = peek_version(data)
     if version[0] != FORMAT_MAJOR:
-        remedy = (
-            "upgrade edgetrain on this machine" if version[0] > FORMAT_MAJOR else "export the bundle again"
-        )
+        remedy = "upgrade edgetrain on this machine" if version[0] > FORMAT_MAJOR else "export the bundle again"
         raise BundleError(
-            f"the bundle has format version {version[0]}.{version[1]}, this edgetrain reads "
-            f"{FORMAT_MAJOR}.x: {remedy}"
+            f"the bundle has format version {version[0]}.{version[1]}, this edgetrain reads {FORMAT_MAJOR}.x: {remedy}"
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
@@ -303,9 +300,7 @@ def _validate(manifest: Manifest) -> None:
         raise BundleError(
             f"manifest.json: {offset} parameters but initial parameters of {manifest.initial_parameters.size} bytes"
         )
-    if [check.name for check in manifest.self_test.gradients] != [
-        entry.name for entry in manifest.parameters
-    ]:
+    if [check.name for check in manifest.self_test.gradients] != [entry.name for entry in manifest.parameters]:
         raise BundleError("manifest.json: the self-test does not name the parameters in order")
     halves = (manifest.batch.inputs, manifest.batch.targets)
     specs = [*(leaf for half in halves for leaf in half.leaves), manifest.batch.weights]

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from edgetrain.protocol.errors import ConfigError, MessageError, SignatureError
 from edgetrain.protocol.files import write_atomically
@@ -33,9 +33,7 @@ class VersionError(MessageError):
     """The envelope is of another protocol version; `sender` is who claims to have sent it."""
 
     def __init__(self, sender: str, version: int) -> None:
-        super().__init__(
-            f"{sender} speaks protocol version {version}, this edgetrain speaks {PROTOCOL_VERSION}"
-        )
+        super().__init__(f"{sender} speaks protocol version {version}, this edgetrain speaks {PROTOCOL_VERSION}")
         self.sender = sender
         self.version = version
 
@@ -44,6 +42,7 @@ class SigningKey:
     """A private key. Never printed, never logged."""
 
     def __init__(self, seed: bytes) -> None:
+        self._seed = seed
         self._key = Ed25519PrivateKey.from_private_bytes(seed)
         self.public_key: bytes = self._key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
 
@@ -66,11 +65,18 @@ class SigningKey:
                     raise ConfigError(f"{path}: is not a signing key (32 bytes); restore it or move it away")
                 return cls(data)
             key = cls.generate()
-            raw = key._key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
-            write_atomically(path, raw, mode=0o600)
+            key.save(path)
         except OSError as error:
             raise ConfigError(f"{path}: cannot read or create the signing key: {error}") from error
         return key
+
+    def save(self, path: Path) -> None:
+        """Writes what `load_or_create` reads.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_atomically(path, self._seed, mode=0o600)
 
     def sign(self, data: bytes) -> bytes:
         """64 bytes."""
@@ -133,6 +139,4 @@ def verify(envelope: Envelope, federation: str, public_key: bytes) -> None:
             envelope.signature, _signed_bytes(federation, envelope.sender, envelope.body)
         )
     except (InvalidSignature, ValueError) as error:
-        raise SignatureError(
-            f"the signature of {envelope.sender!r} is not right: forged or damaged"
-        ) from error
+        raise SignatureError(f"the signature of {envelope.sender!r} is not right: forged or damaged") from error

@@ -180,7 +180,5 @@ def _contribution(
 def _decoded(data: bytes, parameters: Vector) -> SparseOrDense:
     update = decode(data, Limits(max_parameters=len(parameters)))
     if update.num_parameters != len(parameters):
-        raise UpdateRefused(
-            f"the update has {update.num_parameters} parameters, the model has {len(parameters)}"
-        )
+        raise UpdateRefused(f"the update has {update.num_parameters} parameters, the model has {len(parameters)}")
     return update

@@ -69,9 +69,7 @@ class VirtualClient:
             mixed[self._mask] = self._own
         return mixed
 
-    def train(
-        self, parameters: Vector, training: TrainingConfig, *, control: Vector | None, seed: int
-    ) -> LocalResult:
+    def train(self, parameters: Vector, training: TrainingConfig, *, control: Vector | None, seed: int) -> LocalResult:
         """One local training; nothing is settled yet, but personal parameters are kept.
 
         Args:

@@ -133,8 +133,8 @@ threads = [threading.Thread(target=client, args=(name,)) for name in ("a", "b")]
 for thread in threads:
     thread.start()
 config = FederationConfig(
-    federation="f", bundle=str(bundle), out=str(out / "run"), rounds=RoundsConfig(total=3, goal=2, idle_timeout_seconds=20),
-    evaluation=EvaluationConfig(data=str(data)),
+    federation="f", bundle=str(bundle), out=str(out / "run"),
+    rounds=RoundsConfig(total=3, goal=2, idle_timeout_seconds=20), evaluation=EvaluationConfig(data=str(data)),
 )
 directory = RunDirectory(config, opened.manifest, opened.digest)
 summary = Coordinator(
@@ -156,7 +156,17 @@ print("done")
 def test_importing_and_running_everything_needs_no_torch(tiny_bundle, tmp_path):
     x, y = make_data(60, seed=5)
     np.savez(tmp_path / "data.npz", inputs=x, targets=y)
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, ",".join(FOREIGN), tiny_bundle, tmp_path / "data.npz", tmp_path]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        SCRIPT,
+        ",".join(FOREIGN),
+        tiny_bundle,
+        tmp_path / "data.npz",
+        tmp_path,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "done\n"

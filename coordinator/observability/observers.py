@@ -15,9 +15,7 @@ from edgetrain.coordinator.observability.tensorboard import TensorBoardWriter
 
 
 @contextlib.contextmanager
-def observers(
-    config: ObservabilityConfig, *, federation: str, directory: Path, also: Observer
-) -> Iterator[Observer]:
+def observers(config: ObservabilityConfig, *, federation: str, directory: Path, also: Observer) -> Iterator[Observer]:
     """One observer that tells all of them.
 
     Args:

@@ -77,9 +77,12 @@ class Counters:
                         self._set("edgetrain_train_loss", record.train_loss)
                 case events.ClientsEvaluated(evaluation):
                     self._set("edgetrain_clients_worse", len(evaluation.worse))
+                    # Clients name the metrics: what they no longer report goes away.
+                    for key in [key for key in self._values if key[0] == "edgetrain_clients_metric"]:
+                        del self._values[key]
                     for metric, spread in evaluation.spread.items():
                         for statistic in ("mean", "minimum", "p10", "median", "maximum"):
-                            labels = f'metric="{metric}",statistic="{statistic}"'
+                            labels = f'metric="{_escaped(metric)}",statistic="{statistic}"'
                             self._set("edgetrain_clients_metric", getattr(spread, statistic), labels)
                 case _:
                     pass
@@ -103,6 +106,10 @@ class Counters:
 
     def _set(self, name: str, value: float, labels: str = "") -> None:
         self._values[name, labels] = float(value)
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 class PrometheusServer:
@@ -136,9 +143,7 @@ class PrometheusServer:
         try:
             self._server = http.server.ThreadingHTTPServer((host, port), Handler)
         except OSError as error:
-            raise CoordinatorError(
-                f"observability.prometheus_port: cannot listen on {host}:{port}: {error}"
-            ) from error
+            raise CoordinatorError(f"observability.prometheus_port: cannot listen on {host}:{port}: {error}") from error
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="prometheus", daemon=True)

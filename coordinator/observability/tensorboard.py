@@ -67,8 +67,7 @@ class TensorBoardWriter:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends scalars; TensorBoard sees them at once."""
         values = b"".join(
-            _bytes(1, _bytes(1, tag.encode()) + _key(2, 5) + struct.pack("<f", value))
-            for tag, value in scalars.items()
+            _bytes(1, _bytes(1, tag.encode()) + _key(2, 5) + struct.pack("<f", value)) for tag, value in scalars.items()
         )
         event = _double(1, self._clock()) + _key(2, 0) + _varint(step) + _bytes(5, values)
         with self.path.open("ab") as file:
@@ -96,7 +95,8 @@ def _masked(data: bytes) -> int:
 
 def _table() -> tuple[int, ...]:
     entries = []
-    for value in range(256):
+    for byte in range(256):
+        value = byte
         for _ in range(8):
             value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
         entries.append(value)

@@ -37,6 +37,4 @@ def fedadagrad(
     def second_moment(v: Doubles, change: Doubles) -> Doubles:
         return v + change**2
 
-    return adaptive(
-        "fedadagrad", inner or fedavg(), second_moment, learning_rate=learning_rate, beta1=beta1, tau=tau
-    )
+    return adaptive("fedadagrad", inner or fedavg(), second_moment, learning_rate=learning_rate, beta1=beta1, tau=tau)

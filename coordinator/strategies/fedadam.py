@@ -39,6 +39,4 @@ def fedadam(
     def second_moment(v: Doubles, change: Doubles) -> Doubles:
         return beta2 * v + (1 - beta2) * change**2
 
-    return adaptive(
-        "fedadam", inner or fedavg(), second_moment, learning_rate=learning_rate, beta1=beta1, tau=tau
-    )
+    return adaptive("fedadam", inner or fedavg(), second_moment, learning_rate=learning_rate, beta1=beta1, tau=tau)

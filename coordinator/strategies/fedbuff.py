@@ -53,8 +53,7 @@ def fedbuff(
     def fold(partial: FixedPointSum, contribution: Contribution) -> FixedPointSum:
         if contribution.staleness > max_staleness:
             raise UpdateRefused(
-                f"was trained from parameters {contribution.staleness} versions old, "
-                f"allowed are {max_staleness}"
+                f"was trained from parameters {contribution.staleness} versions old, allowed are {max_staleness}"
             )
         weight = contribution.num_examples if weighted else 1
         partial.add(contribution.update, weight, scale(contribution.staleness))

@@ -40,6 +40,4 @@ def fedyogi(
     def second_moment(v: Doubles, change: Doubles) -> Doubles:
         return v - (1 - beta2) * change**2 * np.sign(v - change**2)
 
-    return adaptive(
-        "fedyogi", inner or fedavg(), second_moment, learning_rate=learning_rate, beta1=beta1, tau=tau
-    )
+    return adaptive("fedyogi", inner or fedavg(), second_moment, learning_rate=learning_rate, beta1=beta1, tau=tau)

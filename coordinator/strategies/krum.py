@@ -59,9 +59,7 @@ def krum_scores(distances: Doubles, attackers: int) -> Doubles:
 def _mean_of_lowest(table: UpdateTable, byzantine: float, keep: int) -> Doubles:
     attackers = count_byzantine(byzantine, len(table))
     scores = krum_scores(squared_distances(table.gram()), attackers)
-    chosen: npt.NDArray[np.int64] = np.argsort(scores, kind="stable")[
-        : keep or max(1, len(table) - attackers)
-    ]
+    chosen: npt.NDArray[np.int64] = np.argsort(scores, kind="stable")[: keep or max(1, len(table) - attackers)]
     weights = np.zeros(len(table))
     weights[chosen] = 1 / len(chosen)
     return table.combine(weights)

@@ -141,9 +141,7 @@ def _factory(name: str) -> Factory:
     others = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
     if name not in others:
         known = ", ".join(sorted({*STRATEGIES, *others}))
-        raise ConfigError(
-            f"strategy {name!r} is not known; there is: {known}, or file.py:factory for your own"
-        )
+        raise ConfigError(f"strategy {name!r} is not known; there is: {known}, or file.py:factory for your own")
     try:
         factory = others[name].load()
     except Exception as error:

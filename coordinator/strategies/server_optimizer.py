@@ -64,9 +64,7 @@ def adaptive(
         before_m = state.get(f"{name}/m")
         before_v = state.get(f"{name}/v")
         m = beta1 * (0.0 if before_m is None else before_m.astype(np.float64)) + (1 - beta1) * change
-        v = second_moment(
-            np.full_like(change, tau**2) if before_v is None else before_v.astype(np.float64), change
-        )
+        v = second_moment(np.full_like(change, tau**2) if before_v is None else before_v.astype(np.float64), change)
         step = learning_rate * m / (np.sqrt(v) + tau)
         return step, {f"{name}/m": m.astype(np.float32), f"{name}/v": v.astype(np.float32)}
 

@@ -19,6 +19,8 @@ from edgetrain.protocol.codecs import SparseOrDense
 
 Doubles = npt.NDArray[np.float64]
 
+# What a sum of fixed-point numbers could not take from a client of one example either.
+LARGEST = 2.0**33
 # Dense updates beyond so many bytes go to temporary files.
 MEMORY_BYTES = 64 << 20
 # A block of all rows, as float64, takes about so much.
@@ -56,13 +58,15 @@ class UpdateTable:
         """Adds a row.
 
         Raises:
-            UpdateRefused: of another length. Nothing was added.
+            UpdateRefused: of another length, or absurdly large. Nothing was added.
         """
         update = contribution.update
         if update.num_parameters != self.num_parameters:
             raise UpdateRefused(
                 f"the update has {update.num_parameters} parameters, the model has {self.num_parameters}"
             )
+        if np.max(np.abs(update.values), initial=np.float32(0)) >= LARGEST:
+            raise UpdateRefused("the update's values are too large to be true")
         self._memory_left -= update.values.nbytes
         if update.indices is None and self._memory_left < 0:
             update = SparseOrDense(update.num_parameters, None, _mapped(update.values))

@@ -63,9 +63,7 @@ def open_session(bundle: BundlePath | Bundle, runtime: str | None = None, *, thr
             reasons.append(str(error))
         else:
             return chosen.open(opened, threads=threads)
-    raise SessionError(
-        f"none of the runtimes of bundle {opened.manifest.name!r} can run here: " + "; ".join(reasons)
-    )
+    raise SessionError(f"none of the runtimes of bundle {opened.manifest.name!r} can run here: " + "; ".join(reasons))
 
 
 def registered_runtimes() -> tuple[str, ...]:

@@ -57,9 +57,7 @@ class Session(Protocol):
         """Name of the runtime."""
         ...
 
-    def step(
-        self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None
-    ) -> StepResult:
+    def step(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
         """Loss and gradients of one micro-batch.
 
         Args:
@@ -73,9 +71,7 @@ class Session(Protocol):
         """
         ...
 
-    def evaluate(
-        self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None
-    ) -> EvalResult:
+    def evaluate(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> EvalResult:
         """Loss and metrics of one micro-batch. Arguments and errors as in `step`."""
         ...
 

@@ -138,16 +138,15 @@ def _readable_beyond(vector: Vector) -> Vector:
     return np.concatenate([vector, np.zeros(_OVERREAD // 4, np.float32)])[: vector.size]
 
 
-def _check_tensors(
-    file: str, what: str, found: tuple[TensorSpec, ...], declared: tuple[TensorSpec, ...]
-) -> None:
+def _check_tensors(file: str, what: str, found: tuple[TensorSpec, ...], declared: tuple[TensorSpec, ...]) -> None:
     have = [(spec.dtype, spec.shape) for spec in found]
     if have != [(spec.dtype, spec.shape) for spec in declared]:
         raise SessionError(f"{file}: its {what}s are not the manifest's: {have}")
 
 
 def _remedy(error: str) -> str:
-    """What ExecuTorch says, and what to do about it."""
+    """What ExecuTorch says, each thing once, and what to do about it."""
+    error = "; ".join(list(dict.fromkeys(part.strip() for part in error.split(";")))[:5]).removesuffix(".")
     if re.search(r"unsupported_hardware|[Uu]nsupported hardware", error):
         return (
             "XNNPACK does not know this processor (it wants SSE2 on x86, NEON on ARM): use another runtime, "
@@ -155,7 +154,7 @@ def _remedy(error: str) -> str:
         )
     if re.search(r"[Mm]issing operator|OperatorMissing|backend .*not registered|NotFound", error):
         return (
-            "it needs a kernel or backend that this executorch does not have: export the bundle again with the "
-            f"version that runs here, or {INSTALL}. {error}"
+            f"{error}: it needs a kernel or backend that this executorch does not have; export the bundle again with "
+            f"the version that runs here, or {INSTALL}"
         )
     return f"{error}. If it was exported for another version of executorch, export it again, or {INSTALL}"

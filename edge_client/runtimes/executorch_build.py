@@ -74,8 +74,7 @@ def check_wheel(wheel: Wheel) -> Wheel:
     for path in (*map(wheel.library, LIBRARIES), wheel.root / "include"):
         if not path.exists():
             raise SessionError(
-                f"executorch {wheel.version} at {wheel.root} has no {path.relative_to(wheel.root)}; "
-                f"{INSTALL} brings it"
+                f"executorch {wheel.version} at {wheel.root} has no {path.relative_to(wheel.root)}; {INSTALL} brings it"
             )
     return wheel
 

@@ -77,9 +77,7 @@ class Program:
             ProgramError: the array is not of the tensor's size.
         """
         assert array.flags.c_contiguous
-        status = self._library.edgetrain_et_bind(
-            self._handle, int(output), index, array.ctypes.data, array.nbytes
-        )
+        status = self._library.edgetrain_et_bind(self._handle, int(output), index, array.ctypes.data, array.nbytes)
         if status != 0:
             raise self._error()
         self._bound[output, index] = array
@@ -98,9 +96,7 @@ class Program:
         sizes = (ctypes.c_int32 * 16)()
         kind = ctypes.c_int32()
         for index in range(self._library.edgetrain_et_count(self._handle, int(output))):
-            rank = self._library.edgetrain_et_describe(
-                self._handle, int(output), index, ctypes.byref(kind), sizes
-            )
+            rank = self._library.edgetrain_et_describe(self._handle, int(output), index, ctypes.byref(kind), sizes)
             if rank < 0:
                 raise self._error()
             if kind.value not in _DTYPES:

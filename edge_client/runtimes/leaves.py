@@ -106,9 +106,7 @@ def check_dtype(spec: TensorSpec, array: Array, where: str = "") -> None:
         bounds = np.iinfo(target)
         if array.size == 0 or (int(array.min()) >= bounds.min and int(array.max()) <= bounds.max):
             return
-        raise DataError(
-            f"{where}{spec.name}: values from {array.min()} to {array.max()} do not fit {spec.dtype}"
-        )
+        raise DataError(f"{where}{spec.name}: values from {array.min()} to {array.max()} do not fit {spec.dtype}")
     raise DataError(
         f"{where}{spec.name}: expected {spec.dtype}, got {source}; convert it with .astype({spec.dtype!r}) "
         "if that is what you mean"

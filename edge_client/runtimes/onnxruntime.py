@@ -151,8 +151,7 @@ def load_model(
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise SessionError(
-            f"{bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {file.file}: "
-            f"{first_line(error)}"
+            f"{bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {file.file}: {first_line(error)}"
         ) from error
 
 

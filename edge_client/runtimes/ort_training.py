@@ -71,8 +71,7 @@ class OrtTrainingSession(OnnxSession):
         named = {spec.name: array for spec, array in zip(graph.outputs[:own], outputs[:own], strict=True)}
         if RESET_INPUT not in takes or not named.keys() <= gives:
             raise SessionError(
-                f"{self.bundle.path}: the outputs of {graph.file.file} are not the manifest's: "
-                f"{sorted(gives)}"
+                f"{self.bundle.path}: the outputs of {graph.file.file} are not the manifest's: {sorted(gives)}"
             )
         bound = OnnxGraph(session, graph, self.manifest, self.staging.arrays)
         for output, array in named.items():

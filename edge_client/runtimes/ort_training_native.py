@@ -62,7 +62,7 @@ class NativeTrainer:
                 self._module = native.Module(model, self._state, None, cpu, options)
                 # The checkpoint has names and shapes only, and the optimizer crashes without values.
                 given = self._ort_value.ortvalue_from_numpy(parameters)
-                self._module.copy_buffer_to_parameters(given._ortvalue, False)
+                self._module.copy_buffer_to_parameters(given._ortvalue, False)  # noqa: SLF001
                 self._sgd = native.Optimizer(str(folder / OPTIMIZER_FILE), self._state, cpu, options)
             except Exception as error:  # onnxruntime's exceptions share no base of their own
                 raise SessionError(
@@ -94,7 +94,7 @@ class NativeTrainer:
         """The present parameters, float32 [num_parameters], copied."""
         vector = np.zeros(self.manifest.num_parameters, np.float32)
         target = self._ort_value.ortvalue_from_numpy(vector)
-        self._module.copy_parameters_to_buffer(target._ortvalue, False)
+        self._module.copy_parameters_to_buffer(target._ortvalue, False)  # noqa: SLF001
         # `numpy()` shows memory that goes away with `target`.
         copied: Vector = target.numpy().copy()
         return copied

@@ -54,17 +54,13 @@ class GraphSession(ABC):
             SessionError: the runtime cannot load it.
         """
 
-    def step(
-        self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None
-    ) -> StepResult:
+    def step(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
         """Loss and gradients of one micro-batch."""
         self.staging.fill(batch, weights)
         outputs = self._run("step", parameters)
         return StepResult(float(outputs[0]), float(outputs[1]), self._metrics(outputs), self.gradients)
 
-    def evaluate(
-        self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None
-    ) -> EvalResult:
+    def evaluate(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> EvalResult:
         """Loss and metrics of one micro-batch."""
         self.staging.fill(batch, weights)
         outputs = self._run("eval", parameters)
@@ -88,9 +84,7 @@ class GraphSession(ABC):
     def _metrics(self, outputs: list[Array]) -> dict[str, npt.NDArray[np.float32]]:
         """Copies of the metrics; what follows them are the gradients."""
         found = outputs[2 : 2 + len(self.manifest.metrics)]
-        return {
-            name: array.astype(np.float32) for name, array in zip(self.manifest.metrics, found, strict=True)
-        }
+        return {name: array.astype(np.float32) for name, array in zip(self.manifest.metrics, found, strict=True)}
 
     def _load(self, name: str) -> tuple[BoundGraph, list[Array]]:
         if name not in self._bound:

@@ -68,8 +68,7 @@ class TorchSession(GraphSession):
             module: Program = program.module()
         except Exception as error:  # whatever unpickling, unzipping and checking the program raise
             raise SessionError(
-                f"{self.bundle.path}: torch {torch.__version__} cannot load {graph.file.file}: "
-                f"{first_line(error)}"
+                f"{self.bundle.path}: torch {torch.__version__} cannot load {graph.file.file}: {first_line(error)}"
             ) from error
         return _TorchGraph(module, graph, self.manifest, self.staging.arrays, outputs)
 
@@ -90,9 +89,7 @@ class _TorchGraph:
         self._program = program
         self._file = graph.file.file
         self._manifest = manifest
-        self._leaves = [
-            torch.from_numpy(leaves[spec.name]) for spec in graph.inputs[len(manifest.parameters) :]
-        ]
+        self._leaves = [torch.from_numpy(leaves[spec.name]) for spec in graph.inputs[len(manifest.parameters) :]]
         self._outputs = outputs
         self._bound: Vector | None = None
         self._parameters: list[torch.Tensor] = []
@@ -110,14 +107,10 @@ class _TorchGraph:
             with torch.no_grad():
                 results = self._program(*self._parameters, *self._leaves)
         except IndexError as error:
-            raise DataError(
-                f"an index in the batch is out of range: {self._file}: {first_line(error)}"
-            ) from error
+            raise DataError(f"an index in the batch is out of range: {self._file}: {first_line(error)}") from error
         except RuntimeError as error:
             if "out of bounds" in str(error) or "out of range" in str(error):
-                raise DataError(
-                    f"an index in the batch is out of range: {self._file}: {first_line(error)}"
-                ) from error
+                raise DataError(f"an index in the batch is out of range: {self._file}: {first_line(error)}") from error
             raise SessionError(f"torch failed in {self._file}: {first_line(error)}") from error
         for array, result in zip(self._outputs, results, strict=True):
             np.copyto(array, result.numpy())

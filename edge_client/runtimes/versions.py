@@ -24,6 +24,5 @@ def check_minimum(manifest: Manifest, runtime: str, version: str, package: str) 
     needed = manifest.program(runtime).minimum_version
     if parse_version(version) < parse_version(needed):
         raise SessionError(
-            f"bundle {manifest.name!r} needs {package} {needed}, here is {version}: "
-            f'pip install "{package}>={needed}"'
+            f'bundle {manifest.name!r} needs {package} {needed}, here is {version}: pip install "{package}>={needed}"'
         )

@@ -54,9 +54,7 @@ class ExecutorchLowering:
             OperatorError: no kernel, or one that computes other numbers than torch.
         """
         # A dimension of size 1 may have any stride; ExecuTorch would take some for channels-last.
-        example = tuple(
-            torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) for tensor in graph.example
-        )
+        example = tuple(torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) for tensor in graph.example)
         with quiet(), _without_history(), torch.no_grad():
             module = rewrite(replace(graph, example=example))
             data, planned = _compile(module, example)
@@ -73,9 +71,7 @@ class ExecutorchLowering:
 
         return run
 
-    def _prove(
-        self, traced: fx.GraphModule, rewritten: fx.GraphModule, example: Sequence[Tensor], data: bytes
-    ) -> None:
+    def _prove(self, traced: fx.GraphModule, rewritten: fx.GraphModule, example: Sequence[Tensor], data: bytes) -> None:
         expected = traced(*example)
         run = _load(data)
         run(example)
@@ -89,9 +85,7 @@ class ExecutorchLowering:
 
         operator = wrong_operator(rewritten, example, compile_)
         if operator is not None:
-            raise OperatorError(
-                operator, f"the kernel of executorch {version('executorch')} gives wrong numbers"
-            )
+            raise OperatorError(operator, f"the kernel of executorch {version('executorch')} gives wrong numbers")
 
 
 def _load(data: bytes) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:

@@ -46,9 +46,7 @@ def windows(x: Tensor, rows: Windows, columns: Windows, groups: int, *, taps_fir
     N, C = x.shape[:2]
     if 1 < groups < C and not taps_first:
         # Too many axes for XNNPACK's tensors: one group after the other.
-        return torch.cat(
-            [windows(part, rows, columns, 1, taps_first=False) for part in torch.split(x, C // groups, 1)]
-        )
+        return torch.cat([windows(part, rows, columns, 1, taps_first=False) for part in torch.split(x, C // groups, 1)])
     (top, bottom), (left, right) = rows.padding(x.shape[2]), columns.padding(x.shape[3])
     I, P, K = C // groups, rows.positions * columns.positions, rows.taps * columns.taps
     if top or bottom or left or right:
@@ -254,14 +252,14 @@ def _gap(taps: Sequence[int]) -> int:
 
 
 def ones_like_row(size: int) -> Tensor:
-    """[1, 1, size]"""
+    """Ones, [1, 1, size]."""
     with disable_proxy_modes_tracing():
         return torch.ones(1, 1, size)
 
 
 def _flip(kernel: Tensor) -> Tensor:
     """Reverses both kernel dimensions of [G, O, I, kh, kw], as a product with a mirrored identity."""
-    *lead, kh, kw = kernel.shape
+    kh, kw = kernel.shape[-2:]
     if kh * kw == 1:
         return kernel
     with disable_proxy_modes_tracing():

@@ -41,9 +41,7 @@ def decompositions() -> Decompositions:
         aten._log_softmax.default: log_softmax,  # noqa: SLF001
         aten._log_softmax_backward_data.default: log_softmax_backward,  # noqa: SLF001
         aten._softmax_backward_data.default: softmax_backward,  # noqa: SLF001
-        aten.embedding_dense_backward.default: _unless_large(
-            embedding_backward, aten.embedding_dense_backward.default
-        ),
+        aten.embedding_dense_backward.default: _unless_large(embedding_backward, aten.embedding_dense_backward.default),
         aten.gelu.default: gelu,
         aten.gelu_backward.default: gelu_backward,
         aten.hardtanh_backward.default: hardtanh_backward,
@@ -70,7 +68,8 @@ def _unless_large(form: Callable[..., Any], operator: _Operator) -> Callable[...
 
 def positive(x: Tensor) -> Tensor:
     """1 where x > 0, else 0, as float32."""
-    return torch.clamp(x * STEEP, 0.0, 1.0)
+    ones: Tensor = aten.clamp.default(x * STEEP, 0.0, 1.0)
+    return ones
 
 
 def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
@@ -111,7 +110,8 @@ def softmax_backward(grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype)
 
 def one_hot(indices: Tensor, classes: int) -> Tensor:
     """Float rows of the identity: [*] -> [*, classes]. An index outside stops the program."""
-    return torch.embedding(torch.eye(classes), indices)
+    rows: Tensor = aten.embedding.default(torch.eye(classes), indices)
+    return rows
 
 
 def _valid(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -190,11 +190,9 @@ def _normal_cdf(x: Tensor) -> Tensor:
     """The normal distribution function to 1.5e-7: Abramowitz & Stegun 1964, formula 7.1.26."""
     z = torch.abs(x) * (1 / math.sqrt(2))
     t = torch.div(torch.ones(()), z * 0.3275911 + 1)
-    polynomial = t * (
-        0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
-    )
+    polynomial = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     upper = polynomial * torch.exp(z * -z) * 0.5
-    sign = torch.clamp(x * STEEP, -1.0, 1.0)
+    sign: Tensor = aten.clamp.default(x * STEEP, -1.0, 1.0)
     return sign * (0.5 - upper) + 0.5
 
 

@@ -52,9 +52,7 @@ def wrong_operator(module: fx.GraphModule, example: Sequence[Tensor], compile_: 
     return None
 
 
-def _wrong_alone(
-    module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], compile_: Compile
-) -> bool:
+def _wrong_alone(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], compile_: Compile) -> bool:
     graph = fx.Graph()
     inputs = {n: graph.placeholder(n.name) for n in node.all_input_nodes}
     copy = graph.node_copy(node, lambda n: inputs[n])

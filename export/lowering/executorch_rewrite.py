@@ -103,8 +103,8 @@ class _Rewriter(fx.Interpreter):
         """Of the current call's (first) result, computed now."""
         with disable_proxy_modes_tracing():
             arguments = fx.node.map_arg(self.node.args, lambda node: self.env[node])
-            operator: Any = self.node.target
-            result = operator(*arguments, **self.node.kwargs)
+            assert callable(self.node.target), "a call"
+            result = self.node.target(*arguments, **self.node.kwargs)
         first: Tensor = result[0] if isinstance(result, tuple) else result
         return first.shape
 
@@ -226,7 +226,7 @@ def _unsqueeze(rewriter: _Rewriter, x: Tensor, dim: int) -> Tensor:
     return x.reshape([*x.shape[:dim], 1, *x.shape[dim:]])
 
 
-def _squeeze(rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | int) -> Tensor:
+def _squeeze(_rewriter: _Rewriter, x: Tensor, dims: Sequence[int] | int) -> Tensor:
     dims = [dims] if isinstance(dims, int) else dims
     gone = {dim % x.ndim for dim in dims if x.shape[dim] == 1}
     return x.reshape([size for dim, size in enumerate(x.shape) if dim not in gone])
@@ -237,11 +237,7 @@ def _add(rewriter: _Rewriter, a: Tensor, b: Any, *, alpha: float = 1) -> Any:
     if alpha != 1:
         return a + b * alpha
     node = rewriter.node
-    if (
-        all(user.target in _SOFTMAX for user in node.users)
-        and rewriter.is_static(1)
-        and isinstance(b, Tensor)
-    ):
+    if all(user.target in _SOFTMAX for user in node.users) and rewriter.is_static(1) and isinstance(b, Tensor):
         return a + rewriter.now(lambda: b.clamp(min=MASKED))
     return NotImplemented
 
@@ -275,7 +271,7 @@ def _batch_norm(
     var: Tensor,
     *rest: Any,
 ) -> Any:
-    """With running statistics: a scale and a shift. (What can be folded into a convolution was folded before.)"""
+    """With running statistics: a scale and a shift; what a convolution could take was folded before."""
     training, eps = (False, rest[1]) if len(rest) == 2 else (rest[0], rest[2])
     if training:
         return NotImplemented
@@ -328,9 +324,7 @@ def _convolution(
     if rewriter.is_static(1):
         if rewriter.is_static(2):
             return NotImplemented
-        y = aten.convolution.default(
-            x, weight, None, stride, padding, dilation, transposed, output_padding, groups
-        )
+        y = aten.convolution.default(x, weight, None, stride, padding, dilation, transposed, output_padding, groups)
     else:
         geometry = _geometry(weight, stride, padding, dilation, groups)
         shape = rewriter.shape()

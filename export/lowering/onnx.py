@@ -48,9 +48,7 @@ class OnnxLowering:
         model = program.model_proto
         _strip(model)
         if model.ByteSize() > MAX_MODEL_BYTES:
-            raise UnsupportedError(
-                f"graph {graph.name!r} is larger than the 2 GiB that one ONNX file can hold"
-            )
+            raise UnsupportedError(f"graph {graph.name!r} is larger than the 2 GiB that one ONNX file can hold")
         return LoweredGraph(file=f"{graph.name}.onnx", data=model.SerializeToString(deterministic=True))
 
     def load(self, lowered: LoweredGraph) -> Run:

@@ -57,9 +57,7 @@ def run(folder: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     with np.load(folder / "inputs.npz") as loaded:
         feeds = dict(loaded)
     buffers = {}
@@ -71,9 +69,7 @@ def run(folder: Path) -> None:
             buffers[value.name] = feeds[value.name] = np.zeros(value.shape, np.float32)
     takes = {value.name for value in session.get_inputs()}
     feeds = {name: array for name, array in feeds.items() if name in takes}
-    outputs = dict(
-        zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True)
-    )
+    outputs = dict(zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True))
     np.savez(folder / "outputs.npz", allow_pickle=False, **outputs, **buffers)
 
 

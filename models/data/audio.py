@@ -32,9 +32,7 @@ def keywords(*, num_train: int = 1200, num_test: int = 300, seed: int = 0) -> Da
     labels = [rng.integers(0, NUM_CLASSES, count) for count in (num_train, num_test)]
     train, test = (mfcc(sounds(part, rng)) for part in labels)
     mean, deviation = train.mean((0, 1)), train.std((0, 1))
-    return Dataset(
-        *(Samples(((x - mean) / deviation)[:, None], y) for x, y in zip((train, test), labels, strict=True))
-    )
+    return Dataset(*(Samples(((x - mean) / deviation)[:, None], y) for x, y in zip((train, test), labels, strict=True)))
 
 
 def sounds(labels: Ints, rng: np.random.Generator) -> Floats:
@@ -92,9 +90,7 @@ def _mel_bands() -> Floats:
     edges_mel = np.linspace(_mel(20.0), _mel(4000.0), NUM_MEL + 2)
     low, middle, high = edges_mel[:-2], edges_mel[1:-1], edges_mel[2:]
     mel = _mel(np.arange(NUM_FFT // 2 + 1) * SAMPLE_RATE / NUM_FFT)[:, None]
-    return np.maximum(0, np.minimum((mel - low) / (middle - low), (high - mel) / (high - middle))).astype(
-        np.float32
-    )
+    return np.maximum(0, np.minimum((mel - low) / (middle - low), (high - mel) / (high - middle))).astype(np.float32)
 
 
 def _mel(hertz: npt.ArrayLike) -> npt.NDArray[np.float64]:

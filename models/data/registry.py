@@ -50,7 +50,5 @@ def get_data(name: str, **options: Any) -> Dataset[Any]:
     accepted = inspect.signature(make).parameters
     unknown = sorted(options.keys() - accepted.keys())
     if unknown:
-        raise ModelError(
-            f"the data of {name!r} does not take {', '.join(unknown)}; it takes {', '.join(accepted)}"
-        )
+        raise ModelError(f"the data of {name!r} does not take {', '.join(unknown)}; it takes {', '.join(accepted)}")
     return make(**{**defaults, **options})

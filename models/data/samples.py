@@ -48,9 +48,7 @@ def take(samples: Samples[Inputs], indices: Ints) -> Samples[Inputs]:
     return Samples(map_leaves(lambda leaf: leaf[indices], samples.inputs), samples.targets[indices])
 
 
-def batches(
-    samples: Samples[Inputs], batch_size: int, *, epochs: int, seed: int
-) -> Iterator[Samples[Inputs]]:
+def batches(samples: Samples[Inputs], batch_size: int, *, epochs: int, seed: int) -> Iterator[Samples[Inputs]]:
     """Shuffled batches; every sample once an epoch, the last batch of an epoch may be smaller."""
     rng = np.random.default_rng(seed)
     for _ in range(epochs):

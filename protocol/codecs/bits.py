@@ -29,8 +29,7 @@ class Reader:
         """The next `count` bytes, a view."""
         if count > self.remaining:
             raise CodecError(
-                f"truncated payload: {what} needs {count} bytes at byte {self._position}, "
-                f"{self.remaining} are left"
+                f"truncated payload: {what} needs {count} bytes at byte {self._position}, {self.remaining} are left"
             )
         self._position += count
         return self._bytes[self._position - count : self._position]

@@ -104,9 +104,7 @@ def _read_table(reader: Reader, size: int) -> Bytes:
     zigzag = np.diff(ends, prepend=-1) - 1
     lengths = _FIRST_LENGTH + np.cumsum(np.where(zigzag & 1, -(zigzag + 1) // 2, zigzag // 2))
     if lengths.min() < 1 or lengths.max() > MAX_LENGTH:
-        raise CodecError(
-            f"code lengths from {lengths.min()} to {lengths.max()}, not within 1 to {MAX_LENGTH}"
-        )
+        raise CodecError(f"code lengths from {lengths.min()} to {lengths.max()}, not within 1 to {MAX_LENGTH}")
     if int((1 << (MAX_LENGTH - lengths)).sum()) != 1 << MAX_LENGTH:
         raise CodecError("the code lengths are not those of a complete prefix code")
     return lengths.astype(np.uint8)

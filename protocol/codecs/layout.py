@@ -56,9 +56,7 @@ class Wrap(IntEnum):
     ZSTD = 1
 
 
-def encode(
-    delta: Vector, spec: str | CodecSpec, *, seed: int = 0, offsets: Sequence[int] | None = None
-) -> bytes:
+def encode(delta: Vector, spec: str | CodecSpec, *, seed: int = 0, offsets: Sequence[int] | None = None) -> bytes:
     """Encodes a vector. The same arguments give the same bytes.
 
     Args:
@@ -129,18 +127,14 @@ def _boundaries(spec: CodecSpec, size: int, offsets: Sequence[int] | None) -> In
     if not spec.per_tensor and spec.block != "tensor":
         return np.array([0, size], np.int64)
     if offsets is None:
-        raise CodecError(
-            f"codec {str(spec)!r} works tensor by tensor: pass the offsets of the parameter table"
-        )
+        raise CodecError(f"codec {str(spec)!r} works tensor by tensor: pass the offsets of the parameter table")
     bounds = np.array([*offsets, size], np.int64)
     if bounds[0] != 0 or (np.diff(bounds) < 0).any():
         raise CodecError(f"tensor offsets must ascend from 0 to {size}, not {list(offsets)[:8]}")
     return bounds
 
 
-def _encode_indices(
-    spec: CodecSpec, indices: Indices | None, size: int, seed: int
-) -> tuple[IndexCoding, bytes]:
+def _encode_indices(spec: CodecSpec, indices: Indices | None, size: int, seed: int) -> tuple[IndexCoding, bytes]:
     head = pack_varint(size)
     if indices is None:
         return IndexCoding.DENSE, head
@@ -209,9 +203,7 @@ def _decode_values(reader: Reader, quantizer: Quantizer, coding: ValueCoding, co
     return from_integers(decode_codes(reader, coding, count, largest), scales, starts)
 
 
-def _encode_blocks(
-    spec: CodecSpec, count: int, indices: Indices | None, tensors: Indices
-) -> tuple[Indices, bytes]:
+def _encode_blocks(spec: CodecSpec, count: int, indices: Indices | None, tensors: Indices) -> tuple[Indices, bytes]:
     """Starts of the blocks of the sent values, and how they are written."""
     if not count:
         return np.zeros(0, np.int64), b""
@@ -244,6 +236,4 @@ def _member(kind: type[_Enum], value: int, what: str) -> _Enum:
     try:
         return kind(value)
     except ValueError as error:
-        raise CodecError(
-            f"no {what} has number {value}: the sender is newer, or the bytes are corrupt"
-        ) from error
+        raise CodecError(f"no {what} has number {value}: the sender is newer, or the bytes are corrupt") from error

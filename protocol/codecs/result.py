@@ -67,8 +67,7 @@ class SparseOrDense:
         """
         if vector.shape != (self.num_parameters,):
             raise CodecError(
-                f"the update is for {self.num_parameters} parameters, not for an array of "
-                f"shape {vector.shape}"
+                f"the update is for {self.num_parameters} parameters, not for an array of shape {vector.shape}"
             )
         values = self.values if scale == 1.0 else self.values * vector.dtype.type(scale)
         if self.indices is None:

@@ -20,9 +20,7 @@ def magnitude_bits(delta: Vector) -> npt.NDArray[np.uint32]:
     return delta.view(np.uint32) & _ABS
 
 
-def select(
-    spec: CodecSpec, magnitudes: npt.NDArray[np.uint32], tensors: Indices, seed: int
-) -> Indices | None:
+def select(spec: CodecSpec, magnitudes: npt.NDArray[np.uint32], tensors: Indices, seed: int) -> Indices | None:
     """Ascending positions that are sent, int64 [m]; None for all of them.
 
     Args:
@@ -39,9 +37,7 @@ def select(
     if spec.select == "threshold":
         assert spec.amount is not None
         # Rounded down, so that a float32 is above it just when it is above the number asked for.
-        threshold = (
-            np.float32(spec.amount) if spec.amount <= float(np.finfo(np.float32).max) else np.float32(np.inf)
-        )
+        threshold = np.float32(spec.amount) if spec.amount <= float(np.finfo(np.float32).max) else np.float32(np.inf)
         if float(threshold) > spec.amount:
             threshold = np.nextafter(threshold, np.float32(0))
         return np.flatnonzero(magnitudes > threshold.view(np.uint32))

@@ -70,9 +70,7 @@ class CodecSpec:
         if self.per_tensor and self.select != "topk":
             raise CodecError(f"codec stage {self.select!r}: only topk can be per=tensor")
         if isinstance(self.block, int) and not 1 <= self.block < 2**32:
-            raise CodecError(
-                f"codec stage {self.quantize!r}: a block has 1 to 2^32 - 1 values, not {self.block}"
-            )
+            raise CodecError(f"codec stage {self.quantize!r}: a block has 1 to 2^32 - 1 values, not {self.block}")
         if self.stochastic and self.quantize not in ("int8", "int4"):
             raise CodecError(f"codec stage {self.quantize!r}: only int8 and int4 can be stochastic")
         if self.quantize == "ternary" and self.select == "dense":

@@ -30,8 +30,9 @@ Event = Connected | Disconnected | Received
 
 
 class Transport(Protocol):
-    """At-least-once publish and subscribe. Messages may be lost, doubled and reordered all the same:
-    whoever lacks something asks again.
+    """At-least-once publish and subscribe.
+
+    Messages may be lost, doubled and reordered all the same: whoever lacks something asks again.
     """
 
     @property

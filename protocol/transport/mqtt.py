@@ -47,9 +47,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Annotated[int, Meta(description="its port", ge=1, le=65535)] = 1883
     username: Annotated[str, Meta(description="user name, if the broker asks for one")] = ""
     password: Annotated[str, Meta(description="password, if the broker asks for one")] = ""
-    tls_ca: Annotated[str, Meta(description="file with the CA of the broker's certificate; turns TLS on")] = (
-        ""
-    )
+    tls_ca: Annotated[str, Meta(description="file with the CA of the broker's certificate; turns TLS on")] = ""
     mqtt_version: Annotated[
         Literal["auto", "5", "3.1.1"], Meta(description="MQTT version; auto tries 5, then 3.1.1")
     ] = "auto"
@@ -77,9 +75,7 @@ class MqttTransport:
         TransportError: no broker there within the timeout, or it refused us.
     """
 
-    def __init__(
-        self, config: BrokerConfig, *, client_id: str, will: tuple[str, bytes] | None = None
-    ) -> None:
+    def __init__(self, config: BrokerConfig, *, client_id: str, will: tuple[str, bytes] | None = None) -> None:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._config = config
@@ -161,7 +157,8 @@ class MqttTransport:
             for version in versions:
                 outcome = self._try(version)
                 if isinstance(outcome, _Client):
-                    logger.info("connected to %s:%d by MQTT %s", config.host, config.port, version.name[5:])
+                    number = "5" if version == MQTTProtocolVersion.MQTTv5 else "3.1.1"
+                    logger.info("connected to %s:%d by MQTT %s", config.host, config.port, number)
                     return outcome
             if time.monotonic() + delay > deadline:
                 raise TransportError(
@@ -211,9 +208,7 @@ class MqttTransport:
         extra: dict[str, Any] = {}
         if version == MQTTProtocolVersion.MQTTv311:
             extra["clean_session"] = False
-        client = _Client(
-            CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=version, **extra
-        )
+        client = _Client(CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=version, **extra)
         client.max_inflight_messages_set(INFLIGHT_MESSAGES)
         client.reconnect_delay_set(1, 30)
         if config.username:
@@ -222,9 +217,7 @@ class MqttTransport:
             try:
                 client.tls_set(ca_certs=config.tls_ca, tls_version=ssl.PROTOCOL_TLS_CLIENT)
             except (OSError, ssl.SSLError) as error:
-                raise TransportError(
-                    f"{config.tls_ca}: cannot be used as the broker's CA: {error}"
-                ) from error
+                raise TransportError(f"{config.tls_ca}: cannot be used as the broker's CA: {error}") from error
         if self._will:
             client.will_set(*self._will, qos=1)
         return client

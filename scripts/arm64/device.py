@@ -1,6 +1,6 @@
 """What `scripts/test-arm64` runs on the emulated device: self-tests of bundles, and the codecs' test vectors.
 
-    python device.py VECTORS BUNDLE...
+python device.py VECTORS BUNDLE...
 """
 
 from __future__ import annotations

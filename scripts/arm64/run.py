@@ -127,9 +127,7 @@ def main(folder: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     bundles = export_bundles(work)
     print(f"exported in {time.monotonic() - started:.0f} s", flush=True)
-    done = subprocess.run(
-        [*EMULATED, str(HERE / "device.py"), str(VECTORS), *map(str, bundles)], check=False
-    )
+    done = subprocess.run([*EMULATED, str(HERE / "device.py"), str(VECTORS), *map(str, bundles)], check=False)  # noqa: S603
     if done.returncode != 0:
         sys.exit(f"the emulated device failed with status {done.returncode}")
     federate(work, bundles[0])

@@ -58,9 +58,7 @@ def run(tmp_path_factory, bundle):
 
 
 def invoke(*arguments):
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(
-        command, list(map(str, arguments)), catch_exceptions=False
-    )
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(command, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 

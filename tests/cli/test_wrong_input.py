@@ -82,7 +82,9 @@ def test_bundles_that_are_none(cli, tiny_bundle, tmp_path, command):
 
 
 def test_a_wrong_runtime(cli, tiny_bundle):
-    refused(cli("verify", tiny_bundle, "--runtime", "abacus"), "no program for runtime 'abacus', only for: onnxruntime, ")
+    refused(
+        cli("verify", tiny_bundle, "--runtime", "abacus"), "no program for runtime 'abacus', only for: onnxruntime, "
+    )
 
 
 def test_a_good_bundle(cli, tiny_bundle):
@@ -173,7 +175,7 @@ def federation(tiny_bundle, tmp_path):
         ({"federation": "a b"}, "federation name 'a b' is not usable"),
         ({"bundle": "/none"}, "/none: no such bundle"),
         ({"codec": "gzip"}, "codec 'gzip'"),
-        ({"strategy": "fedbest"}, "strategy 'fedbest' is not known; there is: fedavg"),
+        ({"strategy": "fedbest"}, "strategy 'fedbest' is not known; there is: .*fedavg"),
         ({"out": "/dev/null/x"}, "cannot use the run directory"),
         ({"rounds": {"goal": 0}}, "`rounds.goal`"),
         ({"rounds": {"gaol": 2}}, "there is no setting called `gaol` - at `rounds`"),
@@ -306,7 +308,7 @@ def test_a_reader_that_goes_away_is_no_error(tiny_bundle):
 def test_what_is_not_installed_is_named_with_its_extra(tiny_bundle):
     code = (
         "import sys\nsys.modules['paho'] = None\n"
-        f"sys.argv = ['edgetrain', 'client', '--name', 'a', '--federation', 'f', '--data', 'd']\n"
+        "sys.argv = ['edgetrain', 'client', '--name', 'a', '--federation', 'f', '--data', 'd']\n"
         "from edgetrain.cli import main\nmain()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

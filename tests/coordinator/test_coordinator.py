@@ -172,6 +172,15 @@ def two_keys(client, plan):
     client.send(Decline(round=plan.round, nonce=plan.nonce, reason="enough"))
 
 
+def with_stages(*stages):
+    def disturb(client, plan):
+        client.send(client.hello(stages=stages))
+        client.say_ready()
+        client.send(Decline(round=plan.round, nonce=plan.nonce, reason="enough"))
+
+    return disturb
+
+
 def another_version(client, plan):
     client.send_raw(msgspec.msgpack.encode([2, client.name * 1000, {"anything": 1}, b""]))
     client.send(Decline(round=plan.round, nonce=plan.nonce, reason="enough"))
@@ -222,6 +231,8 @@ DISTURBANCES = {
     "wrong chunks": (wrong_chunks, "another blob"),
     "two updates": (two_updates, None),
     "two keys": (two_keys, "belongs to another key"),
+    "no codec stages": (with_stages(), "lacks codec stages that everyone has: dense, float32"),
+    "unknown codec stages": (with_stages("wavelet"), "lacks codec stages"),
     "another version": (another_version, "protocol version 2"),
     "rubbish": (rubbish, "envelope|exceeds|chunk"),
     "wants": (wants, None),
@@ -446,6 +457,22 @@ def test_an_offer_that_was_lost_is_repeated_and_a_verdict_that_was_lost_too(fede
     np.testing.assert_array_equal(final_parameters(federation), expected_parameters(["a", "b"], 2))
 
 
+def test_patches_are_for_those_who_can_read_them(federate):
+    federation = federate(rounds={"total": 3}, downlink_codec="dense|int8:block=64|huffman")
+    modern = federation.add("a")
+
+    class Simple(ScriptedClient):
+        def hello(self, **changes):
+            return super().hello(**{"stages": ("dense", "float32"), **changes})
+
+    simple = federation.add("b", Simple)
+    federation.serve()
+    assert [bool(plan.patches) for plan in modern.plans] == [False, True, True]
+    assert [plan.patches for plan in simple.plans] == [(), (), ()]
+    assert len({plan.vector for plan in modern.plans + simple.plans}) == 3
+    np.testing.assert_array_equal(final_parameters(federation), expected_parameters(["a", "b"], 3))
+
+
 # --- deadlines, minimum, retries ---------------------------------------------------------------------
 
 
@@ -536,7 +563,9 @@ def test_nobody_comes(federate):
 
 
 def test_the_first_round_waits_a_while_for_the_goal_and_then_takes_the_minimum(federate):
-    federation = federate(rounds={"total": 1, "goal": 5, "minimum": 1, "gather_seconds": 40.0, "deadline_seconds": 10.0})
+    federation = federate(
+        rounds={"total": 1, "goal": 5, "minimum": 1, "gather_seconds": 40.0, "deadline_seconds": 10.0}
+    )
     federation.add("a")
     started = federation.clock.now
     federation.serve()
@@ -594,8 +623,12 @@ def test_clients_report_on_their_own_data(federate):
             for plan in self.plans:
                 if plan.task == "evaluate" and plan.nonce not in self.answered:
                     self.answered.add(plan.nonce)
-                    self.send(Report(run=plan.run, round=plan.round, nonce=bytes(16), num_examples=1, metrics={"accuracy": 0}))
-                    self.send(Report(run=plan.run, round=plan.round, nonce=plan.nonce, num_examples=1, metrics=self.metrics))
+                    self.send(
+                        Report(run=plan.run, round=plan.round, nonce=bytes(16), num_examples=1, metrics={"accuracy": 0})
+                    )
+                    self.send(
+                        Report(run=plan.run, round=plan.round, nonce=plan.nonce, num_examples=1, metrics=self.metrics)
+                    )
 
     federation.add("a", Reporting)
     federation.add("b", type("Odd", (Reporting,), {"metrics": {"accuracy": float("nan")}}))
@@ -661,4 +694,4 @@ def test_a_chunk_has_no_more_bytes_than_configured(federate):
     federation.add("b", Curious)
     federation.serve()
     assert max(largest) == 1024
-    assert FEDERATION == federation.config.federation
+    assert federation.config.federation == FEDERATION

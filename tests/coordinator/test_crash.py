@@ -308,3 +308,22 @@ def test_settings_that_no_longer_allow_what_was_accepted_are_an_error_that_loses
     federation.config = good
     federation.serve()
     check(federation)
+
+
+@pytest.mark.parametrize("strategy", ["fedavgm", "fedadam", "fedadagrad", "fedyogi", "median", "geometric-median"])
+def test_strategies_that_remember_go_on_to_the_bit(tiny_bundle, ram_path, strategy):
+    """Momentum, second moments and tables of updates survive like sums do."""
+    finals = []
+    for name, crashes in (("whole", []), ("crashed", [9, 7, 13])):
+        federation = ScriptedFederation(
+            tiny_bundle, ram_path / name / "run", strategy=strategy, rounds={"total": 4, "goal": 3}
+        )
+        for client in NAMES:
+            federation.add(client)
+        for number in crashes:
+            with pytest.raises(Crash):
+                federation.serve(at_event(number))
+        federation.serve()
+        finals.append(final_parameters(federation))
+    np.testing.assert_array_equal(*finals)
+    assert not np.array_equal(finals[0], expected_parameters(NAMES, 4))

@@ -1,5 +1,7 @@
 """The compressed way down: a chain of public parameters that cannot drift."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -65,7 +67,7 @@ def test_without_feedback_the_error_would_grow():
     """What the chain avoids: encoding each round's change by itself adds up the errors."""
     vectors = list(walk(200))
     naive = vectors[0].copy()
-    for before, after in zip(vectors, vectors[1:], strict=False):
+    for before, after in itertools.pairwise(vectors):
         decode(encode(after - before, INT8), Limits(max_parameters=N)).add_to(naive)
     downlink = Downlink(INT8)
     for vector in vectors:

@@ -139,7 +139,5 @@ def test_fedavg_agrees_with_numpy(pairs):
         partial = strategy.fold(partial, Contribution("c", weight, 1, update))
     start = np.linspace(-1, 1, SIZE, dtype=np.float32)
     after, _ = strategy.finish(partial, start, {})
-    mean = np.average(
-        [u.dense().astype(np.float64) for u, _ in pairs], axis=0, weights=[float(w) for _, w in pairs]
-    )
+    mean = np.average([u.dense().astype(np.float64) for u, _ in pairs], axis=0, weights=[float(w) for _, w in pairs])
     np.testing.assert_allclose(after, start + mean, rtol=2e-6, atol=1e-7)

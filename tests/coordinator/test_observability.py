@@ -132,6 +132,17 @@ def test_a_taken_port_is_an_error_that_says_which():
         PrometheusServer(Counters("test"), port=server.port)
 
 
+def test_names_that_clients_choose_break_nothing_and_do_not_pile_up():
+    counters = Counters("test")
+    for name in ('evil"} 1\n# \\', "later"):
+        hostile = Report(run=bytes(16), round=1, nonce=bytes(16), num_examples=1, metrics={name: 1.0})
+        counters(events.ClientsEvaluated(evaluation_of(1, {"a": hostile}, None)))
+        lines = [line for line in counters.text().splitlines() if "clients_metric{" in line]
+        assert len(lines) == 5
+        escaped = r"evil\"} 1\n# \\" if name != "later" else name
+        assert all(f'metric="{escaped}",statistic=' in line for line in lines)
+
+
 # --- TensorBoard -------------------------------------------------------------------------------------
 
 

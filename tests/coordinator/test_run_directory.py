@@ -29,7 +29,9 @@ def opener(tiny_bundle, ram_path):
     bundle, opened = Bundle(tiny_bundle), []
 
     def open_run(*, digest=bundle.digest, **changes):
-        config = FederationConfig(**{"federation": "f", "bundle": str(tiny_bundle), "out": str(ram_path / "run")} | changes)
+        config = FederationConfig(
+            **{"federation": "f", "bundle": str(tiny_bundle), "out": str(ram_path / "run")} | changes
+        )
         directory = RunDirectory(config, bundle.manifest, digest)
         opened.append(directory)
         return directory
@@ -123,7 +125,9 @@ def test_a_run_of_something_else_is_refused_and_left_as_it_is(opener, ram_path, 
     opener()
 
 
-@pytest.mark.parametrize("contents", [b"", b"{}", b'{"run":"zz","federation":"f","bundle":""}', b'{"run":"00","federation":"f","bundle":""}'])
+@pytest.mark.parametrize(
+    "contents", [b"", b"{}", b'{"run":"zz","federation":"f","bundle":""}', b'{"run":"00","federation":"f","bundle":""}']
+)
 def test_a_damaged_run_json_is_an_error(opener, ram_path, contents):
     opener().close()
     (ram_path / "run" / "run.json").write_bytes(contents)

@@ -155,9 +155,7 @@ def test_bans_give_way_before_a_round_fails_but_conditions_do_not():
 
 
 def test_the_deadline_follows_what_was_observed():
-    config = RoundsConfig(
-        deadline_seconds=100, adaptive_deadline=True, deadline_quantile=0.5, deadline_margin=2
-    )
+    config = RoundsConfig(deadline_seconds=100, adaptive_deadline=True, deadline_quantile=0.5, deadline_margin=2)
     assert deadline_seconds(config, [10, 11, 12], 1) == 100
     assert deadline_seconds(config, [8, 10, 12, 90], 1) == 22
     assert deadline_seconds(config, [8, 10, 12, 90], 2) == 100
@@ -210,9 +208,7 @@ def test_small_populations_and_short_absences_stay():
 
 
 def test_a_device_tells_what_matters_and_no_more():
-    told = DeviceState(
-        battery_percent=50.0, charging=False, network="wifi", free_memory_mb=400, temperature_c=40.0
-    )
+    told = DeviceState(battery_percent=50.0, charging=False, network="wifi", free_memory_mb=400, temperature_c=40.0)
     for change in (
         {"battery_percent": 54.0},
         {"free_memory_mb": 310},

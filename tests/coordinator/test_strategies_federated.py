@@ -11,6 +11,7 @@ from edgetrain.coordinator.adaptation import DeviceRule
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
 from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator.requests import write_request
 from edgetrain.coordinator.rounds import OUTSTANDING
 from edgetrain.coordinator.selection import SelectionConfig
 from edgetrain.edge_client.data import Dataset
@@ -82,9 +83,7 @@ def simulated(bundle, config):
 def test_a_federation_computes_what_the_simulation_computes(federation, bundle, strategy):
     coordinator, summary = run(federation, strategy=strategy)
     assert (summary.rounds, summary.updates) == (3, 9)
-    expected = simulated(
-        bundle, SimulationConfig(rounds=3, clients_per_round=3, training=TRAINING, strategy=strategy)
-    )
+    expected = simulated(bundle, SimulationConfig(rounds=3, clients_per_round=3, training=TRAINING, strategy=strategy))
     # The samples of a batch are in another order: float32 sums differ in the last bits.
     np.testing.assert_allclose(coordinator._parameters, expected, rtol=2e-3, atol=2e-5)
     assert np.abs(expected - Bundle(bundle).initial_parameters()).max() > 0.01
@@ -174,9 +173,7 @@ def test_weak_devices_get_less_to_do(federation):
     run(federation, devices=rules, strategy="fednova", rounds=RoundsConfig(total=1, goal=3))
     rows = (federation.directory / "run" / "clients.csv").read_text().splitlines()
     names = rows[0].split(",")
-    seen = {
-        row["client"]: row for row in (dict(zip(names, line.split(","), strict=True)) for line in rows[1:])
-    }
+    seen = {row["client"]: row for row in (dict(zip(names, line.split(","), strict=True)) for line in rows[1:])}
     assert {name: int(row["steps"]) for name, row in seen.items()} == {
         "client-0": 1,
         "client-1": 1,
@@ -269,8 +266,7 @@ def test_one_who_stays_away_is_banned_and_comes_back(federation, monkeypatch):
         selection=selection,
     )
     invited = [
-        json.loads(line)["invited"]
-        for line in (federation.directory / "run" / "rounds.jsonl").read_text().splitlines()
+        json.loads(line)["invited"] for line in (federation.directory / "run" / "rounds.jsonl").read_text().splitlines()
     ]
     # Spoils round 1, sits out 2 and 3, spoils round 4, sits out 5.
     assert invited == [3, 2, 2, 3, 2]
@@ -288,3 +284,25 @@ def test_clients_that_are_not_needed_leave_and_come_back(federation):
     # Whoever was away when the run ended came back, saw it, and left.
     longest = max(record.seconds for record in coordinator._directory.records)
     assert all(0.001 <= pause <= 2 * longest for pause in federation.pauses)
+
+
+def test_a_buffered_run_goes_on_after_a_stop(federation):
+    settings = DEFAULTS | {"strategy": "fedbuff", "codec": "topk:0.3|int8"}
+
+    def stop_after_three(event):
+        if isinstance(event, events.RoundEnded) and event.record.round == 3:
+            write_request(federation.directory / "run", "stop")
+
+    rounds = RoundsConfig(total=8, goal=2, deadline_seconds=20, gather_seconds=5)
+    first = federation.coordinator(observe=stop_after_three, **(settings | {"rounds": rounds}))
+    federation.start()
+    assert first.run().status == "stopped"
+    federation.finish()
+    federation.reopen()
+    again = federation.coordinator(**(settings | {"rounds": rounds}))
+    federation.start()
+    summary = again.run()
+    federation.finish()
+    assert (summary.status, summary.rounds) == ("completed", 8)
+    # Those that arrive together may overfill a buffer.
+    assert all(2 <= record.accepted <= 3 for record in again._directory.records)

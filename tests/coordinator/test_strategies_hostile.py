@@ -1,5 +1,6 @@
 """What is malformed or absurd never reaches a fold, whatever the strategy."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,7 +12,8 @@ from edgetrain.coordinator.strategies import STRATEGIES, make_strategy
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import CodecSpec, Limits, encode
 from edgetrain.protocol.config import convert
-from edgetrain.protocol.messages import Offer
+from edgetrain.protocol.messages import Offer, encode_message
+from edgetrain.protocol.signing import SigningKey, seal
 from edgetrain.protocol.training import TrainingConfig
 from support.contributions import contribution, run_round
 
@@ -87,14 +89,18 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(TABLES))
-@pytest.mark.parametrize("case", sorted(HOSTILE))
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        (name, case)
+        for name in sorted(TABLES)
+        for case in sorted(HOSTILE)
+        # norm-bound scales them down.
+        if (name, case) != ("norm-bound", "huge")
+    ],
+)
 def test_hostile_updates_change_nothing(open_collection, name, case):
     claims, data, reason = HOSTILE[case]
-    if case == "huge" and make_strategy(TABLES[name]).needs_all:
-        pytest.skip("finite: such values are a robust strategy's daily business")
-    if case == "huge" and name == "norm-bound":
-        pytest.skip("it is scaled down")
     strategy, collection = open_collection(TABLES[name])
     control = plain(GOOD / 2) if strategy.control else b""
     good = offer(plain(GOOD), control=control)
@@ -118,9 +124,7 @@ def test_control_variates_are_checked_like_updates(open_collection):
         (plain(GOOD * 1e38), "too large"),
     ):
         with pytest.raises(UpdateRefused, match=reason):
-            collection.accept(
-                "liar", offer(plain(GOOD), control=control), b"", plain(GOOD) + control, TRAINING
-            )
+            collection.accept("liar", offer(plain(GOOD), control=control), b"", plain(GOOD) + control, TRAINING)
     lie = Offer(
         run=bytes(16),
         round=1,
@@ -149,3 +153,27 @@ def test_a_table_in_the_settings_file():
     assert make_strategy(config.strategy).layers == ("fedadam", "median")
     assert config.devices[0].epochs == 1
     assert convert(tables | {"strategy": "krum"}, FederationConfig, where="").strategy == "krum"
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_a_journal_gives_back_what_was_folded(open_collection, name):
+    """Also how each client was told to train, which FedNova needs, and the control variates."""
+    strategy, collection = open_collection(TABLES[name])
+    key, told = SigningKey.generate(), (TRAINING, TrainingConfig(batch_size=2, momentum=0.5), TRAINING)
+    for number, training in enumerate(told):
+        control = plain(GOOD / (number + 2)) if strategy.control else b""
+        data = plain(GOOD * (number + 1)) + control
+        made = offer(plain(GOOD * (number + 1)), control=control, examples=5 + number, steps=number + 1)
+        made = msgspec.structs.replace(made, update=blob_ref(data))
+        envelope = seal(key, "f", f"c{number}", encode_message(made))
+        collection.accept(f"c{number}", made, envelope, data, training)
+    collection.commit()
+    collection.close()
+    _, again = open_collection(TABLES[name])
+    start = np.zeros(N, np.float32)
+    before, state = strategy.finish(collection.partial, start, {})
+    after, replayed = strategy.finish(again.partial, start, {})
+    assert np.abs(before).max() > 0
+    assert before.tobytes() == after.tobytes()
+    assert state.keys() == replayed.keys()
+    assert all(state[entry].tobytes() == replayed[entry].tobytes() for entry in state)

@@ -92,9 +92,7 @@ def test_the_weighted_geometric_median_stays_where_the_weight_is():
     assert abs(after[0]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "name", ["median", "trimmed-mean", "krum", "multi-krum", "bulyan", "geometric-median"]
-)
+@pytest.mark.parametrize("name", ["median", "trimmed-mean", "krum", "multi-krum", "bulyan", "geometric-median"])
 def test_three_of_fifteen_cannot_move_it_far(name):
     rng = np.random.default_rng(1)
     honest = 1 + 0.1 * rng.normal(size=(12, 30))
@@ -137,9 +135,7 @@ def test_coordinate_wise_strategies_refuse_sparse_codecs(name):
     make_strategy(name, Setting(minimum=15, goal=15))
 
 
-@pytest.mark.parametrize(
-    ("name", "least"), [("trimmed-mean", 3), ("krum", 5), ("multi-krum", 5), ("bulyan", 7)]
-)
+@pytest.mark.parametrize(("name", "least"), [("trimmed-mean", 3), ("krum", 5), ("multi-krum", 5), ("bulyan", 7)])
 def test_strategies_need_their_majority(name, least):
     table = {"name": name, "byzantine": 0.1}
     make_strategy(table, Setting(minimum=least, goal=least))

@@ -303,6 +303,7 @@ def test_the_will_is_a_signed_goodbye(scene):
 
 def test_a_plan_that_comes_twice_is_done_once(scene):
     plan = scene.coordinator.plan(START)
+
     def on_update(offer, _update):
         scene.coordinator.verdict(offer)
         scene.coordinator.send(plan)
@@ -529,7 +530,7 @@ def test_rubbish_is_ignored(scene):
             b"", b"\0" * 500, b"\x94" * 60_000, bytes(100_000),
             seal(key, FEDERATION, COORDINATOR, encode_message(good_plan)),  # another's signature
             seal(coordinator.key, "other", COORDINATOR, encode_message(good_plan)),  # another federation
-            seal(coordinator.key, FEDERATION, COORDINATOR, encode_message(Ready(bundle=bytes(32), runtime="", num_examples=0))),
+            seal(coordinator.key, FEDERATION, COORDINATOR, encode_message(Goodbye(reason="", connection=bytes(16)))),
         )
     ] + [
         (coordinator.topics.to_client("pi", "blob"), payload) for payload in (b"", bytes(HEADER_BYTES + 5), b"EC" * 99)
@@ -554,7 +555,9 @@ def test_a_coordinator_that_is_away_for_an_hour_is_waited_for(scene):
     manifest = coordinator.manifest.digest
 
     def on_want(want):
-        phase = "bundle" if want.digest == manifest else "parameters" if want.digest == plans[0].parameters.digest else ""
+        phase = (
+            "bundle" if want.digest == manifest else "parameters" if want.digest == plans[0].parameters.digest else ""
+        )
         if phase and not away[phase]:
             away[phase] = 1
             coordinator.transport.subscriptions.clear()

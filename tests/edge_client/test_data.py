@@ -20,9 +20,7 @@ def manifest(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dict_manifest(tmp_path_factory):
-    return Bundle(
-        write_tiny_bundle(tmp_path_factory.mktemp("b") / "d", kind="dict", unused_input=True)
-    ).manifest
+    return Bundle(write_tiny_bundle(tmp_path_factory.mktemp("b") / "d", kind="dict", unused_input=True)).manifest
 
 
 def save(tmp_path, **arrays):

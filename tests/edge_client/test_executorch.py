@@ -154,9 +154,7 @@ def test_evaluation_and_inference_match_eager_torch(session):
     result = session.evaluate(vector, (x.numpy(), y.numpy()))
     assert result.loss_sum == pytest.approx(float(loss(logits, y).sum()), rel=1e-5)
     assert result.metrics["correct"] == float((logits.argmax(1) == y).sum())
-    np.testing.assert_allclose(
-        session.infer(vector, x[:2].numpy())["output"], logits[:2], rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(session.infer(vector, x[:2].numpy())["output"], logits[:2], rtol=1e-4, atol=1e-5)
 
 
 def test_threads_change_no_number():

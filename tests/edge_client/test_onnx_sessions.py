@@ -186,9 +186,7 @@ def test_bad_weights_are_named(session, weights, message):
     ],
 )
 def test_bad_parameters_are_named(session, parameters):
-    with pytest.raises(
-        DataError, match=f"parameters: expected a contiguous float32 vector of {NUM_PARAMETERS}"
-    ):
+    with pytest.raises(DataError, match=f"parameters: expected a contiguous float32 vector of {NUM_PARAMETERS}"):
         session.step(parameters, (X, Y))
 
 

@@ -29,9 +29,7 @@ def test_linear_reaches_zero_after_the_last_step():
 
 def test_warm_up_comes_before_and_is_not_counted():
     assert factors(6, name="linear", warmup_steps=2) == [0.5, 1, 1, 0.75, 0.5, 0.25]
-    assert factors(5, name="step", step_size=1, gamma=0.1, warmup_steps=2) == pytest.approx(
-        [0.5, 1, 1, 0.1, 0.01]
-    )
+    assert factors(5, name="step", step_size=1, gamma=0.1, warmup_steps=2) == pytest.approx([0.5, 1, 1, 0.1, 0.01])
 
 
 def test_warm_up_longer_than_the_training():

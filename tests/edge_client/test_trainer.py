@@ -44,9 +44,7 @@ def test_micro_batches_of_any_size_equal_one_big_batch(tmp_path, micro_batch):
     x, y = make_data(64)
     weights = np.random.default_rng(3).uniform(0, 2, 64).astype(np.float32)
     start = initial_parameters()
-    result = train(
-        session, start, Dataset(x, y, weights), TrainingConfig(batch_size=64, learning_rate=1.0), seed=0
-    )
+    result = train(session, start, Dataset(x, y, weights), TrainingConfig(batch_size=64, learning_rate=1.0), seed=0)
     expected = reference_step(start, x, y, weights)
     gradient = start.astype(np.float64) - result.parameters
     mean = expected.gradients / expected.weight_sum
@@ -61,9 +59,7 @@ def test_per_token_losses_divide_by_the_tokens(tmp_path):
     x, y = make_data(6, tokens=5)
     weights = (np.arange(30).reshape(6, 5) % 3 > 0).astype(np.float32)
     start = initial_parameters()
-    result = train(
-        session, start, Dataset(x, y, weights), TrainingConfig(batch_size=6, learning_rate=1.0), seed=0
-    )
+    result = train(session, start, Dataset(x, y, weights), TrainingConfig(batch_size=6, learning_rate=1.0), seed=0)
     expected = reference_step(start, x, y, weights)
     np.testing.assert_allclose(start - result.parameters, expected.gradients / 20, rtol=1e-4, atol=1e-6)
 
@@ -94,9 +90,7 @@ def test_everything_together_equals_the_numpy_loop(session, dataset):
         rates.append(0.3 * factor)
         p = p - rates[-1] * (g + 0.9 * v)
     told = []
-    result = train(
-        session, received, dataset, config, seed=7, gradient_correction=correction, on_step=told.append
-    )
+    result = train(session, received, dataset, config, seed=7, gradient_correction=correction, on_step=told.append)
     np.testing.assert_allclose(result.parameters, p, rtol=2e-4, atol=2e-5)
     assert [progress.step for progress in told] == list(range(1, 16))
     assert {progress.total_steps for progress in told} == {15}
@@ -169,9 +163,7 @@ def test_it_stops_after_the_last_whole_step(session, dataset, answer, reason):
 
 
 def test_stopped_before_the_first_step(session, dataset):
-    result = train(
-        session, initial_parameters(), dataset, TrainingConfig(), seed=0, may_continue=lambda: False
-    )
+    result = train(session, initial_parameters(), dataset, TrainingConfig(), seed=0, may_continue=lambda: False)
     assert result.steps == 0
     assert np.isnan(result.loss)
     assert result.metrics == {}
@@ -188,9 +180,7 @@ def test_a_batch_of_zero_weights_takes_no_step(session):
 
 def test_divergence_names_the_step(session, dataset):
     start = initial_parameters()
-    with pytest.raises(
-        TrainingError, match=r"of optimizer step 3 is not finite \(learning rate 1e\+38\).*Lower"
-    ):
+    with pytest.raises(TrainingError, match=r"of optimizer step 3 is not finite \(learning rate 1e\+38\).*Lower"):
         train(session, start, dataset, TrainingConfig(batch_size=50, epochs=5, learning_rate=1e38), seed=0)
     start[0] = np.nan
     with pytest.raises(TrainingError, match="the loss of optimizer step 1 is not finite"):
@@ -198,9 +188,7 @@ def test_divergence_names_the_step(session, dataset):
 
 
 def test_vectors_of_another_length_are_refused(session, dataset):
-    with pytest.raises(
-        DataError, match=f"parameters: expected a contiguous float32 vector of {NUM_PARAMETERS}"
-    ):
+    with pytest.raises(DataError, match=f"parameters: expected a contiguous float32 vector of {NUM_PARAMETERS}"):
         train(session, np.zeros(3, np.float32), dataset, TrainingConfig(), seed=0)
     with pytest.raises(DataError, match="gradient_correction: expected"):
         train(

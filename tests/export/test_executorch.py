@@ -93,9 +93,7 @@ def test_an_operator_whose_kernel_is_wrong_stops_the_export_with_its_name(pool_b
 def test_the_stock_delegate_computes_the_exact_gelu_where_the_tanh_form_is_asked_for():
     x = torch.linspace(-4, 4, 64)
     expected = F.gelu(x.double(), approximate="tanh").float()
-    assert float(
-        (run_stock(graph_of(aten.gelu.default, x, approximate="tanh")) - expected).abs().max()
-    ) > 1e-4
+    assert float((run_stock(graph_of(aten.gelu.default, x, approximate="tanh")) - expected).abs().max()) > 1e-4
     with pytest.raises(OperatorError, match=r"aten\.gelu.*wrong numbers"):
         # As the rewriter gets it if the trace did not take it apart.
         get_lowering("executorch").lower(graph_of(aten.gelu.default, x, approximate="tanh"))
@@ -132,10 +130,7 @@ def test_what_is_frozen_is_computed_at_export_and_repeats_are_computed_once():
     graph = fx.Graph()
     x = graph.placeholder("x")
     eye = graph.call_function(aten.eye.default, (4,))
-    twice = [
-        graph.call_function(aten.mul.Tensor, (x, graph.call_function(aten.add.Tensor, (eye, 1))))
-        for _ in "ab"
-    ]
+    twice = [graph.call_function(aten.mul.Tensor, (x, graph.call_function(aten.add.Tensor, (eye, 1)))) for _ in "ab"]
     graph.output((graph.call_function(aten.add.Tensor, tuple(twice)),))
     value = torch.randn(4, 4)
     traced = TracedGraph("step", fx.GraphModule(torch.nn.Module(), graph), (), (), (value,))

@@ -95,7 +95,7 @@ ACTIVATIONS = {
     "relu6": (F.relu6, lambda g, x: forms.hardtanh_backward(g, x, 0.0, 6.0)),
     "hardtanh": (F.hardtanh, lambda g, x: forms.hardtanh_backward(g, x, -1.0, 1.0)),
     "leaky_relu": (lambda x: F.leaky_relu(x, 0.1), lambda g, x: forms.leaky_relu_backward(g, x, 0.1, False)),
-    "gelu": (F.gelu, lambda g, x: forms.gelu_backward(g, x)),
+    "gelu": (F.gelu, forms.gelu_backward),
     "gelu tanh": (
         lambda x: F.gelu(x, approximate="tanh"),
         lambda g, x: forms.gelu_backward(g, x, approximate="tanh"),
@@ -154,9 +154,7 @@ def test_norms_and_their_statistics(affine):
     x = torch.randn(3, 6, 4, 5) * 3 + 1
     weight, bias = (torch.randn(6), torch.randn(6)) if affine else (None, None)
     got = forms.group_norm(x, weight, bias, 3, 6, 20, 2, 1e-5)
-    expected = aten.native_group_norm(
-        *(t if t is None else t.double() for t in (x, weight, bias)), 3, 6, 20, 2, 1e-5
-    )
+    expected = aten.native_group_norm(*(t if t is None else t.double() for t in (x, weight, bias)), 3, 6, 20, 2, 1e-5)
     for part, whole in zip(got, expected, strict=True):
         close(part, whole)
     weight, bias = (torch.randn(4, 5), torch.randn(4, 5)) if affine else (None, None)

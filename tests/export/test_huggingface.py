@@ -24,14 +24,25 @@ FAMILIES = {
     "roberta": (TEXT, "masked-lm", "all"),
     "electra": (TEXT | {"embedding_size": 8}, "classification", "all"),
     "albert": (TEXT | {"embedding_size": 8, "num_hidden_layers": 2}, "masked-lm", "all"),
-    "distilbert": ({"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "vocab_size": 40, "max_position_embeddings": 24}, "classification", "all"),
-    "gpt2": ({"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 24}, "causal-lm", "all"),
+    "distilbert": (
+        {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24, "vocab_size": 40,
+         "max_position_embeddings": 24},
+        "classification", "all"),
+    "gpt2": (
+        {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 24},
+        "causal-lm", "all"),
     "llama": (TEXT | {"num_key_value_heads": 1}, "causal-lm", "all"),
     "vit": (VISION, "image-classification", "all"),
-    "resnet": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}, "image-classification", "all"),
-    "convnext": ({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16}, "image-classification", "all"),
+    "resnet": (
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+        "image-classification", "all"),
+    "convnext": (
+        {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16},
+        "image-classification", "all"),
     "mobilenet_v2": ({"depth_multiplier": 0.1, "image_size": 32}, "image-classification", "last:5"),
-    "swin": ({"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 16, "patch_size": 2, "window_size": 4}, "image-classification", "last:6"),
+    "swin": (
+        {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 16, "patch_size": 2,
+         "window_size": 4}, "image-classification", "last:6"),
 }  # fmt: skip
 
 
@@ -46,7 +57,7 @@ def test_gradients_of_a_family(family, tmp_path):
 
 def test_a_whole_bundle_from_a_directory_with_weights(tmp_path):
     """Saved weights are used; the task comes from the configuration; the head alone learns."""
-    module = load_source("hf:bert,hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=24,vocab_size=40",
+    module = load_source("hf:bert,hidden_size=16,num_hidden_layers=1,num_attention_heads=2,vocab_size=40",
                          task="classification", options={"seed": 3}).module  # fmt: skip
     module.config.architectures = ["BertForSequenceClassification"]
     module.save_pretrained(tmp_path / "saved")

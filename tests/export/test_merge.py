@@ -31,9 +31,7 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("merge")
     data = torch.randn(4, 1, 5, 5), torch.arange(4) % 3
-    path = export_bundle(
-        Network(), nn.CrossEntropyLoss(reduction="none"), data, trainable=SELECTION, out=folder / "b"
-    )
+    path = export_bundle(Network(), nn.CrossEntropyLoss(reduction="none"), data, trainable=SELECTION, out=folder / "b")
     vector = np.random.default_rng(1).normal(0, 0.3, manifest_of(path).num_parameters).astype(np.float32)
     return path, vector
 
@@ -80,9 +78,7 @@ def test_parameters_from_files(trained, tmp_path):
     path, vector = trained
     np.save(tmp_path / "p.npy", vector)
     vector.tofile(tmp_path / "p.f32")
-    tensors = {
-        e.name: vector[e.offset : e.offset + e.numel].reshape(e.shape) for e in manifest_of(path).parameters
-    }
+    tensors = {e.name: vector[e.offset : e.offset + e.numel].reshape(e.shape) for e in manifest_of(path).parameters}
     save_file(tensors, tmp_path / "p.safetensors")
     outputs = {
         merge(path, tmp_path / f"p.{end}", tmp_path / f"{end}.onnx").read_bytes()
@@ -103,7 +99,7 @@ def test_wrong_parameters_modules_and_formats_are_refused(trained, tmp_path):
         merge(path, np.full_like(vector, np.nan), tmp_path / "m.onnx")
     with pytest.raises(MergeError, match="cannot be read"):
         merge(path, tmp_path / "missing.npy", tmp_path / "m.onnx")
-    with pytest.raises(MergeError, match="not .tflite"):
+    with pytest.raises(MergeError, match=r"not \.tflite"):
         merge(path, vector, tmp_path / "m.tflite")
     with pytest.raises(MergeError, match="needs the module"):
         merge(path, vector, tmp_path / "m.pt")

@@ -50,7 +50,7 @@ def batch(n=3):
         (r"^depthwise\.", ["depthwise.weight", "depthwise.bias"]),
         ("bias;head", ["norm1.bias", "depthwise.bias", "norm2.bias", "fc.weight", "fc.bias"]),
         ("all;!norm;!bias", ["stem.weight", "depthwise.weight", "fc.weight"]),
-        ("!stem|fc", ["norm1.weight", "norm1.bias", "depthwise.weight", "depthwise.bias", "norm2.weight", "norm2.bias"]),
+        ("!stem|fc|norm", ["depthwise.weight", "depthwise.bias"]),
         ("re:head|fc", ["fc.weight", "fc.bias"]),
     ],
 )  # fmt: skip
@@ -59,9 +59,7 @@ def test_names(selection, expected):
 
 
 def test_a_tied_head_is_its_embedding():
-    module = nn.ModuleDict(
-        {"embed": nn.Embedding(5, 3), "mid": nn.Linear(3, 3), "out": nn.Linear(3, 5, bias=False)}
-    )
+    module = nn.ModuleDict({"embed": nn.Embedding(5, 3), "mid": nn.Linear(3, 3), "out": nn.Linear(3, 5, bias=False)})
     module["out"].weight = module["embed"].weight
     assert list(prepare(module, "head").trainable) == ["embed.weight"]
 
@@ -88,16 +86,14 @@ def test_wrong_selections_say_what_is_possible(selection, message):
         prepare(network(), selection)
 
 
-@pytest.mark.parametrize("selection", ["head", "norm", "bias", "depthwise", "stem"])
+@pytest.mark.parametrize("selection", ["norm", "stem"])
 def test_partial_gradients_match_eager(selection):
     Step(network(), LOSS, batch(), selection).assert_matches_eager()
 
 
 def test_frozen_parts_carry_no_backward():
     """With only the head learning, nothing of the convolutions' backward is in the graph."""
-    counts = {
-        selection: Step(network(), LOSS, batch(), selection).ops for selection in ("all", "head", "norm2")
-    }
+    counts = {selection: Step(network(), LOSS, batch(), selection).ops for selection in ("all", "head", "norm2")}
     assert counts["head"].count("Conv") == 2
     assert "ConvTranspose" not in counts["head"]
     assert "BatchNormalization" not in counts["head"]
@@ -138,9 +134,7 @@ def tokens(n=2, t=5):
 
 def test_lora_starts_as_the_model_and_has_the_gradients_of_low_rank_factors(tmp_path):
     module, data = Language(), tokens()
-    path = export_bundle(
-        module, token_loss, data, trainable="lora:r=2,alpha=6,target=qkv", out=tmp_path / "b"
-    )
+    path = export_bundle(module, token_loss, data, trainable="lora:r=2,alpha=6,target=qkv", out=tmp_path / "b")
     manifest = manifest_of(path)
     assert [(e.name, e.shape) for e in manifest.parameters] == [
         ("block.qkv.lora_A", (2, 12)),
@@ -172,27 +166,27 @@ def test_lora_on_a_weight_that_is_read_around_its_layer_is_refused():
             return self.b(x @ self.a.weight)
 
     with pytest.raises(SelectionError, match=r"a\.lora_A has no influence"):
-        export_bundle(
-            Around(), LOSS, (torch.randn(2, 3), torch.tensor([0, 1])), trainable="lora:r=1", out="unused"
-        )
+        export_bundle(Around(), LOSS, (torch.randn(2, 3), torch.tensor([0, 1])), trainable="lora:r=1", out="unused")
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """All gradients of the network, and the batch that gave them."""
+    torch.manual_seed(0)
+    data = batch()
+    return Step(network(), LOSS, data).run(), data
 
 
 @pytest.mark.parametrize(
     ("layer", "dim", "axis", "count"),
-    [
-        ("fc", "out", 0, 2),
-        ("fc", "in", 1, 4),
-        ("stem", "in", 1, 1),
-        ("stem", "out", 0, 4),
-        ("depthwise", "out", 0, 4),
-    ],
-)
-def test_a_sparse_gradient_is_the_slice_of_the_whole(layer, dim, axis, count):
-    data = batch()
-    whole = Step(network(), LOSS, data, f"^{layer}.weight")
+    [("fc", "out", 0, 2), ("fc", "in", 1, 4), ("stem", "in", 1, 1), ("stem", "out", 0, 4),
+     ("depthwise", "out", 0, 4)],
+)  # fmt: skip
+def test_a_sparse_gradient_is_the_slice_of_the_whole(whole, layer, dim, axis, count):
+    gradients, data = whole
     part = Step(network(), LOSS, data, f"sparse:fraction=0.5,dim={dim},target=^{layer}$")
     name = f"gradients.{layer}.weight"
-    wanted = np.take(whole.run()[name], range(count), axis)
+    wanted = np.take(gradients[name], range(count), axis)
     np.testing.assert_allclose(part.run()[name], wanted, rtol=1e-4, atol=1e-6)
 
 

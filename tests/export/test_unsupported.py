@@ -1,4 +1,4 @@
-"""What cannot be exported is refused with operator, module path and remedy; user code shows its own frames."""
+"""What cannot be exported is refused with operator, module and remedy; user code shows its frames."""
 
 import pytest
 import torch
@@ -77,7 +77,7 @@ def test_losses_that_are_not_finite_are_refused(tmp_path):
 USER_FILE = """
 import torch
 from torch import nn
-from helper import WIDTH
+from neighbour import WIDTH
 
 def make(classes=3):
     return (nn.Linear(WIDTH, classes), nn.CrossEntropyLoss(reduction="none"),
@@ -97,7 +97,7 @@ def leaves():
 
 @pytest.fixture
 def user_file(tmp_path):
-    (tmp_path / "helper.py").write_text("WIDTH = 4\n")
+    (tmp_path / "neighbour.py").write_text("WIDTH = 4\n")
     path = tmp_path / "mine.py"
     path.write_text(USER_FILE)
     return path
@@ -110,9 +110,7 @@ def test_a_users_function_with_options_and_neighbours(user_file):
 
 
 def test_users_mistakes_show_their_own_lines(user_file, tmp_path):
-    with pytest.raises(
-        SourceError, match=r"(?s)calling .*mine\.py:broken.*mine\.py\", line 12.*rows\[.*KeyError"
-    ):
+    with pytest.raises(SourceError, match=r"(?s)calling .*mine\.py:broken.*mine\.py\", line 12.*rows\[.*KeyError"):
         load_source(f"{user_file}:broken")
     with pytest.raises(SourceError, match="SystemExit: 3"):
         load_source(f"{user_file}:leaves")

@@ -1,12 +1,14 @@
 """Token weights, ignored targets, custom metrics, and the step with per-sample clipping."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from edgetrain.export import BatchError, export_bundle
+from edgetrain.protocol.bundle import Bundle
 from support.bundles import flat_parameters, manifest_of, run_graph
 
 LOSS = nn.CrossEntropyLoss(reduction="none")
@@ -50,8 +52,8 @@ def test_the_loss_of_torch_brings_its_ignore_index(tmp_path):
 
 def test_ignore_index_needs_targets_that_line_up():
     with pytest.raises(BatchError, match="ignore_index=0 needs"):
-        export_bundle(nn.Linear(2, 2), lambda o, t: (o - t).square().mean(1), (torch.ones(1, 2), torch.ones(1, 2)),
-                      ignore_index=0, out="unused")  # fmt: skip
+        export_bundle(nn.Linear(2, 2), lambda o, t: (o - t).square().mean(1), (torch.ones(1, 2),
+                      torch.ones(1, 2)), ignore_index=0, out="unused")  # fmt: skip
 
 
 def test_custom_metrics(tmp_path):
@@ -75,8 +77,8 @@ def test_custom_metrics(tmp_path):
 def test_per_sample_clipping_matches_a_loop_over_samples(tmp_path):
     torch.manual_seed(4)
     module = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.GroupNorm(2, 4), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(16, 3),
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.GroupNorm(2, 4),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3),
     )  # fmt: skip
     data = torch.randn(5, 1, 6, 6), torch.tensor([0, 1, 2, 0, 1])
     path = export_bundle(module, LOSS, data, per_sample_clipping=True, out=tmp_path / "b")
@@ -91,15 +93,16 @@ def test_per_sample_clipping_matches_a_loop_over_samples(tmp_path):
     wanted = sum(g * min(1, clip / n) for g, n in zip(gradients, norms, strict=True) if n > 0)
 
     manifest = manifest_of(path)
-    import onnxruntime
-
-    from edgetrain.protocol.bundle import Bundle
-
     graph = manifest.programs[0].graphs["step_per_sample_clipped"]
     assert [spec.name for spec in graph.inputs][-2:] == ["weights", "clip_norm"]
     session = onnxruntime.InferenceSession(Bundle(path).read(graph.file))
     feeds = {f"parameters.{n}": p.detach().numpy() for n, p in module.named_parameters()}
-    feeds |= {"inputs": data[0].numpy(), "targets": data[1].numpy(), "weights": weights, "clip_norm": clip}
+    feeds |= {
+        "inputs": data[0].numpy(),
+        "targets": data[1].numpy(),
+        "weights": weights,
+        "clip_norm": np.asarray(clip),
+    }
     got = dict(zip([spec.name for spec in graph.outputs], session.run(None, feeds), strict=True))
     np.testing.assert_allclose(got["norms"], norms, rtol=1e-4)
     flat = np.concatenate([got[f"gradients.{e.name}"].ravel() for e in manifest.parameters])

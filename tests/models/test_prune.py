@@ -110,9 +110,7 @@ def test_depthwise_blocks_shrink_too():
             keep_outputs(block.depthwise, channels)(keep_outputs(first, channels)(x))
         )
         torch.testing.assert_close(torch.relu(small), expected)
-        torch.testing.assert_close(
-            keep_inputs(block.pointwise, channels)(torch.relu(small)), block.pointwise(silenced)
-        )
+        torch.testing.assert_close(keep_inputs(block.pointwise, channels)(torch.relu(small)), block.pointwise(silenced))
 
 
 @pytest.mark.parametrize(

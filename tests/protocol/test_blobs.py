@@ -98,9 +98,7 @@ def test_a_damaged_chunk_is_refused_or_of_another_blob(data):
 HUGE = 2**64 - 1
 
 
-@pytest.mark.parametrize(
-    ("offset", "size"), [(0, 3), (HUGE, HUGE), (HUGE, 4), (HUGE - 4, HUGE), (1, 4)], ids=str
-)
+@pytest.mark.parametrize(("offset", "size"), [(0, 3), (HUGE, HUGE), (HUGE, 4), (HUGE - 4, HUGE), (1, 4)], ids=str)
 def test_a_chunk_outside_its_blob_is_refused_and_takes_no_memory(offset, size):
     ref = BlobRef(digest=bytes(32), size=4)
     with pytest.raises(BlobError):

@@ -197,9 +197,7 @@ def check_hostile(payload, limits):
     assert decoded.dense().shape == (decoded.num_parameters,)
 
 
-@pytest.mark.parametrize(
-    "name", ["topk-int8", "dense-int8-sparse", "dense-int4-huffman", "topk-int8-tensors"]
-)
+@pytest.mark.parametrize("name", ["topk-int8", "dense-int8-sparse", "dense-int4-huffman", "topk-int8-tensors"])
 def test_every_truncation_is_refused(name):
     payload = (VECTORS / f"{name}.payload").read_bytes()
     for length in range(len(payload)):

@@ -73,8 +73,7 @@ def test_stochastic_rounding_is_unbiased_and_seeded():
 def test_random_k_needs_no_indices_on_the_wire():
     delta = normal(1000)
     small, large = (
-        len(encode(delta, spec))
-        for spec in ("randk:10|int8:block=all|packed", "randk:100|int8:block=all|packed")
+        len(encode(delta, spec)) for spec in ("randk:10|int8:block=all|packed", "randk:100|int8:block=all|packed")
     )
     assert large - small == 90
     decoded = roundtrip(delta, "randk:100", seed=7)
@@ -82,9 +81,7 @@ def test_random_k_needs_no_indices_on_the_wire():
     assert (decoded.indices // 10).tolist() == list(range(100))
 
 
-@pytest.mark.parametrize(
-    "spec", ["topk:0.01|int8:block=256|rice", "randk:0.1|int4", "dense|sign", "topk:0.02|ternary"]
-)
+@pytest.mark.parametrize("spec", ["topk:0.01|int8:block=256|rice", "randk:0.1|int4", "dense|sign", "topk:0.02|ternary"])
 def test_residual_is_what_the_receiver_did_not_see(spec):
     target = normal(10_000)
     payload = encode(target, spec, seed=3)
@@ -161,9 +158,7 @@ topk:0.1:0.2
 """
 
 
-@pytest.mark.parametrize(
-    "text", ["", "|", "int8|topk:0.1", "int8|int4", *NO_CODECS.replace("|", " ").split()]
-)
+@pytest.mark.parametrize("text", ["", "|", "int8|topk:0.1", "int8|int4", *NO_CODECS.replace("|", " ").split()])
 def test_no_such_codec(text):
     with pytest.raises(CodecError):
         CodecSpec.parse(text)

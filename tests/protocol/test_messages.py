@@ -65,7 +65,9 @@ from_client = st.one_of(
         Offer, run=nonces, round=counts, nonce=nonces, update=refs, num_examples=counts, steps=counts,
         metrics=numbers, resources=resources,
     ),
-    st.builds(Report, run=nonces, round=counts, nonce=nonces, num_examples=counts, metrics=numbers, resources=resources),
+    st.builds(
+        Report, run=nonces, round=counts, nonce=nonces, num_examples=counts, metrics=numbers, resources=resources,
+    ),
     st.builds(Goodbye, reason=texts, connection=nonces),
     wants,
 )  # fmt: skip
@@ -86,7 +88,9 @@ from_coordinator = st.one_of(
     wants,
 )  # fmt: skip
 
-OFFER = Offer(run=bytes(16), round=1, nonce=bytes(16), update=BlobRef(digest=bytes(32), size=9), num_examples=3, steps=2)
+OFFER = Offer(
+    run=bytes(16), round=1, nonce=bytes(16), update=BlobRef(digest=bytes(32), size=9), num_examples=3, steps=2
+)
 
 
 @given(from_client)
@@ -101,7 +105,21 @@ def test_what_the_coordinator_says_arrives(message):
 
 def test_the_strategies_cover_every_message():
     """A new message needs a strategy above."""
-    tried = {Hello, Ready, Decline, Offer, Report, Goodbye, Want, Announce, Welcome, Refusal, Plan, Verdict, RoundClosed}
+    tried = {
+        Hello,
+        Ready,
+        Decline,
+        Offer,
+        Report,
+        Goodbye,
+        Want,
+        Announce,
+        Welcome,
+        Refusal,
+        Plan,
+        Verdict,
+        RoundClosed,
+    }
     assert set(get_args(FromClient)) | set(get_args(FromCoordinator)) == tried
 
 

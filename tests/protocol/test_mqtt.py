@@ -74,7 +74,9 @@ def test_an_unknown_host_is_an_error():
         MqttTransport(config, client_id="test")
 
 
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff" * 100], ids=["silent", "http", "junk"])
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\xff" * 100], ids=["silent", "http", "junk"]
+)
 def test_something_else_at_the_port_is_an_error_in_bounded_time(answer, monkeypatch):
     monkeypatch.setattr(mqtt, "CONNACK_SECONDS", 0.3)
     ended = threading.Event()
@@ -167,9 +169,7 @@ def authority(name):
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
         .sign(key, hashes.SHA256())
     )
     pem = serialization.Encoding.PEM

@@ -42,9 +42,7 @@ def test_the_signed_bytes_are_as_documented():
     assert envelope.signature == KEY.sign(b"edgetrain envelope 1\0f\0c\0body")
 
 
-@pytest.mark.parametrize(
-    ("federation", "key"), [("g", KEY), ("f", OTHER)], ids=["another federation", "another key"]
-)
+@pytest.mark.parametrize(("federation", "key"), [("g", KEY), ("f", OTHER)], ids=["another federation", "another key"])
 def test_a_signature_is_of_one_federation_and_one_key(federation, key):
     envelope = unseal(seal(KEY, "f", "c", b"body"))
     with pytest.raises(SignatureError, match="'c'"):
@@ -83,8 +81,13 @@ def test_arbitrary_bytes_raise_message_errors_only(data):
         unseal(data)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text() | st.binary(),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3)))  # fmt: skip
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(values)
 def test_arbitrary_msgpack_raises_message_errors_or_does_not_verify(value):
     try:
         envelope = unseal(msgspec.msgpack.encode(value))

@@ -30,9 +30,7 @@ def run_graph(path: Path, graph: str, vector: np.ndarray, batch, weights) -> dic
     feeds = {}
     for entry, tensor in zip(manifest.parameters, spec.inputs, strict=False):
         feeds[tensor.name] = vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
-    named = {
-        leaf.name: leaf for half in (manifest.batch.inputs, manifest.batch.targets) for leaf in half.leaves
-    }
+    named = {leaf.name: leaf for half in (manifest.batch.inputs, manifest.batch.targets) for leaf in half.leaves}
     values = dict(zip(named, [t.numpy() for half in batch for t in leaves_of(half)], strict=True))
     for tensor in spec.inputs[len(manifest.parameters) :]:
         feeds[tensor.name] = np.asarray(weights) if tensor.name == "weights" else values[tensor.name]

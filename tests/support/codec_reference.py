@@ -125,9 +125,7 @@ def read_values(stream, quantizer, coding, m):
         return stream.scalars(m, "e")
     block_of = read_blocks(stream, m)
     num_blocks = block_of[-1] + 1 if m else 0
-    scales = [
-        struct.unpack("<f", struct.pack("<I", bits << 16))[0] for bits in stream.scalars(num_blocks, "H")
-    ]
+    scales = [struct.unpack("<f", struct.pack("<I", bits << 16))[0] for bits in stream.scalars(num_blocks, "H")]
     if quantizer == 4:
         codes = [-1 if stream.bit() else 1 for _ in range(m)]
         stream.align()

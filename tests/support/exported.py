@@ -34,6 +34,8 @@ CONFIG = TrainingConfig(
 )
 SEED = 11
 CASES = ("cnn", "cnn-last", "text")
+# Not executorch: it has tests of its own, and three such exports take it more than a minute.
+RUNTIMES = ("onnxruntime", "torch", "ort-training")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,7 @@ def build(folder: Path) -> None:
     from edgetrain.export.lowering import get_lowering
 
     torch.set_num_threads(1)
-    names = ("onnxruntime", "torch", "ort-training")
-    runtimes = [name for name in names if get_lowering(name).available() is None]
+    runtimes = [name for name in RUNTIMES if get_lowering(name).available() is None]
     for name in CASES:
         module, loss, inputs, targets, weights = _text() if name == "text" else _cnn()
         trainable = "last:2" if name == "cnn-last" else "all"
@@ -133,9 +134,7 @@ def _text():
 
         def forward(self, ids, mask):
             x = self.embedding(ids)
-            q, k, v = (
-                part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.project(self.norm(x)).chunk(3, -1)
-            )
+            q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.project(self.norm(x)).chunk(3, -1))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :] > 0)
             x = x + attended.transpose(1, 2).flatten(2)
             return self.head(x + self.down(F.gelu(self.up(x))))

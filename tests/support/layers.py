@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Small modules that together use most of what networks are made of, each with its batch."""
 
 from __future__ import annotations

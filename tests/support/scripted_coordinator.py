@@ -139,9 +139,7 @@ class ScriptedCoordinator:
             case Ready():
                 self.on_ready(message)
             case Offer():
-                self._uploads.setdefault(
-                    message.update.digest, (message, Assembler(message.update, limit=1 << 20))
-                )
+                self._uploads.setdefault(message.update.digest, (message, Assembler(message.update, limit=1 << 20)))
             case Want():
                 self.wanted.append(message.digest)
                 if self.on_want(message):

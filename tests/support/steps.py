@@ -11,6 +11,7 @@ from edgetrain.export.functional import functional_problem
 from edgetrain.export.joint import trace_step
 from edgetrain.export.lowering.onnx import OnnxLowering
 from edgetrain.export.prepare import prepare
+from edgetrain.export.program import Translator
 from support.bundles import eager_step
 
 
@@ -20,8 +21,8 @@ class Step:
     def __init__(self, module, loss, batch, trainable="all", functional=False):
         problem = _problem(prepare(module, trainable), loss, read_example(batch, None), None, None)
         lowering = OnnxLowering()
-        graph = trace_step(functional_problem(problem) if functional else problem, lowering.decompositions())
-        lowered = lowering.lower(graph)
+        translator = Translator(lowering, functional_problem(problem) if functional else problem)
+        graph, lowered = translator.translate(trace_step)
         self.names = problem.names
         self.ops = [node.op_type for node in onnx.load_from_string(lowered.data).graph.node]
         self._graph, self._run = graph, lowering.load(lowered)

@@ -158,9 +158,7 @@ def write_tiny_bundle(
             norm=float(np.linalg.norm(part)),
             projection=float(part @ probe_signs(entry.numel)),
         )
-        for entry, part in (
-            (entry, expected.gradients[entry.offset : entry.offset + entry.numel]) for entry in table
-        )
+        for entry, part in ((entry, expected.gradients[entry.offset : entry.offset + entry.numel]) for entry in table)
     )
     manifest = Manifest(
         name="tiny",
@@ -210,9 +208,7 @@ def _build(
         node("Tanh", ["pre"], ["hidden"]),
         node("Gemm", ["hidden", "second.weight", "second.bias"], ["z"], transB=1),
     ]
-    scalar = [
-        TensorSpec(name=name, dtype="float32", shape=()) for name in ("loss_sum", "weight_sum", "accuracy")
-    ]
+    scalar = [TensorSpec(name=name, dtype="float32", shape=()) for name in ("loss_sum", "weight_sum", "accuracy")]
     if graph == "infer":
         nodes.append(node("Reshape", ["z", "logits_shape"], ["logits"]))
         inputs = [*parameter_specs, x_spec]
@@ -238,8 +234,7 @@ def _build(
         ]
     if graph == "step":
         outputs = scalar + [
-            TensorSpec(name=f"grad:{spec.name}", dtype="float32", shape=spec.shape)
-            for spec in parameter_specs
+            TensorSpec(name=f"grad:{spec.name}", dtype="float32", shape=spec.shape) for spec in parameter_specs
         ]
         nodes += [
             node("Exp", ["log_p"], ["p"]),

@@ -23,6 +23,7 @@ _COMMANDS = {
     "export": ("export", "export", "Turn a torch model into a bundle that devices can train."),
     "verify": ("verify", "client", "Check a bundle's losses and gradients on this machine."),
     "inspect": ("inspect", "client", "Show what a bundle holds."),
+    "merge": ("merge", "export", "Write an ordinary inference model from trained parameters."),
     "client": ("client", "client", "Take part in a federation, on a device."),
     "coordinator": ("coordinator", "coordinator", "Run a federation."),
     "testvectors": ("testvectors", "client", "Write test vectors for implementations in other languages."),
@@ -73,9 +74,7 @@ def _missing(command: str, error: ModuleNotFoundError) -> Exception:
     )
 
 
-@click.group(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="edgetrain")
 @click.option("-v", "--verbose", count=True, help="Say more; -vv for everything.")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors.")

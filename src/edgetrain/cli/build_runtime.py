@@ -10,9 +10,7 @@ import click
 @click.command("build-runtime")
 @click.argument("runtime", type=click.Choice(["executorch"]))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The library. [default: the user's cache]")
-@click.option(
-    "--compiler", help="C++ compiler, e.g. aarch64-linux-gnu-g++. [default: $CXX, c++, g++ or clang++]"
-)
+@click.option("--compiler", help="C++ compiler, e.g. aarch64-linux-gnu-g++. [default: $CXX, c++, g++ or clang++]")
 @click.option(
     "--wheel",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

@@ -12,15 +12,9 @@ from edgetrain.protocol.config import convert, read_toml, set_dotted
 
 
 @click.command("coordinator")
-@click.option(
-    "--config", required=True, type=click.Path(), help="TOML file with the settings of the federation."
-)
-@click.option(
-    "--broker", metavar="mosquitto|embedded|HOST[:PORT]", help="Start a broker here, or use the one there."
-)
-@click.option(
-    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a setting, as rounds.total=5."
-)
+@click.option("--config", required=True, type=click.Path(), help="TOML file with the settings of the federation.")
+@click.option("--broker", metavar="mosquitto|embedded|HOST[:PORT]", help="Start a broker here, or use the one there.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a setting, as rounds.total=5.")
 def command(config: str, broker: str | None, assignments: tuple[str, ...]) -> None:
     """Run a federation: invite clients, aggregate their updates, evaluate, until a stop condition holds.
 

@@ -34,15 +34,9 @@ LEAVE_SECONDS = 15.0
 
 
 @click.command("demo")
-@click.option(
-    "--clients", type=click.IntRange(1, 64), default=4, show_default=True, help="Number of client processes."
-)
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds of training."
-)
-@click.option(
-    "--out", default="edgetrain-demo", show_default=True, help="Directory for everything the demo writes."
-)
+@click.option("--clients", type=click.IntRange(1, 64), default=4, show_default=True, help="Number of client processes.")
+@click.option("--rounds", type=click.IntRange(min=1), default=20, show_default=True, help="Rounds of training.")
+@click.option("--out", default="edgetrain-demo", show_default=True, help="Directory for everything the demo writes.")
 @click.option(
     "--broker",
     metavar="embedded|mosquitto|HOST:PORT",
@@ -90,9 +84,7 @@ def command(clients: int, rounds: int, out: str, broker: str | None, alpha: floa
                 raise type(error)(f"{error}{_last_words(directory, processes)}") from error
         _let_go(processes)
     plot = directory / "plot.png"
-    plot_rounds(
-        directory / "run" / "rounds.jsonl", plot, title=f"digits-cnn, {clients} clients, alpha {alpha:g}"
-    )
+    plot_rounds(directory / "run" / "rounds.jsonl", plot, title=f"digits-cnn, {clients} clients, alpha {alpha:g}")
     shutil.copyfile(directory / "run" / "summary.json", directory / "summary.json")
     _print_summary(console, summary, directory, time.monotonic() - started)
 
@@ -117,9 +109,7 @@ def _export(directory: Path) -> Path:
     """In a process of its own, so that torch's memory goes with it."""
     bundle = directory / "digits-cnn.edge"
     arguments = ["--quiet", "export", "digits-cnn", "--micro-batch", str(MICRO_BATCH), "-o", str(bundle)]
-    process = spawn(
-        [sys.executable, "-m", "edgetrain", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    process = spawn([sys.executable, "-m", "edgetrain", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         output, _ = process.communicate()
     finally:
@@ -145,9 +135,7 @@ def _broker(choice: str | None) -> tuple[BrokerConfig, LocalBroker | None]:
     return BrokerConfig(host="127.0.0.1", port=local.port, mqtt_version=local.mqtt_version), local
 
 
-def _federation(
-    directory: Path, bundle: Path, broker: BrokerConfig, clients: int, rounds: int
-) -> FederationConfig:
+def _federation(directory: Path, bundle: Path, broker: BrokerConfig, clients: int, rounds: int) -> FederationConfig:
     return FederationConfig(
         federation="digits",
         bundle=str(bundle),
@@ -224,9 +212,7 @@ def _last_words(directory: Path, processes: list[subprocess.Popen[bytes]]) -> st
     for number, process in enumerate(processes, 1):
         if process.poll():
             log = (directory / f"client-{number}.log").read_text(errors="replace").strip().splitlines()
-            words.append(
-                f"\nclient-{number} ended with status {process.returncode}: {log[-1] if log else ''}"
-            )
+            words.append(f"\nclient-{number} ended with status {process.returncode}: {log[-1] if log else ''}")
     return "".join(words)
 
 
@@ -242,13 +228,9 @@ def _print_summary(console: Any, summary: Summary, directory: Path, seconds: flo
     updates = max(1, summary.updates)
     accuracies = summary.accuracy_by_client
     table = Table(title="summary", title_justify="left", show_header=False)
-    table.add_row(
-        "test accuracy", f"{summary.final_accuracy or 0:.2%} (best {summary.best_accuracy or 0:.2%})"
-    )
+    table.add_row("test accuracy", f"{summary.final_accuracy or 0:.2%} (best {summary.best_accuracy or 0:.2%})")
     table.add_row("test loss", f"{summary.final_loss or 0:.4f}")
-    table.add_row(
-        "rounds", f"{summary.rounds} in {summary.seconds:.1f} s, {summary.seconds_per_round:.2f} s a round"
-    )
+    table.add_row("rounds", f"{summary.rounds} in {summary.seconds:.1f} s, {summary.seconds_per_round:.2f} s a round")
     table.add_row(
         "update",
         f"{size(summary.update_bytes_mean)} per client and round, {summary.reduction:.1f}x smaller than float32",

@@ -6,21 +6,17 @@ from pathlib import Path
 
 import click
 
-
-def _example(value: str) -> object:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(value.lower(), value)
+from edgetrain.cli.options import factory_options
 
 
 @click.command("export")
 @click.argument("model")
 @click.option("-o", "--out", help="Where the bundle goes: a directory, or FILE.edge. [default: MODEL.edge]")
 @click.option(
-    "--trainable", default="all", show_default=True, help="What learns: all, last:K, or a regular expression."
+    "--trainable",
+    default="all",
+    show_default=True,
+    help="What learns: all, last:K, bias, norm, head, a regular expression, lora:…, sparse:… (docs/export.md).",
 )
 @click.option(
     "--runtime",
@@ -28,9 +24,8 @@ def _example(value: str) -> object:
     multiple=True,
     help="Runtime to lower to; repeat for several. [default: onnxruntime]",
 )
-@click.option(
-    "--micro-batch", type=click.IntRange(min=1), help="Samples per step. [default: the example batch's]"
-)
+@click.option("--micro-batch", type=click.IntRange(min=1), help="Samples per step. [default: the example batch's]")
+@click.option("--per-sample-clipping", is_flag=True, help="Add the step that differential privacy needs.")
 @click.option("--name", help="Name of the bundle. [default: MODEL]")
 @click.option("--task", help="For hf: models: classification, causal-lm, masked-lm or image-classification.")
 @click.option(
@@ -46,6 +41,8 @@ def command(
     trainable: str,
     runtimes: tuple[str, ...],
     micro_batch: int | None,
+    *,
+    per_sample_clipping: bool,
     name: str | None,
     task: str | None,
     options: tuple[str, ...],
@@ -53,15 +50,12 @@ def command(
     """Export MODEL with its training step, prove the gradients, and write a bundle.
 
     MODEL is a registered name (digits-cnn), or path/to/file.py:function, where the function returns
-    (module, loss, example_batch).
+    (module, loss, example_batch), or hf:PATH_OR_CONFIG for a model of the transformers library.
     """
     from edgetrain.export import export_bundle, load_source
     from edgetrain.protocol.bundle import Bundle
 
-    pairs = [option.partition("=") for option in options]
-    if bad := [key for key, separator, _ in pairs if not separator]:
-        raise click.UsageError(f"--set {bad[0]}: write KEY=VALUE")
-    source = load_source(model, task=task, options={key: _example(value) for key, _, value in pairs})
+    source = load_source(model, task=task, options=factory_options(options))
     title = name or _title(model)
     path = export_bundle(
         source.module,
@@ -70,6 +64,7 @@ def command(
         trainable=trainable,
         runtimes=runtimes or ("onnxruntime",),
         micro_batch=micro_batch,
+        per_sample_clipping=per_sample_clipping,
         out=out or f"{title}.edge",
         name=title,
     )

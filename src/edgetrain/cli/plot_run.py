@@ -50,9 +50,7 @@ def plot_run(run: PastRun, out: Path) -> None:
             middle = [scale * spread.median for _, spread in measured]
             axis.plot(numbers, middle, linestyle="--", label="clients, median")
             axis.fill_between(numbers, low, high, alpha=0.15, label="clients, 10 % to best")
-    traffic.plot(
-        rounds, [r.bytes_up_float32 / 1000 for r in records], color="tab:gray", label="float32 updates"
-    )
+    traffic.plot(rounds, [r.bytes_up_float32 / 1000 for r in records], color="tab:gray", label="float32 updates")
     traffic.plot(rounds, [r.bytes_down / 1000 for r in records], label="down")
     traffic.plot(rounds, [r.bytes_up / 1000 for r in records], label="up")
     traffic.set_yscale("symlog", linthresh=1)

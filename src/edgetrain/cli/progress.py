@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,6 +13,7 @@ from rich.text import Text
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.records import RoundRecord
+from edgetrain.coordinator.spread import FederatedEvaluation
 
 # Rounds shown at once; older ones scroll out of the table.
 VISIBLE_ROUNDS = 12
@@ -29,7 +31,7 @@ class Progress:
         self._initial: events.Evaluated | None = None
         self._live = Live(console=self._console, refresh_per_second=8) if self._console.is_terminal else None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
@@ -56,9 +58,7 @@ class Progress:
             case events.Evaluated():
                 if event.round == 0:
                     self._initial = event
-                    self._line(
-                        f"before training: loss {event.loss:.4f}{_percent(', accuracy ', event.accuracy)}"
-                    )
+                    self._line(f"before training: loss {event.loss:.4f}{_percent(', accuracy ', event.accuracy)}")
             case events.RoundStarted():
                 again = f", attempt {event.attempt}" if event.attempt > 1 else ""
                 self._status = f"round {event.round}{again}: {event.invited} clients train"
@@ -69,6 +69,13 @@ class Progress:
             case events.RoundEnded():
                 self._records.append(event.record)
                 self._line(_round_line(event.record))
+            case events.ClientsEvaluated():
+                self._line(_clients_line(event.evaluation))
+            case events.Paused():
+                self._status = "paused; `edgetrain runs resume` lets it go on"
+                self._line(self._status)
+            case events.Resumed():
+                self._line("resumed")
             case events.RunEnded():
                 self._status = f"{event.summary.status}: {event.summary.reason}"
                 self._line(self._status)
@@ -122,6 +129,15 @@ def _round_line(record: RoundRecord) -> str:
         f"{record.accepted} of {record.invited} clients, {size(record.bytes_up)} up, {size(record.bytes_down)} down, "
         f"{record.seconds:.2f} s"
     )
+
+
+def _clients_line(evaluation: FederatedEvaluation) -> str:
+    spreads = ", ".join(
+        f"{metric} {spread.minimum:.4g} to {spread.maximum:.4g}, median {spread.median:.4g}"
+        for metric, spread in evaluation.spread.items()
+    )
+    worse = f"; {len(evaluation.worse)} got worse" if evaluation.worse else ""
+    return f"round {evaluation.round} by {len(evaluation.clients)} clients: {spreads}{worse}"
 
 
 def _percent(prefix: str, value: float | None) -> str:

@@ -128,7 +128,7 @@ def _rounds_table(past: PastRun) -> object:
     from edgetrain.cli.progress import size
 
     table = Table(title="rounds", title_justify="left")
-    for name in ("round", "accuracy", "loss", "train loss", "invited", "accepted", "up", "down", "s"):
+    for name in ("round", "accuracy", "loss", "train loss", "clients", "up", "down", "s"):
         table.add_column(name, justify="right")
     for record in past.records:
         table.add_row(
@@ -136,8 +136,7 @@ def _rounds_table(past: PastRun) -> object:
             "" if record.accuracy is None else f"{record.accuracy:.2%}",
             "" if record.loss is None else f"{record.loss:.4f}",
             "" if record.train_loss is None else f"{record.train_loss:.4f}",
-            str(record.invited),
-            str(record.accepted),
+            f"{record.accepted}/{record.invited}",
             size(record.bytes_up),
             size(record.bytes_down),
             f"{record.seconds:.2f}",

@@ -23,14 +23,15 @@ def flags(kind: type[msgspec.Struct]) -> Callable[[Callable[..., Any]], Callable
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for dotted, description, default, python_type in reversed(fields):
             flag = "--" + dotted.replace(".", "-").replace("_", "-")
+            shown = description
             if default not in {None, ""}:
-                description = f"{description} [default: {default}]"
+                shown = f"{description} [default: {default}]"
             negatable = f"/--no-{flag[2:]}" if python_type is bool else ""
             function = click.option(
                 flag + negatable,
                 setting(dotted),
                 default=None,
-                help=_sentence(description),
+                help=_sentence(shown),
                 type=_click_type(python_type),
             )(function)
         return function

@@ -10,9 +10,7 @@ import click
 @click.command("verify")
 @click.argument("bundle")
 @click.option("--runtime", help="Runtime to check. [default: the first of the bundle's that is installed]")
-@click.option(
-    "--threads", type=click.IntRange(min=0), default=1, show_default=True, help="Threads; 0 lets it choose."
-)
+@click.option("--threads", type=click.IntRange(min=0), default=1, show_default=True, help="Threads; 0 lets it choose.")
 @click.option("--tolerance", type=float, help="Largest relative error that passes.")
 def command(bundle: str, runtime: str | None, threads: int, tolerance: float | None) -> None:
     """Run the self-test of BUNDLE on this machine.
