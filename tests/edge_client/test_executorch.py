@@ -226,7 +226,7 @@ def test_a_program_that_needs_an_absent_kernel_names_kernel_and_remedy(copied):
     assert b"aten::as_strided_copy" in data
     data = data.replace(b"aten::as_strided_copy", b"aten::as_strided_copX")
     replace_program(copied, data)
-    with pytest.raises(SessionError, match=r"export the bundle again.*as_strided_copX"):
+    with pytest.raises(SessionError, match=r"as_strided_copX.*export the bundle again"):
         open_session(copied, "executorch")
 
 
