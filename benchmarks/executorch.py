@@ -104,6 +104,13 @@ def measure(entry: str, micro_batch: int, steps: int) -> list[Measurement]:
             print(f"stock cannot export {entry}: {str(error).splitlines()[0]}", file=sys.stderr)
             found.remove(STOCK)
         processes = {contender: start(contender, folder, entry) for contender in found}
+        if STOCK in found:
+            try:
+                ask(processes[STOCK], "step")
+            except (ValueError, BrokenPipeError):
+                print(f"stock cannot run {entry}: {last_line(folder)}", file=sys.stderr)
+                found.remove(STOCK)
+                processes.pop(STOCK).wait()
         times: dict[str, list[float]] = {contender: [] for contender in found}
         for _ in range(steps):
             for contender, process in processes.items():
@@ -158,6 +165,11 @@ def stock_program(source: Any, trainable: set[str]) -> bytes:
     with quiet(), sdpa_kernel(SDPBackend.MATH):
         joint = _export_forward_backward(torch.export.export(Joint(), (inputs, targets), strict=True))
         return bytes(to_edge(joint).to_executorch().buffer)
+
+
+def last_line(folder: Path) -> str:
+    """What the stock process said last."""
+    return (folder / f"{STOCK}.log").read_text(errors="replace").strip().splitlines()[-1]
 
 
 def start(contender: str, folder: Path, entry: str) -> subprocess.Popen[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -77,4 +79,5 @@ def transformer_bundle() -> Path:
 def _export(name, module, loss, batch) -> Path:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="edgetrain-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return export_bundle(module, loss, batch, runtimes=("executorch",), out=folder / name, name=name)
