@@ -28,6 +28,8 @@ from edgetrain.coordinator.journal import RoundOpened
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.past_run import read_rows
 from edgetrain.coordinator.post import Post
+from edgetrain.coordinator.privacy.budget import open_budget
+from edgetrain.coordinator.privacy.lottery import Lottery
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.reports import client_rows, round_record, summarize
 from edgetrain.coordinator.requests import Request, read_request, write_request
@@ -102,6 +104,8 @@ class Coordinator:
         self._clock = clock
         self._strategy = checked_strategy(config)
         self._server_state = directory.load_server_state()
+        private = self._strategy.private
+        self._lottery = Lottery(private) if private and private.release.sampling != "none" else None
         self._num_parameters = bundle.manifest.num_parameters
         # What the devices keep to themselves stays as it was exported here.
         self._personal = elements_of(bundle.manifest, config.personal)
@@ -148,6 +152,8 @@ class Coordinator:
             clock=clock,
         )
         self._intake.come_back = lambda client: self._invitations.come_back_seconds(client, directory.records)
+        # Last: it locks a file until `run` ends.
+        self._budget = open_budget(config, self._strategy, directory.records)
         self._resumed = self._round_number > 0
         self._clients_saved = len(self._roster)
         # Before its first round, a coordinator waits a while for all that are there.
@@ -182,6 +188,8 @@ class Coordinator:
         finally:
             if self._intake.current:
                 self._intake.current.collection.close()
+            if self._budget:
+                self._budget.close()
         self._announce("ended", reason)
         return self._summarize("completed", reason)
 
@@ -206,6 +214,8 @@ class Coordinator:
                 return reason
             if self._round_number >= self._config.rounds.total:
                 return f"all {self._config.rounds.total} rounds done"
+            if self._budget and (refusal := self._budget.refusal()):
+                return f"round {self._round_number + 1} was refused before it started: {refusal}"
             self._run_round(self._round_number + 1)
             every = self._config.evaluation.by_clients_every
             if every and self._round_number % every == 0:
@@ -243,7 +253,7 @@ class Coordinator:
         state = current.state
         failures = 0
         while True:
-            if state.count(Part.ACCEPTED) < rounds.goal:
+            if state.count(Part.ACCEPTED) < state.goal:
                 self._gather(current)
                 self._invite(current)
                 self._pump(lambda: state.outcome(self._clock()) is not Outcome.OPEN)
@@ -262,7 +272,7 @@ class Coordinator:
                 )
             state.attempt += 1
             retry_at = self._clock() + min(2.0 ** (failures - 1), MAX_RETRY_SECONDS)
-            self._pump(lambda at=retry_at: self._clock() >= at or state.count(Part.ACCEPTED) >= rounds.goal)  # type: ignore[misc]
+            self._pump(lambda at=retry_at: self._clock() >= at or state.count(Part.ACCEPTED) >= state.goal)  # type: ignore[misc]
         self._close_round(current)
 
     def _open_round(self, number: int) -> OpenRound:
@@ -294,8 +304,8 @@ class Coordinator:
             state.parts[client] = Part.ACCEPTED
             if record := self._roster.get(client):
                 record.last_accepted = (number, digest)
-        control = self._strategy.control
-        return OpenRound(
+        control, private = self._strategy.control, self._strategy.private
+        current = OpenRound(
             state,
             collection,
             control=self._blobs.add(
@@ -303,10 +313,14 @@ class Coordinator:
             )
             if control
             else None,
+            clip_norm=private.clip_norm(self._server_state) if private else 0.0,
             vector=release.digest,
             parameters=self._blobs.add(release.whole),
             patches=tuple(Patch(base=patch.base, blob=self._blobs.add(patch.data)) for patch in release.patches),
         )
+        if self._lottery and collection.was_invited:
+            self._lottery.limit(current, frozenset(collection.invited))
+        return current
 
     def _release(self, number: int) -> Release:
         """The parameters of the round as clients see them; on disk before any update can name them."""
@@ -324,6 +338,8 @@ class Coordinator:
         patience = 0.0 if self._gathered else rounds.gather_seconds
         self._gathered = True
         start = self._clock()
+        # Where chance chooses, all are wanted to choose from.
+        wanted = self._lottery.population if self._lottery else rounds.goal
         shown: int | None = None
 
         def enough() -> bool:
@@ -331,7 +347,7 @@ class Coordinator:
             ready = len(self._invitations.pool(current))
             accepted = current.state.count(Part.ACCEPTED)
             waited = self._clock() - start
-            if ready + accepted >= rounds.goal:
+            if ready + accepted >= wanted:
                 return True
             # If only those are here whose updates an earlier process has accepted, the round ends as at its deadline.
             if ready + accepted >= rounds.least and waited >= (patience if ready else rounds.deadline_seconds):
@@ -343,7 +359,7 @@ class Coordinator:
                 )
             if ready != shown:
                 shown = ready
-                self._observe(events.Waiting(ready, rounds.goal - accepted))
+                self._observe(events.Waiting(ready, wanted - accepted))
             return False
 
         self._pump(enough)
@@ -353,7 +369,10 @@ class Coordinator:
         needed = rounds.goal - state.count(Part.ACCEPTED)
         wanted = math.ceil(needed * rounds.over_selection)
         pool = self._invitations.pool(current)
-        chosen = self._invitations.choose(pool, wanted, number=state.number, attempt=state.attempt)
+        if self._lottery:
+            chosen = self._lottery.invite(current, pool)
+        else:
+            chosen = self._invitations.choose(pool, wanted, number=state.number, attempt=state.attempt)
         now = self._clock()
         current.invited_at = now if current.invited_at is None else current.invited_at
         state.deadline_at = now + deadline_seconds(rounds, self._history.durations, state.attempt)
@@ -369,6 +388,7 @@ class Coordinator:
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
         self._dismiss(current)
+        epsilon = self._budget.charge() if self._budget else None
         parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
@@ -385,6 +405,7 @@ class Coordinator:
             accuracy=evaluation.accuracy if evaluation else None,
             bytes_up=bytes_up,
             bytes_down=bytes_down,
+            epsilon=epsilon,
         )
         self._save_clients()
         rows = client_rows(current)
@@ -475,6 +496,8 @@ class Coordinator:
             reason=reason,
             seconds=self._clock() - self._started,
             best_round=self._directory.best_round(),
+            epsilon=self._budget.epsilon if self._budget else None,
+            delta=self._budget.delta if self._budget else None,
         )
         self._directory.write_summary(summary)
         self._observe(events.RunEnded(summary))

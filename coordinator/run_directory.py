@@ -25,6 +25,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -104,7 +105,8 @@ class RunDirectory:
         except BlockingIOError as error:
             raise RunError(f"{self.path}: another coordinator runs in this directory") from error
         self.run = self._load_or_create_info(config, bundle_digest)
-        write_atomically(self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600)
+        settings = tomli_w.dumps(_without_nil(msgspec.to_builtins(config))).encode()
+        write_atomically(self.path / "config.toml", settings, mode=0o600)
         key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
         self.key = SigningKey.load_or_create(key)
         self._metric = config.stop.metric
@@ -400,6 +402,13 @@ class RunDirectory:
             os.fsync(file.fileno())
         if fresh:
             sync_directory(self.path)
+
+
+def _without_nil(value: Any) -> Any:
+    """Plain tables without what is not set: TOML has no word for it."""
+    if isinstance(value, dict):
+        return {key: _without_nil(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nil(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _number(path: Path) -> int | None:

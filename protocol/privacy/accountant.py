@@ -91,8 +91,7 @@ def to_epsilon(divergence: Doubles, delta: float) -> Spent:
 
 def _divergence(release: Release, order: float) -> float:
     rate = release.sampling_rate
-    # The discrete Gaussian shares the Gaussian's bound; what is amplified is the mechanism, so it takes the general
-    # theorems, which need no more than that bound.
+    # What holds for the sampled Gaussian alone needs its very densities; others take the general theorems.
     if release.sampling == "poisson":
         if release.mechanism == "gaussian":
             return subsampling.poisson_gaussian(release.noise_multiplier, rate, order)

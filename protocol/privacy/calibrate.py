@@ -76,7 +76,7 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     # Noisy sums in all.
     releases: int
     # Per round: participants, or the samples of an optimizer step.
-    expected_participants: float
+    expected_participants: int
     population: int
     # Epsilon after the first round, and after each tenth of them: [round, epsilon].
     course: tuple[tuple[int, float], ...]
@@ -90,6 +90,7 @@ def forecast(
     delta: float,
     rounds: int,
     releases_per_round: int,
+    participants: int,
     population: int,
     accountant: Accountant = rdp_accountant,
     accountant_name: str = "rdp",
@@ -103,6 +104,7 @@ def forecast(
         delta: of the budget.
         rounds: of the federation.
         releases_per_round: noisy sums in each.
+        participants: expected in each sum.
         population: of clients, or of samples.
         accountant: works out the cost.
         accountant_name: its name.
@@ -117,7 +119,6 @@ def forecast(
     noise = noise_multiplier_for(target_epsilon, delta, lambda noise: [after(rounds, noise)], accountant)
     stops = sorted({1, *(math.ceil(rounds * tenth / 10) for tenth in range(1, 11))})
     course = tuple((number, accountant([after(number, noise)], delta)) for number in stops)
-    participants = release.sampling_rate * population
     per_clip_norm = noise * release.sensitivity_per_clip_norm
     return Forecast(
         level=level,

@@ -21,9 +21,7 @@ def clip(vector: npt.NDArray[np.floating], max_norm: float) -> tuple[Doubles, fl
     return (doubles * (max_norm / norm) if norm > max_norm else doubles), norm
 
 
-def clip_to_grid(
-    vector: npt.NDArray[np.floating], max_norm: float, step: float
-) -> tuple[npt.NDArray[np.int64], float]:
+def clip_to_grid(vector: npt.NDArray[np.floating], max_norm: float, step: float) -> tuple[npt.NDArray[np.int64], float]:
     """A vector as integer multiples of a step, of an L2 norm of at most `max_norm` *after* rounding.
 
     Rounding to the nearest can lengthen a vector by sqrt(d) / 2 steps. Where it has, the integers are shortened

@@ -40,7 +40,9 @@ def accountant(name: AccountantName) -> Accountant:
         for release in releases:
             event = event_of(library, release)
             if not made.supports(event):
-                raise PrivacyError(f"accountant {name!r} knows no {release.mechanism} with sampling {release.sampling!r}")
+                raise PrivacyError(
+                    f"accountant {name!r} knows no {release.mechanism} with sampling {release.sampling!r}"
+                )
             made.compose(event, release.steps)
         return float(made.get_epsilon(delta))
 

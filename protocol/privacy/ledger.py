@@ -132,9 +132,7 @@ class Ledger:
             self._lock.close()
 
     def _load(self, owner: str, budget: Budget) -> _File:
-        asked = _File(
-            owner=owner, epsilon=None if math.isinf(budget.epsilon) else budget.epsilon, delta=budget.delta
-        )
+        asked = _File(owner=owner, epsilon=None if math.isinf(budget.epsilon) else budget.epsilon, delta=budget.delta)
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:

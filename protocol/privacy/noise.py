@@ -140,7 +140,8 @@ def _poisson_table(mean: float) -> tuple[int, _Table]:
     with localcontext() as context:
         context.prec = 50
         exact = Decimal(mean)
-        up, down = [Decimal(1)], []
+        up: list[Decimal] = [Decimal(1)]
+        down: list[Decimal] = []
         for k in range(mode + 1, mode + reach):
             up.append(up[-1] * exact / k)
         for k in range(mode, first, -1):
@@ -189,9 +190,7 @@ class _Staircase:
         difference = probability - coin * 2.0**-64
         accepted = difference > 0
         for unclear in np.flatnonzero(np.abs(difference) <= _CLEAR):
-            accepted[unclear] = self._decide(
-                int(stair[unclear]), int(place[unclear]), int(coin[unclear]), random_bytes
-            )
+            accepted[unclear] = self._decide(int(stair[unclear]), int(place[unclear]), int(coin[unclear]), random_bytes)
         if self.log_width >= 0:
             value = (stair << self.log_width) + whole
         else:
@@ -201,7 +200,9 @@ class _Staircase:
             accepted &= ~(negative & (value == 0))
         else:
             value = value + fraction
-        return np.where(negative, -value, value)[accepted]
+        signed: Integers = np.where(negative, -value, value)
+        kept: Integers = signed[accepted]
+        return kept
 
     def _split(self, place: Words) -> tuple[Integers, Integers]:
         """Integer part within a stair, and the bit after the point: what is at least a half is rounded up."""
