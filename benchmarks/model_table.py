@@ -23,7 +23,15 @@ from edgetrain.protocol.bundle import Bundle
 
 OUT = Path(__file__).parent.parent / "docs" / "model-table.md"
 MODELS = ("digits-cnn", "ds-cnn", "resnet-8", "mobilenet-v2", "char-lm", "bert-tiny", "vit-tiny", "seq2seq")
-SELECTIONS = ("all", "last:2", "bias", "head", "lora:r=4,alpha=8,target=.*")
+SELECTIONS = (
+    "all",
+    "last:2",
+    "bias",
+    "norm",
+    "head",
+    "lora:r=4,alpha=8,target=.*",
+    "sparse:fraction=0.5,dim=out,target=.*",
+)
 BATCH = 4
 
 

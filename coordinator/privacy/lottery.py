@@ -25,8 +25,18 @@ class Lottery:
 
     def __init__(self, private: Private, *, random_bytes: RandomBytes | None = None) -> None:
         self._release = private.release
-        self.population = private.population
+        self._population = private.population
         self._random = random_bytes or Keystream()
+
+    @classmethod
+    def of(cls, private: Private | None) -> Lottery | None:
+        """The lottery of a strategy, or None if its privacy does not count on chance."""
+        return cls(private) if private and private.release.sampling != "none" else None
+
+    def resume(self, current: OpenRound) -> None:
+        """Takes up the draw of an earlier process, if it has drawn for this round."""
+        if current.collection.was_invited:
+            self._limit(current, frozenset(current.collection.invited))
 
     def invite(self, current: OpenRound, pool: Sequence[str]) -> list[str]:
         """Those of the pool who were drawn for the round; draws, the first time.
@@ -39,12 +49,12 @@ class Lottery:
             ConfigError: more clients than the population that the budget was planned for.
         """
         if current.drawn is None:
-            self.limit(current, frozenset(self._draw(sorted(pool))))
+            self._limit(current, frozenset(self._draw(sorted(pool))))
         assert current.drawn is not None, "just drawn"
         return sorted(current.drawn.intersection(pool))
 
     @staticmethod
-    def limit(current: OpenRound, drawn: frozenset[str]) -> None:
+    def _limit(current: OpenRound, drawn: frozenset[str]) -> None:
         """Holds a round to those who were drawn, now or by an earlier process."""
         current.drawn = drawn
         current.state.goal = len(drawn)
@@ -54,10 +64,10 @@ class Lottery:
         if self._release.sampling == "poisson":
             coins = bernoulli(self._random, self._release.sampling_rate, len(names))
             return [name for name, coin in zip(names, coins, strict=True) if coin]
-        if len(names) > self.population:
+        if len(names) > self._population:
             raise ConfigError(
-                f"strategy.population is {self.population}, but {len(names)} clients are here: set it to at least that"
+                f"strategy.population is {self._population}, but {len(names)} clients are here: set it to at least that"
             )
         # Places in the population that belong to nobody who is here stay empty.
-        size = round(self._release.sampling_rate * self.population)
-        return [names[place] for place in sample(self._random, self.population, size) if place < len(names)]
+        size = round(self._release.sampling_rate * self._population)
+        return [names[place] for place in sample(self._random, self._population, size) if place < len(names)]
