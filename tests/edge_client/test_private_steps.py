@@ -50,8 +50,9 @@ def gradient_of_sample(parameters, x, y):
     return np.concatenate([np.outer(da, x).ravel(), da, np.outer(dz, h).ravel(), dz])
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
-@pytest.mark.parametrize("clip_norm", [0.2, 0.7, 100.0])
+@pytest.mark.parametrize(
+    ("runtime", "clip_norm"), [("onnxruntime", 0.2), ("onnxruntime", 0.7), ("onnxruntime", 100.0), ("torch", 0.7)]
+)
 def test_a_session_clips_sample_by_sample(private_bundle, parameters, runtime, clip_norm):
     session = open_session(Bundle(private_bundle), runtime, threads=1)
     data = make_data(5)
@@ -146,12 +147,11 @@ def test_one_sample_that_breaks_the_model_changes_nothing_for_the_others(session
     steps = PrivateSteps(session, config, PRIVACY)
     honest = steps.step(parameters, data, np.array([1, 2, 3, 5])).gradients.copy()
     for bad in (0, 4, 7):
-        inputs = data.inputs.copy()
-        inputs[bad] = 3e38
-        broken = Dataset(inputs, data.targets)
-        assert not np.isfinite(
-            session.step_clipped(parameters, broken.take(np.array([bad]))[0], clip_norm=0.3).norms
-        ).any()
+        weights = np.ones(8, np.float32)
+        weights[bad] = 3e38
+        broken = Dataset(data.inputs, data.targets, weights)
+        batch, weight = broken.take(np.array([bad]))
+        assert not np.isfinite(session.step_clipped(parameters, batch, weight, clip_norm=0.3).norms).any()
         got = steps.step(parameters, broken, np.sort(np.array([1, 2, 3, 5, bad]))).gradients
         np.testing.assert_allclose(got, honest, rtol=1e-5, atol=1e-7)
     with pytest.raises(TrainingError, match="lower learning_rate"):
