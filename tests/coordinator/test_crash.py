@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tests.coordinator.test_coordinator import expected_parameters, final_parameters
 
 from edgetrain.coordinator import events
+from edgetrain.coordinator.database import RunDatabase
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.journal import RoundOpened, UpdateAccepted, read_journal
 from edgetrain.coordinator.run_directory import RunDirectory
-from edgetrain.coordinator.run_log import RunLog
 from edgetrain.protocol.signing import SigningKey
 from support.scripted import Crash, ScriptedClient, ScriptedFederation
 
@@ -116,19 +116,19 @@ def test_an_end_between_acceptance_and_its_verdict(tiny_bundle, ram_path, client
     check(federation)
 
 
-def test_a_kill_between_the_journal_and_the_rounds_line(tiny_bundle, ram_path, monkeypatch):
+def test_a_kill_between_the_journal_and_the_rounds_row(tiny_bundle, ram_path, monkeypatch):
     federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
     for name in NAMES:
         federation.add(name)
-    real = RunLog._append
+    real = RunDatabase.close_rounds
     armed = [True]
 
-    def append(self, name, data):
-        if name == "rounds.jsonl" and armed.pop() if armed else False:
+    def close_rounds(self, closed):
+        if armed and armed.pop():
             raise Crash
-        real(self, name, data)
+        real(self, closed)
 
-    monkeypatch.setattr(RunLog, "_append", append)
+    monkeypatch.setattr(RunDatabase, "close_rounds", close_rounds)
     with pytest.raises(Crash):
         federation.serve()
     assert (ram_path / "run/parameters/round-00001.safetensors").exists()
