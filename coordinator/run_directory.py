@@ -31,7 +31,8 @@ import tomli_w
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.exports import KnownClient
-from edgetrain.coordinator.journal import Journal, RoundOpened, read_journal
+from edgetrain.coordinator.journal import RoundOpened
+from edgetrain.coordinator.journal_reading import read_journal
 from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
 from edgetrain.coordinator.run_identity import load_or_create_run
 from edgetrain.coordinator.run_log import RunLog
@@ -203,16 +204,30 @@ class RunDirectory:
         return self.path / "journal" / f"round-{number:05d}.journal"
 
     def opened_round(self, number: int) -> RoundOpened | None:
-        """The record that opened a round which has not closed."""
+        """How a round was opened that has not closed: as noted here, or else as its journal begins.
+
+        Raises:
+            RunError: cannot be read.
+        """
         path = self.journal_path(number)
-        if not path.exists():
-            return None
-        first = next(read_journal(path), None)
+        try:
+            if noted := self._log.opened(number):
+                return noted
+            first = next(read_journal(path), None) if path.exists() else None
+        except OSError as error:
+            raise RunError(f"{path}: cannot read the journal: {error}") from error
         return first[0] if first and isinstance(first[0], RoundOpened) else None
 
-    def open_journal(self, number: int) -> Journal:
-        """The journal of a round, for appending."""
-        return Journal(self.journal_path(number))
+    def note_opened(self, opened: RoundOpened) -> None:
+        """Notes how a round was opened, beside its journal.
+
+        Raises:
+            RunError: not writable.
+        """
+        try:
+            self._log.note_opened(opened)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot open round {opened.round}: {error}") from error
 
     def load_clients(self) -> list[KnownClient]:
         """(name, key, last accepted round and digest) of every client seen in this run.

@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator.journal import Journal
 from edgetrain.coordinator.parameters import vector_sha256
 from edgetrain.coordinator.records import ClientRow, RoundRecord
 from edgetrain.coordinator.run_directory import RunDirectory
@@ -59,7 +60,7 @@ def close_rounds(directory, *losses):
     start = len(directory.records)
     for number, loss in enumerate(losses, start + 1):
         rows = [ClientRow(round=number, client=name, status="accepted") for name in ("a", "b")]
-        directory.open_journal(number).close()
+        Journal(directory.journal_path(number)).close()
         directory.close_round(record(number, loss), vector(number), rows)
 
 
@@ -352,7 +353,7 @@ def test_journals_of_closed_rounds_are_cleared_away(opener, ram_path):
     directory = opener()
     close_rounds(directory, 0.5)
     for number in (1, 2):
-        directory.open_journal(number).close()
+        Journal(directory.journal_path(number)).close()
     directory.close()
     opener().load_parameters(initial_parameters())
     assert [path.name for path in (ram_path / "run" / "journal").iterdir()] == ["round-00002.journal"]
