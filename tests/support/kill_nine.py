@@ -31,9 +31,9 @@ class LoggingClient(ScriptedClient):
         super().on_verdict(verdict)
 
 
-def serve(bundle: Path, directory: Path) -> None:
+def serve(bundle: Path, directory: Path, log: Path) -> None:
     """One coordinator's life, to its end."""
-    LoggingClient.log = os.open(directory / "verdicts.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    LoggingClient.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     federation = ScriptedFederation(bundle, directory / "run", rounds={"total": ROUNDS, "goal": len(NAMES)})
     for name in NAMES:
         federation.add(name, LoggingClient)
@@ -43,7 +43,10 @@ def serve(bundle: Path, directory: Path) -> None:
         if isinstance(event, events.RoundStarted | events.RunEnded) and time.monotonic() - started > BACK_SECONDS:
             raise AssertionError(f"back only after {time.monotonic() - started:.1f} s")
 
-    federation.serve(observe)
+    try:
+        federation.serve(observe)
+    finally:
+        os.close(LoggingClient.log)
 
 
 def forked(bundle: Path, directory: Path, kill_after: float | None) -> bool:
@@ -53,7 +56,7 @@ def forked(bundle: Path, directory: Path, kill_after: float | None) -> bool:
         status = 1
         with contextlib.suppress(KeyboardInterrupt):
             try:
-                serve(bundle, directory)
+                serve(bundle, directory, directory / "verdicts.log")
                 status = 0
             except BaseException:
                 sys.excepthook(*sys.exc_info())
