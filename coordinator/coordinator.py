@@ -13,7 +13,7 @@ import numpy.typing as npt
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.deadlines import deadline_seconds
-from edgetrain.coordinator.errors import RoundFailed, StopRequested
+from edgetrain.coordinator.errors import RoundFailed, RunError, StopRequested
 from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.invitations import checked_strategy
 from edgetrain.coordinator.open_round import OpenRound
@@ -119,6 +119,10 @@ class Coordinator:
         except RoundFailed as error:
             self._pump.announce("ended", str(error))
             self._summarize("failed", str(error))
+            raise
+        except RunError:
+            # A full disk, most likely. Whoever is told where is the coordinator's log.
+            self._pump.announce("paused", "the coordinator cannot write to its disk")
             raise
         finally:
             if self._intake.current:

@@ -81,7 +81,13 @@ class RoundOpening:
         )
         opened = collection.open(
             self._directory,
-            RoundOpened(run=self._directory.run, round=number, nonce=os.urandom(16), parameters=release.digest),
+            RoundOpened(
+                run=self._directory.run,
+                round=number,
+                nonce=os.urandom(16),
+                parameters=release.digest,
+                salt=os.urandom(16),
+            ),
         )
         state = Round(
             number,
