@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import fcntl
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -82,7 +83,8 @@ class RunDirectory:
         except BlockingIOError as error:
             raise RunError(f"{self.path}: another coordinator runs in this directory") from error
         self.run = load_or_create_run(self.path, federation=config.federation, bundle=bundle_digest)
-        write_atomically(self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600)
+        settings = tomli_w.dumps(_without_nil(msgspec.to_builtins(config))).encode()
+        write_atomically(self.path / "config.toml", settings, mode=0o600)
         key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
         self.key = SigningKey.load_or_create(key)
         self._metric = config.stop.metric
@@ -270,3 +272,10 @@ class RunDirectory:
         """Closes the database and lets go of the lock."""
         self._log.close()
         self._lock.close()
+
+
+def _without_nil(value: Any) -> Any:
+    """Plain tables without what is not set: TOML has no word for it."""
+    if isinstance(value, dict):
+        return {key: _without_nil(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nil(entry) for entry in value] if isinstance(value, list | tuple) else value

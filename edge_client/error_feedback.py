@@ -23,6 +23,7 @@ from edgetrain.edge_client.checked_file import CheckedFile
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import encode, residual
 from edgetrain.protocol.messages import Offer, split_update
+from edgetrain.protocol.privacy.clipping import clip
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +57,30 @@ class ErrorFeedback:
         # What was offered and not yet answered.
         self.offer: Offer | None = None
         self.update = b""
+        # Whether what was prepared was within the norm; None if there was none.
+        self.unclipped: bool | None = None
         self._load()
 
-    def prepare(self, delta: Vector, codec: str, *, seed: int, offsets: tuple[int, ...] | None = None) -> bytes:
-        """Encodes `residual + delta`. Nothing is stored yet: `commit` follows with the offer."""
+    def prepare(
+        self,
+        delta: Vector,
+        codec: str,
+        *,
+        seed: int,
+        offsets: tuple[int, ...] | None = None,
+        max_norm: float = 0.0,
+    ) -> bytes:
+        """Encodes `residual + delta`. Nothing is stored yet: `commit` follows with the offer.
+
+        With a `max_norm` above 0, their sum is clipped to it first. What clipping takes away does not come back
+        later.
+        """
         assert self.offer is None, "settle the pending update first"
         target = self.residual + delta
+        self.unclipped = None
+        if max_norm:
+            clipped, norm = clip(target, max_norm)
+            target, self.unclipped = clipped.astype(np.float32), norm <= max_norm
         self.update = encode(target, codec, seed=seed, offsets=offsets)
         self.residual = target
         return self.update
