@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -14,21 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator import events
+from edgetrain.coordinator.audit import records
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients import ClientRecord, Roster
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.deadlines import deadline_seconds
 from edgetrain.coordinator.downlink import WHOLE, Downlink, Release
+from edgetrain.coordinator.enrolments import Enrolments
 from edgetrain.coordinator.errors import RoundFailed, StopRequested
 from edgetrain.coordinator.history import History
-from edgetrain.coordinator.intake import Intake
+from edgetrain.coordinator.intake import Intake, accepted_record
 from edgetrain.coordinator.invitations import Invitations, checked_strategy
 from edgetrain.coordinator.journal import RoundOpened
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.past_run import read_rows
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.records import Summary
+from edgetrain.coordinator.refusals import Refusals
 from edgetrain.coordinator.reports import client_rows, round_record, summarize
 from edgetrain.coordinator.requests import Request, read_request, write_request
 from edgetrain.coordinator.rounds import Outcome, Part, Round
@@ -39,7 +43,7 @@ from edgetrain.coordinator.strategies import described
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec, Limits, encode
 from edgetrain.protocol.groups import elements_of
-from edgetrain.protocol.messages import Patch, RoundClosed
+from edgetrain.protocol.messages import LogPoint, Patch, RoundClosed, encode_message
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
 
@@ -75,6 +79,8 @@ class Coordinator:
         directory: where the run lives; if it holds closed rounds, the run goes on after them.
         evaluate: loss and accuracy of parameters on held-out data, or None.
         observe: is told what happens, in the coordinator's thread.
+        enrolments: who may take part; None lets everybody, and a name belongs to its first key.
+        reload_broker: called when they have changed.
         clock: monotonic seconds.
 
     Raises:
@@ -90,6 +96,8 @@ class Coordinator:
         directory: RunDirectory,
         evaluate: Callable[[Vector], Evaluation] | None = None,
         observe: events.Observer = lambda _event: None,
+        enrolments: Enrolments | None = None,
+        reload_broker: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._downlink = Downlink(CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest))
@@ -97,9 +105,12 @@ class Coordinator:
         self._bundle = bundle
         self._transport = transport
         self._directory = directory
+        self._audit = directory.audit
         self._evaluate = evaluate
         self._observe = observe
         self._clock = clock
+        self._enrolments = enrolments
+        self._reload_broker = reload_broker
         self._strategy = checked_strategy(config)
         self._server_state = directory.load_server_state()
         self._num_parameters = bundle.manifest.num_parameters
@@ -114,7 +125,7 @@ class Coordinator:
         self._max_update_bytes = config.limits.max_update_bytes or dense
         self._history = History()
         self._history.add(read_rows(directory.path / "clients.csv"))
-        self._roster = Roster()
+        self._roster = Roster(clock)
         for name, key, last in directory.load_clients():
             self._roster.add(ClientRecord(name, key, last_accepted=last))
         self._topics = Topics(config.federation)
@@ -125,6 +136,7 @@ class Coordinator:
             directory.key,
             run=directory.run,
             bundle=self._blobs.add(bundle.manifest_bytes),
+            serials=directory.serials,
         )
         self._invitations = Invitations(
             config,
@@ -145,6 +157,16 @@ class Coordinator:
             plan=self._invitations.plan,
             max_update_bytes=self._max_update_bytes,
             observe=observe,
+            audit=self._audit,
+            refusals=Refusals(
+                config.limits.bans,
+                roster=self._roster,
+                audit=self._audit,
+                observe=observe,
+                clock=clock,
+                attributable=enrolments is not None,
+            ),
+            enrolments=enrolments,
             clock=clock,
         )
         self._intake.come_back = lambda client: self._invitations.come_back_seconds(client, directory.records)
@@ -168,10 +190,12 @@ class Coordinator:
             if self._config.evaluation.by_clients and self._round_number:
                 self._ask_clients_for_reports(self._parameters)
         except StopRequested:
+            self._audit.append(records.Command(command="stop"))
             reason = "stopped on request; the same command goes on where it stopped"
             self._announce("ended", reason)
             return self._summarize("stopped", reason)
         except KeyboardInterrupt:
+            self._audit.append(records.Command(command="interrupt"))
             self._announce("paused", "the coordinator was interrupted")
             self._summarize("interrupted", "interrupted; the same command goes on where it stopped")
             raise
@@ -193,15 +217,16 @@ class Coordinator:
             self._blobs.add(self._bundle.read(entry))
         # The announcement follows when the transport says that it is connected.
         self._transport.subscribe(self._topics.from_client("+", "#"))
+        self._follow_enrolments()
         if self._round_number == 0:
             self._evaluate_after(0, self._parameters)
 
     def _run_rounds(self) -> str:
         while True:
             self._pause_if_asked()
-            records, stop = self._directory.records, self._config.stop
-            history = [(record.loss, record.accuracy) for record in records]
-            series = metric_series(stop.metric, records, self._directory.evaluations)
+            closed, stop = self._directory.records, self._config.stop
+            history = [(record.loss, record.accuracy) for record in closed]
+            series = metric_series(stop.metric, closed, self._directory.evaluations)
             if reason := stop_reason(stop, history, series):
                 return reason
             if self._round_number >= self._config.rounds.total:
@@ -214,9 +239,11 @@ class Coordinator:
     def _pause_if_asked(self) -> None:
         if self._request() != "pause":
             return
+        self._audit.append(records.Command(command="pause"))
         self._announce("paused", "paused on request")
         self._observe(events.Paused())
         self._pump(lambda: self._request() != "pause")
+        self._audit.append(records.Command(command="resume"))
         self._announce("open")
         self._observe(events.Resumed())
 
@@ -290,6 +317,8 @@ class Coordinator:
         )
         for client in collection.invited:
             state.parts[client] = Part.LOST
+        for row in collection.rows:
+            self._audit.append(accepted_record(row, collection.digests[row.client], from_journal=True))
         for client, digest in collection.digests.items():
             state.parts[client] = Part.ACCEPTED
             if record := self._roster.get(client):
@@ -363,8 +392,16 @@ class Coordinator:
         for name in chosen:
             state.invite(name)
             current.invited[name] = now
-            self._post.send(name, self._invitations.plan(current, name))
+            self._send_plan(current, name)
         self._observe(events.RoundStarted(state.number, state.attempt, len(chosen)))
+
+    def _send_plan(self, current: OpenRound, client: str) -> None:
+        plan = self._invitations.plan(current, client)
+        digest = hashlib.sha256(encode_message(plan)).hexdigest()
+        self._audit.append(
+            records.Invited(client=client, round=plan.round, attempt=current.state.attempt, plan=digest)
+        )
+        self._post.send(client, plan)
 
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
@@ -390,6 +427,9 @@ class Coordinator:
         rows = client_rows(current)
         self._history.add(rows)
         self._history.durations.extend(current.durations.values())
+        self._audit.append(
+            records.Aggregated(round=record.round, accepted=record.accepted, parameters=record.parameters_sha256)
+        )
         self._directory.close_round(
             record,
             parameters,
@@ -401,6 +441,7 @@ class Coordinator:
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
+        self._publish_checkpoint()
         self._observe(events.RoundEnded(record))
 
     def _dismiss(self, current: OpenRound) -> None:
@@ -464,8 +505,20 @@ class Coordinator:
         self._intake.evaluation_plan = None
         self._blobs.remove(reference)
 
+    def _publish_checkpoint(self) -> None:
+        """Tells everyone how far the audit log has come, so that it cannot be rewritten unnoticed."""
+        self._audit.checkpoint()
+        self._tell_checkpoints()
+
+    def _tell_checkpoints(self) -> None:
+        points = [LogPoint(records=point.records, head=point.hash) for point in self._audit.checkpoints]
+        if points:
+            self._post.publish_checkpoints(points)
+
     def _summarize(self, status: str, reason: str) -> Summary:
         self._save_clients()
+        self._audit.append(records.Ended(status=status, reason=reason[:300]))
+        self._publish_checkpoint()
         summary = summarize(
             self._config.federation,
             self._directory.records,
@@ -493,6 +546,7 @@ class Coordinator:
         while True:
             now = self._clock()
             self._request()
+            self._follow_enrolments()
             self._blobs.tick(now)
             self._intake.ask_for_stalled()
             if done():
@@ -508,11 +562,24 @@ class Coordinator:
                         logger.warning("lost the broker: %s; reconnecting", event.reason)
                     case Connected():
                         self._post.announce(*self._status)
+                        self._tell_checkpoints()
                 event = self._transport.receive(0)
             if len(self._roster) != self._clients_saved:
                 # A name belongs to its first key, also after a crash.
                 self._save_clients()
+            self._audit.commit()
             self._intake.send_verdicts()
+
+    def _follow_enrolments(self) -> None:
+        changed = self._enrolments.changes() if self._enrolments else []
+        for entry in changed:
+            if entry.revoked_at:
+                self._audit.append(records.Revoked(client=entry.name, public_key=entry.public_key))
+                self._intake.dismiss(entry.name, f"{entry.name!r} was revoked on {entry.revoked_at}")
+            else:
+                self._audit.append(records.Enrolled(client=entry.name, public_key=entry.public_key, by="authority"))
+        if changed:
+            self._reload_broker()
 
     def _patience(self, now: float) -> float:
         """Seconds until something is due by itself."""

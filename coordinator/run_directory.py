@@ -12,6 +12,8 @@ best.safetensors               those that were best by [stop] metric
 evaluations.jsonl              the clients' own evaluations
 events.jsonl                   everything that happened
 request                        what people asked for: run, pause, stop
+audit.jsonl, audit.head        the audit log (see `audit.chain`)
+serial                         number of the last announcements, rounded up
 rounds.jsonl                   one line per closed round: the commit record
 clients.csv                    one line per client and round
 summary.json                   at the end
@@ -31,6 +33,9 @@ import numpy as np
 import numpy.typing as npt
 import tomli_w
 
+from edgetrain import __version__
+from edgetrain.coordinator.audit import AuditLog
+from edgetrain.coordinator.audit.records import Opened, Started
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.journal import Journal, RoundOpened, read_journal
@@ -42,6 +47,7 @@ from edgetrain.coordinator.parameters import (
     vector_sha256,
 )
 from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
+from edgetrain.coordinator.serials import Serials
 from edgetrain.coordinator.spread import FederatedEvaluation
 from edgetrain.coordinator.stopping import best_round, metric_series
 from edgetrain.coordinator.strategies import ServerState
@@ -111,6 +117,26 @@ class RunDirectory:
         self.records = self._load_records()
         self.evaluations = self._load_evaluations()
         self._trim_rows()
+        self.serials = Serials(self.path / "serial")
+        # Whoever has something to record appends it here.
+        self.audit = AuditLog(
+            self.path,
+            key=self.key,
+            opened=Opened(
+                run=self.run.hex(),
+                federation=config.federation,
+                bundle=bundle_digest.hex(),
+                public_key=self.key.public_key.hex(),
+                rounds_before=len(self.records),
+            ),
+        )
+        self.audit.append(
+            Started(
+                edgetrain=__version__,
+                config=hashlib.sha256((self.path / "config.toml").read_bytes()).hexdigest(),
+                rounds=len(self.records),
+            )
+        )
 
     def _load_or_create_info(self, config: FederationConfig, bundle_digest: bytes) -> bytes:
         path = self.path / "run.json"
@@ -366,8 +392,11 @@ class RunDirectory:
         self.write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
 
     def close(self) -> None:
-        """Lets go of the lock."""
-        self._lock.close()
+        """Seals the audit log and lets go of the lock."""
+        try:
+            self.audit.close()
+        finally:
+            self._lock.close()
 
     def _trim_rows(self) -> None:
         """Drops rows of a round that did not close: they will be written again."""

@@ -128,15 +128,20 @@ def unseal(data: bytes) -> Envelope:
         raise MessageError(f"not an edgetrain envelope: {error}") from error
 
 
+def is_signed(public_key: bytes, data: bytes, signature: bytes) -> bool:
+    """Whether the owner of `public_key` signed these bytes."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
 def verify(envelope: Envelope, federation: str, public_key: bytes) -> None:
     """Checks that the owner of `public_key` signed this envelope.
 
     Raises:
         SignatureError: it did not.
     """
-    try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(
-            envelope.signature, _signed_bytes(federation, envelope.sender, envelope.body)
-        )
-    except (InvalidSignature, ValueError) as error:
-        raise SignatureError(f"the signature of {envelope.sender!r} is not right: forged or damaged") from error
+    if not is_signed(public_key, _signed_bytes(federation, envelope.sender, envelope.body), envelope.signature):
+        raise SignatureError(f"the signature of {envelope.sender!r} is not right: forged or damaged")
