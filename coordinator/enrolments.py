@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +32,7 @@ class Enrolments:
             AuthorityError: the registry cannot be read.
         """
         try:
-            status = os.stat(self._path)
+            status = self._path.stat()
             stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
         except FileNotFoundError:
             stamp = None

@@ -13,6 +13,7 @@ Ed25519: RFC 8032.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -77,6 +78,24 @@ class SigningKey:
             OSError: it cannot be written.
         """
         write_atomically(path, self._seed, mode=0o600)
+
+    @classmethod
+    def from_setting(cls, setting: str) -> SigningKey:
+        """The key that a setting names: a file as of `load_or_create`, or 64 hex digits.
+
+        Raises:
+            ConfigError: neither.
+        """
+        if re.fullmatch("[0-9a-fA-F]{64}", setting):
+            return cls(bytes.fromhex(setting))
+        path = Path(setting)
+        if not path.exists():
+            raise ConfigError(f"signing key: {path} is no file, and no key of 64 hex digits")
+        return cls.load_or_create(path)
+
+    def secret(self) -> str:
+        """What `from_setting` reads: the private key itself, for a file of mode 0600 and nothing else."""
+        return self._seed.hex()
 
     def sign(self, data: bytes) -> bytes:
         """64 bytes."""

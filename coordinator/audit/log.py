@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import hashlib
 import logging
 import os
@@ -89,7 +89,7 @@ class AuditLog:
         Raises:
             ValueError: larger than a line may be; data does not belong here.
         """
-        at = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC).isoformat(timespec="milliseconds")
+        at = dt.datetime.fromtimestamp(self._clock(), dt.UTC).isoformat(timespec="milliseconds")
         fields = {"n": self._head.records, "at": at.replace("+00:00", "Z")}
         body = msgspec.json.encode(fields | msgspec.to_builtins(record))
         line, digest = chained(self._head.hash, body)

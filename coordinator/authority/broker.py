@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
-import tempfile
-import time
+import threading
+from collections import deque
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from edgetrain.coordinator.authority.broker_files import CONFIG_FILE
-from edgetrain.coordinator.broker import find_mosquitto
+from edgetrain.coordinator.broker import check_free, find_mosquitto, wait_until_open
 from edgetrain.coordinator.errors import BrokerError
 from edgetrain.coordinator.processes import spawn, stop
 
-START_SECONDS = 10.0
-_RUNNING = b"running"
+logger = logging.getLogger(__name__)
 
 
 class FederationBroker:
@@ -39,17 +39,20 @@ class FederationBroker:
         config = directory.absolute() / CONFIG_FILE
         if not config.is_file():
             raise BrokerError(f"{config}: no such file; `edgetrain init` writes it")
-        self._log: IO[bytes] = tempfile.TemporaryFile(prefix="edgetrain-mosquitto-")
+        check_free(port)
         self._process = spawn(
-            [program, "-c", str(config)], stdout=self._log, stderr=self._log, stdin=subprocess.DEVNULL
+            [program, "-c", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + START_SECONDS
-        # It says so itself: somebody else's broker may have the port.
-        while _RUNNING not in (said := self._said()):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise BrokerError(f"mosquitto did not start with {config}: {said.decode(errors='replace').strip()}")
-            time.sleep(0.02)
+        # The last that it said: others decide how much it says.
+        self._said: deque[str] = deque(maxlen=20)
+        self._reader = threading.Thread(target=self._listen, name="mosquitto-log", daemon=True)
+        self._reader.start()
+        try:
+            wait_until_open(port, alive=lambda: self._process.poll() is None)
+        except BrokerError as error:
+            self.stop()
+            said = "\n".join(self._said)
+            raise BrokerError(f"mosquitto did not start with {config}: {said or error}") from error
 
     @property
     def pid(self) -> int:
@@ -64,8 +67,12 @@ class FederationBroker:
     def stop(self) -> None:
         """Ends it. Idempotent."""
         stop(self._process)
-        self._log.close()
+        self._reader.join()
 
-    def _said(self) -> bytes:
-        self._log.seek(0)
-        return self._log.read()
+    def _listen(self) -> None:
+        assert self._process.stdout is not None, "a pipe"
+        with self._process.stdout as output:
+            for line in output:
+                text = line.decode(errors="replace").rstrip()
+                self._said.append(text)
+                logger.debug("mosquitto: %s", text)

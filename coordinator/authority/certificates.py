@@ -5,7 +5,7 @@ Pure but for the operating system's random generator; the time is passed in.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ CA_DAYS = 20 * 365
 SERVER_DAYS = 825
 CLIENT_DAYS = 10 * 365
 # A device whose clock is somewhat slow takes a new certificate all the same.
-BACKDATED = datetime.timedelta(days=1)
+BACKDATED = dt.timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Issued:
     serial: str
 
 
-def make_authority(federation: str, now: datetime.datetime) -> Issued:
+def make_authority(federation: str, now: dt.datetime) -> Issued:
     """A CA that signs itself, and may sign end certificates only."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = _name(f"edgetrain {federation} CA")
@@ -45,7 +45,7 @@ def make_authority(federation: str, now: datetime.datetime) -> Issued:
     return _signed(builder, key, key)
 
 
-def issue_server(authority: Issued, hosts: Sequence[str], now: datetime.datetime) -> Issued:
+def issue_server(authority: Issued, hosts: Sequence[str], now: dt.datetime) -> Issued:
     """A certificate for the broker at these names and addresses."""
     alternatives: list[x509.GeneralName] = []
     for host in dict.fromkeys(hosts):
@@ -54,17 +54,22 @@ def issue_server(authority: Issued, hosts: Sequence[str], now: datetime.datetime
         except ValueError:
             alternatives.append(x509.DNSName(host))
     return _issue(
-        authority, hosts[0], now, SERVER_DAYS, ExtendedKeyUsageOID.SERVER_AUTH, x509.SubjectAlternativeName(alternatives)
+        authority,
+        hosts[0],
+        now,
+        SERVER_DAYS,
+        ExtendedKeyUsageOID.SERVER_AUTH,
+        x509.SubjectAlternativeName(alternatives),
     )
 
 
-def issue_client(authority: Issued, name: str, now: datetime.datetime) -> Issued:
+def issue_client(authority: Issued, name: str, now: dt.datetime) -> Issued:
     """A certificate with which `name` may connect to the broker."""
     return _issue(authority, name, now, CLIENT_DAYS, ExtendedKeyUsageOID.CLIENT_AUTH, None)
 
 
 def revocation_list(
-    authority: Issued, serials: Sequence[str], now: datetime.datetime, *, previous: bytes | None = None
+    authority: Issued, serials: Sequence[str], now: dt.datetime, *, previous: bytes | None = None
 ) -> bytes:
     """The CRL that revokes these serials, PEM. It stays valid as long as the CA.
 
@@ -79,7 +84,7 @@ def revocation_list(
     at = (now - BACKDATED).replace(microsecond=0)
     if previous:
         last = x509.load_pem_x509_crl(previous).last_update_utc
-        at = max(at, last + datetime.timedelta(seconds=1))
+        at = max(at, last + dt.timedelta(seconds=1))
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(certificate.subject)
@@ -95,7 +100,7 @@ def revocation_list(
 def _issue(
     authority: Issued,
     name: str,
-    now: datetime.datetime,
+    now: dt.datetime,
     days: int,
     purpose: x509.ObjectIdentifier,
     alternatives: x509.SubjectAlternativeName | None,
@@ -114,7 +119,7 @@ def _issue(
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: datetime.datetime, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, now: dt.datetime, days: int
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -123,7 +128,7 @@ def _builder(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - BACKDATED)
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_after(now + dt.timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 

@@ -16,7 +16,7 @@ Private keys, passwords and what holds them have mode 0600, the directory 0700.
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import fcntl
 import os
 import pwd
@@ -97,9 +97,7 @@ class FederationDirectory:
         clock: the time.
     """
 
-    def __init__(
-        self, path: Path, *, clock: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC)
-    ) -> None:
+    def __init__(self, path: Path, *, clock: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)) -> None:
         self.path = path.absolute()
         self._clock = clock
 
@@ -227,9 +225,7 @@ class FederationDirectory:
             lines.pop(name, None)
             self._publish(entries, lines, self._ca(), now)
 
-    def _publish(
-        self, entries: dict[str, Enrolment], lines: dict[str, str], ca: Issued, now: datetime.datetime
-    ) -> None:
+    def _publish(self, entries: dict[str, Enrolment], lines: dict[str, str], ca: Issued, now: dt.datetime) -> None:
         """What the broker reads first, then what the coordinator follows: it then tells the broker to look."""
         previous = (self.path / "crl.pem").read_bytes()
         serials = [serial for entry in entries.values() for serial in entry.earlier_serials]
@@ -335,5 +331,5 @@ class FederationDirectory:
             yield
 
 
-def _iso(now: datetime.datetime) -> str:
-    return now.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _iso(now: dt.datetime) -> str:
+    return now.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -119,7 +119,7 @@ def test_a_missing_head_is_found_and_its_start_says_so(small):
     assert broken(small)
     open_log(small).close()
     verify_audit(small, public_key=KEY.public_key)
-    assert [record for record in records_of(small) if record["type"] == "recovered"][0]["head_lost"] is True
+    assert next(record for record in records_of(small) if record["type"] == "recovered")["head_lost"] is True
 
 
 def test_lines_that_somebody_else_appends_are_found_and_cut(small):
