@@ -32,6 +32,7 @@ class Membership:
         self._intake = intake
         self._audit = audit
         self._reload_broker = reload_broker
+        self._reload_due = False
 
     def follow(self) -> None:
         """Acts on what has changed since the last call; at the first, the log gets all keys that are in force.
@@ -39,6 +40,9 @@ class Membership:
         Raises:
             AuthorityError: the registry is damaged.
         """
+        if self._reload_due:
+            self._reload_due = False
+            self._reload_broker()
         changed = self._enrolments.changes() if self._enrolments else []
         for entry in changed:
             if entry.revoked_at:
@@ -46,5 +50,5 @@ class Membership:
                 self._intake.dismiss(entry.name, f"{entry.name!r} was revoked on {entry.revoked_at}")
             else:
                 self._audit.append(Enrolled(client=entry.name, public_key=entry.public_key, by="authority"))
-        if changed:
-            self._reload_broker()
+        # A moment later, so that who is sent away hears why before the broker drops it.
+        self._reload_due = bool(changed)
