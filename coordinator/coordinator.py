@@ -13,7 +13,7 @@ import numpy.typing as npt
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.deadlines import deadline_seconds
-from edgetrain.coordinator.errors import RoundFailed, StopRequested
+from edgetrain.coordinator.errors import RoundFailed, RunError, StopRequested
 from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.invitations import checked_strategy
 from edgetrain.coordinator.open_round import OpenRound
@@ -52,6 +52,7 @@ class Coordinator:
         directory: where the run lives; if it holds closed rounds, the run goes on after them.
         evaluate: loss and accuracy of parameters on held-out data, or None.
         observe: is told what happens, in the coordinator's thread.
+        reload_broker: called when enrolments have changed.
         clock: monotonic seconds.
 
     Raises:
@@ -67,6 +68,7 @@ class Coordinator:
         directory: RunDirectory,
         evaluate: Callable[[Vector], Evaluation] | None = None,
         observe: events.Observer = lambda _event: None,
+        reload_broker: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -90,9 +92,11 @@ class Coordinator:
             directory=directory,
             strategy=self._strategy,
             observe=observe,
+            reload_broker=reload_broker,
             clock=clock,
         )
         self._topics, self._blobs, self._post = parts.topics, parts.blobs, parts.post
+        self._chronicle = parts.chronicle
         self._history, self._clients = parts.history, parts.clients
         self._invitations, self._intake, self._pump = parts.invitations, parts.intake, parts.pump
         self._opening, self._gathering, self._reports = parts.opening, parts.gathering, parts.reports
@@ -114,16 +118,22 @@ class Coordinator:
             if self._config.evaluation.by_clients and self._round_number:
                 self._reports.ask(self._round_number, self._parameters)
         except StopRequested:
+            self._chronicle.command("stop")
             reason = "stopped on request; the same command goes on where it stopped"
             self._pump.announce("ended", reason)
             return self._summarize("stopped", reason)
         except KeyboardInterrupt:
+            self._chronicle.command("interrupt")
             self._pump.announce("paused", "the coordinator was interrupted")
             self._summarize("interrupted", "interrupted; the same command goes on where it stopped")
             raise
         except RoundFailed as error:
             self._pump.announce("ended", str(error))
             self._summarize("failed", str(error))
+            raise
+        except RunError:
+            # A full disk, most likely. Whoever is told where is the coordinator's log.
+            self._pump.announce("paused", "the coordinator cannot write to its disk")
             raise
         finally:
             if self._intake.current:
@@ -164,9 +174,11 @@ class Coordinator:
     def _pause_if_asked(self) -> None:
         if obeyed_request(self._directory) != "pause":
             return
+        self._chronicle.command("pause")
         self._pump.announce("paused", "paused on request")
         self._observe(events.Paused())
         self._pump.until(lambda: obeyed_request(self._directory) != "pause")
+        self._chronicle.command("resume")
         self._pump.announce("open")
         self._observe(events.Resumed())
 
@@ -225,8 +237,13 @@ class Coordinator:
         for name in chosen:
             state.invite(name)
             current.invited[name] = now
-            self._post.send(name, self._invitations.plan(current, name))
+            self._send_plan(current, name)
         self._observe(events.RoundStarted(state.number, state.attempt, len(chosen)))
+
+    def _send_plan(self, current: OpenRound, client: str) -> None:
+        plan = self._invitations.plan(current, client)
+        self._chronicle.invited(client, plan, current.state.attempt)
+        self._post.send(client, plan)
 
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
@@ -254,6 +271,7 @@ class Coordinator:
         rows = client_rows(current)
         self._history.add(rows)
         self._history.durations.extend(current.durations.values())
+        self._chronicle.aggregated(record)
         self._directory.close_round(
             record,
             parameters,
@@ -265,6 +283,7 @@ class Coordinator:
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
+        self._chronicle.publish()
         self._observe(events.RoundEnded(record))
 
     def _dismiss(self, current: OpenRound) -> None:
@@ -294,6 +313,7 @@ class Coordinator:
 
     def _summarize(self, status: str, reason: str) -> Summary:
         self._clients.save()
+        self._chronicle.ended(status, reason)
         summary = summarize(
             self._config.federation,
             self._directory.records,

@@ -252,6 +252,7 @@ class Client:
                 runtime=self._session.runtime,
                 num_examples=len(self._training_data),
                 state=self._told,
+                connection=self._connection,
             )
         )
 
