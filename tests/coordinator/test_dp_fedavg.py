@@ -19,7 +19,9 @@ KEY = b"a key of thirty-two bytes, known"
 OPTIONS = {"name": "dp-fedavg", "clip_norm": 1.0, "noise_multiplier": 1.0, "clients_per_round": 4}
 
 
-def strategy(*, noise_multiplier=1.0, clip_norm=1.0, clients=4, quantile=0.0, count_noise=1.0, sampling="none", key=KEY):
+def strategy(
+    *, noise_multiplier=1.0, clip_norm=1.0, clients=4, quantile=0.0, count_noise=1.0, sampling="none", key=KEY
+):
     return private_mean(
         release=Release(mechanism="gaussian", noise_multiplier=noise_multiplier, sampling=sampling,
                         sampling_rate=1.0 if sampling == "none" else 0.1),

@@ -21,9 +21,7 @@ TRAINING = TrainingConfig(batch_size=10, learning_rate=0.2, privacy=SamplePrivac
 
 def release(rounds):
     """40 samples in batches of 10: four steps a round with rate 1/4."""
-    return Release(
-        mechanism="gaussian", noise_multiplier=2.0, sampling="poisson", sampling_rate=0.25, steps=4 * rounds
-    )
+    return Release(mechanism="gaussian", noise_multiplier=2.0, sampling="poisson", sampling_rate=0.25, steps=4 * rounds)
 
 
 def make_shards(count=2):

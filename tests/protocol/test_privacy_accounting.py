@@ -157,7 +157,9 @@ def test_distributed_noise_costs_hardly_more_than_central_noise():
 
 
 def test_calibration_meets_the_budget_and_wastes_nothing():
-    plan = lambda z: [Release(mechanism="gaussian", noise_multiplier=z, sampling="poisson", sampling_rate=0.01, steps=200)]
+    plan = lambda z: [
+        Release(mechanism="gaussian", noise_multiplier=z, sampling="poisson", sampling_rate=0.01, steps=200)
+    ]
     found = noise_multiplier_for(4.0, 1e-6, plan)
     assert spent(plan(found), 1e-6).epsilon <= 4.0
     assert spent(plan(found * 0.999), 1e-6).epsilon > 4.0
@@ -174,9 +176,7 @@ def test_calibration_meets_the_budget_and_wastes_nothing():
 
 def test_privacy_loss_distributions_by_dp_accounting():
     release = Release(mechanism="gaussian", noise_multiplier=1.0, sampling="poisson", sampling_rate=0.01, steps=200)
-    theirs = PLDAccountant().compose(
-        dp_accounting.PoissonSampledDpEvent(0.01, dp_accounting.GaussianDpEvent(1.0)), 200
-    )
+    theirs = PLDAccountant().compose(dp_accounting.PoissonSampledDpEvent(0.01, dp_accounting.GaussianDpEvent(1.0)), 200)
     assert accountant("pld")([release], 1e-6) == pytest.approx(theirs.get_epsilon(1e-6), rel=1e-9)
     assert accountant("pld")([release], 1e-6) < rdp_accountant([release], 1e-6)
     assert accountant("dp-accounting-rdp")([release], 1e-6) == pytest.approx(rdp_accountant([release], 1e-6), rel=0.01)
