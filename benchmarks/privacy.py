@@ -67,43 +67,43 @@ def make(name: str, micro_batch: int) -> tuple[Bundle, Dataset, Dataset]:
 
 
 def cost(quick: bool) -> list[dict[str, Any]]:
-    rows = []
-    for name, batch_size in (("digits-cnn", 32), ("digits-cnn", 128), ("char-lm", 32)):
-        bundle, data, _ = make(name, 32)
-        session = open_session(bundle, threads=1)
-        privacy = SamplePrivacy(noise_multiplier=1.0)
-        config = TrainingConfig(batch_size=batch_size, privacy=privacy)
-        steps = PrivateSteps(session, config, privacy)
-        parameters = bundle.initial_parameters()
-        batch = np.arange(batch_size)
-        chunks = [batch[start : start + 32] for start in range(0, batch_size, 32)]
+    cases = (("digits-cnn", 32), ("digits-cnn", 256), ("char-lm", 32), ("char-lm", 256))
+    return [cost_of(name, batch_size, 10 if quick else 60) for name, batch_size in cases]
 
-        def plain() -> None:
-            total = np.zeros_like(parameters)
-            for chunk in chunks:
-                total += session.step(parameters, *data.take(chunk)).gradients
-            total /= np.float32(batch_size)
 
-        def clipped() -> Any:
-            total = np.zeros_like(parameters)
-            for chunk in chunks:
-                total += steps.step(parameters, data, chunk).gradients
-            return total
+def cost_of(name: str, batch_size: int, repeats: int) -> dict[str, Any]:
+    bundle, data, _ = make(name, 32)
+    session = open_session(bundle, threads=1)
+    privacy = SamplePrivacy(noise_multiplier=1.0)
+    steps = PrivateSteps(session, TrainingConfig(batch_size=batch_size, privacy=privacy), privacy)
+    parameters = bundle.initial_parameters()
+    chunks = [np.arange(start, start + 32) for start in range(0, batch_size, 32)]
 
-        def private() -> None:
-            steps.mean_gradient(clipped(), len(data))
+    def plain() -> None:
+        total = np.zeros_like(parameters)
+        for chunk in chunks:
+            total += session.step(parameters, *data.take(chunk)).gradients
+        total /= np.float32(batch_size)
 
-        times = in_turns({"plain": plain, "clipped": clipped, "private": private}, 10 if quick else 150)
-        rows.append({
-            "model": name, "parameters": len(parameters), "batch_size": batch_size,
-            **{f"{key}_ms": 1e3 * value for key, value in times.items()},
-            "clipping_ratio": times["clipped"] / times["plain"], "ratio": times["private"] / times["plain"],
-        })  # fmt: skip
-        row = rows[-1]
-        print(f"{name}, batch {batch_size}, {len(parameters)} parameters: plain {row['plain_ms']:.2f} ms, "
-              f"private {row['private_ms']:.2f} ms: {row['ratio']:.2f}x (clipping alone {row['clipping_ratio']:.2f}x)",
-              flush=True)  # fmt: skip
-    return rows
+    def clipped() -> Any:
+        total = np.zeros_like(parameters)
+        for chunk in chunks:
+            total += steps.step(parameters, data, chunk).gradients
+        return total
+
+    def private() -> None:
+        steps.mean_gradient(clipped(), len(data))
+
+    times = in_turns({"plain": plain, "clipped": clipped, "private": private}, repeats)
+    row = {
+        "model": name, "parameters": len(parameters), "batch_size": batch_size,
+        **{f"{key}_ms": 1e3 * value for key, value in times.items()},
+        "clipping_ratio": times["clipped"] / times["plain"], "ratio": times["private"] / times["plain"],
+    }  # fmt: skip
+    print(f"{name}, batch {batch_size}, {len(parameters)} parameters: plain {row['plain_ms']:.2f} ms, "
+          f"private {row['private_ms']:.2f} ms: {row['ratio']:.2f}x (clipping alone {row['clipping_ratio']:.2f}x)",
+          flush=True)  # fmt: skip
+    return row
 
 
 def noise_cost(quick: bool) -> dict[str, float]:
@@ -144,7 +144,9 @@ SAMPLE_TASKS = {
         0.5,
     ),
     "char-lm": (
-        TrainingConfig(epochs=3, batch_size=512, learning_rate=1.0, momentum=0.9, schedule=ScheduleConfig(name="linear")),
+        TrainingConfig(
+            epochs=3, batch_size=512, learning_rate=1.0, momentum=0.9, schedule=ScheduleConfig(name="linear")
+        ),
         (2.0, 8.0),
         0.3,
     ),
@@ -153,13 +155,11 @@ SAMPLE_TASKS = {
 
 def samples(quick: bool) -> list[dict[str, Any]]:
     rows = []
-    for name, (config, epsilons, clip_norm) in SAMPLE_TASKS.items():
+    for name, (task, epsilons, clip_norm) in SAMPLE_TASKS.items():
         bundle, data, test = make(name, 32)
         session = open_session(bundle, threads=1)
-        if quick:
-            config = msgspec.structs.replace(config, max_steps=3)
         for epsilon in (*epsilons, None):
-            private = config
+            private = config = msgspec.structs.replace(task, max_steps=3 if quick else 0)
             if epsilon:
                 noise = noise_for(epsilon, len(data), config, clip_norm)
                 private = msgspec.structs.replace(

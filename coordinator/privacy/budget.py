@@ -44,10 +44,10 @@ class FederationBudget:
     def mechanism(self) -> str:
         """What a round releases, in words."""
         release = self._release
-        chance = (
-            "" if release.sampling == "none" else f", {release.sampling} sampling, rate {release.sampling_rate:.6g}"
-        )
-        return f"{release.mechanism} noise, multiplier {release.noise_multiplier:.6g}{chance}"
+        noise = f"{release.mechanism} noise, multiplier {release.noise_multiplier:.6g}"
+        if release.sampling == "none":
+            return noise
+        return f"{noise}, {release.sampling} sampling, rate {release.sampling_rate:.6g}"
 
     def refusal(self) -> str | None:
         """Why another round cannot be paid for, or None."""

@@ -19,14 +19,12 @@ KEY = b"a key of thirty-two bytes, known"
 OPTIONS = {"name": "dp-fedavg", "clip_norm": 1.0, "noise_multiplier": 1.0, "clients_per_round": 4}
 
 
-def strategy(
-    *, noise_multiplier=1.0, clip_norm=1.0, clients=4, quantile=0.0, count_noise=1.0, sampling="none", key=KEY
-):
+def strategy(*, noise_multiplier=1.0, clip_norm=1.0, clients=4, quantile=0.0, count_noise=1.0, sampling="none"):
     return private_mean(
         release=Release(mechanism="gaussian", noise_multiplier=noise_multiplier, sampling=sampling,
                         sampling_rate=1.0 if sampling == "none" else 0.1),
         clip_norm=clip_norm, clients_per_round=clients, population=0, quantile=quantile, norm_learning_rate=0.2,
-        count_noise=count_noise, random_bytes=Keystream(key),
+        count_noise=count_noise, random_bytes=Keystream(KEY),
     )  # fmt: skip
 
 

@@ -157,9 +157,8 @@ def test_distributed_noise_costs_hardly_more_than_central_noise():
 
 
 def test_calibration_meets_the_budget_and_wastes_nothing():
-    plan = lambda z: [
-        Release(mechanism="gaussian", noise_multiplier=z, sampling="poisson", sampling_rate=0.01, steps=200)
-    ]
+    sampled = {"mechanism": "gaussian", "sampling": "poisson", "sampling_rate": 0.01, "steps": 200}
+    plan = lambda z: [Release(noise_multiplier=z, **sampled)]
     found = noise_multiplier_for(4.0, 1e-6, plan)
     assert spent(plan(found), 1e-6).epsilon <= 4.0
     assert spent(plan(found * 0.999), 1e-6).epsilon > 4.0

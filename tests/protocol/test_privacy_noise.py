@@ -83,7 +83,7 @@ def test_a_comparison_that_64_bits_leave_open_takes_more():
 
 
 def test_ties_in_a_table_are_broken_by_further_bits():
-    table = noise._Table(np.array([5, 7, 7], np.uint64), np.array([0, 2**62, 3 * 2**62], np.uint64))
+    table = noise._Table.of([5 << 64, (7 << 64) + 2**62, (7 << 64) + 3 * 2**62])
     stream = b"".join(int(value).to_bytes(8, "little") for value in [7, 4, 7, 7, 2**61, 2**63, 2**64 - 1])
     position = 0
 
