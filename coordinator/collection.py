@@ -47,6 +47,8 @@ class Collection:
         self.digests: dict[str, bytes] = {}
         # Those whom an earlier process has invited.
         self.invited: set[str] = set()
+        # Whether an earlier process has invited anybody, or nobody on purpose.
+        self.was_invited = False
         self.rows: list[ClientRow] = []
         self.update_bytes = 0
 
@@ -98,6 +100,7 @@ class Collection:
             match meta:
                 case Invited():
                     self.invited.update(meta.clients)
+                    self.was_invited = True
                 case UpdateAccepted():
                     try:
                         self._replay(meta, payload)
@@ -169,6 +172,7 @@ class Collection:
             training=training,
             staleness=self._round - offer.round,
             control=self._decode(control, "control variate") if control else None,
+            unclipped=offer.unclipped,
         )
         self.partial = self._strategy.fold(self.partial, contribution)
         self.digests[client] = offer.update.digest

@@ -13,6 +13,8 @@ best.safetensors               those that were best by [stop] metric
 evaluations.jsonl              the clients' own evaluations
 events.jsonl                   everything that happened
 request                        what people asked for: run, pause, stop
+audit.jsonl, audit.head        the audit log, see `audit.chain`
+serial                         of the last announcement, rounded up
 rounds.jsonl                   one line per closed round
 clients.csv                    one line per client and round
 summary.json                   at the end
@@ -22,12 +24,14 @@ from __future__ import annotations
 
 import fcntl
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import tomli_w
 
+from edgetrain.coordinator.audit.open import open_run_audit
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.exports import KnownClient
@@ -37,6 +41,7 @@ from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
 from edgetrain.coordinator.run_identity import load_or_create_run
 from edgetrain.coordinator.run_log import RunLog
 from edgetrain.coordinator.run_vectors import RunVectors, round_of
+from edgetrain.coordinator.serials import Serials
 from edgetrain.coordinator.spread import FederatedEvaluation
 from edgetrain.coordinator.stopping import best_round, metric_series
 from edgetrain.coordinator.strategies import ServerState
@@ -82,11 +87,26 @@ class RunDirectory:
         except BlockingIOError as error:
             raise RunError(f"{self.path}: another coordinator runs in this directory") from error
         self.run = load_or_create_run(self.path, federation=config.federation, bundle=bundle_digest)
-        write_atomically(self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600)
+        settings = tomli_w.dumps(_without_nil(msgspec.to_builtins(config))).encode()
+        write_atomically(self.path / "config.toml", settings, mode=0o600)
         key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
         self.key = SigningKey.load_or_create(key)
         self._metric = config.stop.metric
         self._log = RunLog(self.path)
+        self.serials = Serials(self.path / "serial")
+        try:
+            # Whoever has something to record appends it here.
+            self.audit = open_run_audit(
+                self.path,
+                run=self.run,
+                federation=config.federation,
+                bundle=bundle_digest,
+                key=self.key,
+                rounds=len(self.records),
+            )
+        except BaseException:
+            self._log.close()
+            raise
 
     @property
     def records(self) -> list[RoundRecord]:
@@ -267,6 +287,16 @@ class RunDirectory:
         self.write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
 
     def close(self) -> None:
-        """Closes the database and lets go of the lock."""
-        self._log.close()
-        self._lock.close()
+        """Seals the audit log, closes the database and lets go of the lock."""
+        try:
+            self.audit.close()
+        finally:
+            self._log.close()
+            self._lock.close()
+
+
+def _without_nil(value: Any) -> Any:
+    """Plain tables without what is not set: TOML has no word for it."""
+    if isinstance(value, dict):
+        return {key: _without_nil(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nil(entry) for entry in value] if isinstance(value, list | tuple) else value
