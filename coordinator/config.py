@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from edgetrain.coordinator.adaptation import DeviceRule
 from edgetrain.coordinator.observability.config import ObservabilityConfig
+from edgetrain.coordinator.privacy.config import PrivacyConfig
 from edgetrain.coordinator.selection import SelectionConfig
 from edgetrain.coordinator.strategies import StrategyTable
 from edgetrain.protocol.training import TrainingConfig
@@ -140,5 +141,6 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     evaluation: EvaluationConfig = EvaluationConfig()
     limits: LimitsConfig = LimitsConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     # What changes for devices of some kind; the first that fits counts.
     devices: tuple[DeviceRule, ...] = ()

@@ -13,11 +13,13 @@ import numpy.typing as npt
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.deadlines import deadline_seconds
-from edgetrain.coordinator.errors import RoundFailed, StopRequested
+from edgetrain.coordinator.errors import RoundFailed, RunError, StopRequested
 from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.invitations import checked_strategy
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.parts import assemble, obeyed_request
+from edgetrain.coordinator.privacy.budget import open_budget
+from edgetrain.coordinator.privacy.lottery import Lottery
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.reports import client_rows, round_record, summarize
 from edgetrain.coordinator.requests import read_request, write_request
@@ -78,6 +80,7 @@ class Coordinator:
         self._clock = clock
         self._strategy = checked_strategy(config)
         self._server_state = directory.load_server_state()
+        self._lottery = Lottery.of(self._strategy.private)
         # What the devices keep to themselves stays as it was exported here.
         self._personal = elements_of(bundle.manifest, config.personal)
         self._round_number, self._parameters = directory.load_parameters(bundle.initial_parameters())
@@ -97,6 +100,8 @@ class Coordinator:
         self._history, self._clients = parts.history, parts.clients
         self._invitations, self._intake, self._pump = parts.invitations, parts.intake, parts.pump
         self._opening, self._gathering, self._reports = parts.opening, parts.gathering, parts.reports
+        # Last: it locks a file until `run` ends.
+        self._budget = open_budget(config, self._strategy, directory.records)
         self._started = clock()
 
     def run(self) -> Summary:
@@ -126,9 +131,15 @@ class Coordinator:
             self._pump.announce("ended", str(error))
             self._summarize("failed", str(error))
             raise
+        except RunError:
+            # A full disk, most likely. Whoever is told where is the coordinator's log.
+            self._pump.announce("paused", "the coordinator cannot write to its disk")
+            raise
         finally:
             if self._intake.current:
                 self._intake.current.collection.close()
+            if self._budget:
+                self._budget.close()
         self._pump.announce("ended", reason)
         return self._summarize("completed", reason)
 
@@ -153,6 +164,8 @@ class Coordinator:
                 return reason
             if self._round_number >= self._config.rounds.total:
                 return f"all {self._config.rounds.total} rounds done"
+            if self._budget and (refusal := self._budget.refusal()):
+                return f"round {self._round_number + 1} was refused before it started: {refusal}"
             self._run_round(self._round_number + 1)
             every = self._config.evaluation.by_clients_every
             if every and self._round_number % every == 0:
@@ -177,7 +190,7 @@ class Coordinator:
         state = current.state
         failures = 0
         while True:
-            if state.count(Part.ACCEPTED) < rounds.goal:
+            if state.count(Part.ACCEPTED) < state.goal:
                 self._gathering.wait(current)
                 self._invite(current)
                 self._pump.until(lambda: state.outcome(self._clock()) is not Outcome.OPEN)
@@ -196,19 +209,25 @@ class Coordinator:
                 )
             state.attempt += 1
             retry_at = self._clock() + min(2.0 ** (failures - 1), MAX_RETRY_SECONDS)
-            self._pump.until(lambda at=retry_at: self._clock() >= at or state.count(Part.ACCEPTED) >= rounds.goal)  # type: ignore[misc]
+            self._pump.until(lambda at=retry_at: self._clock() >= at or state.count(Part.ACCEPTED) >= state.goal)  # type: ignore[misc]
         self._close_round(current)
 
     def _open_round(self, number: int) -> OpenRound:
         """Opens the round, or takes up what an earlier process has left of it."""
-        return self._opening.open(number, self._parameters, self._server_state)
+        current = self._opening.open(number, self._parameters, self._server_state)
+        if self._lottery:
+            self._lottery.resume(current)
+        return current
 
     def _invite(self, current: OpenRound) -> None:
         state, rounds = current.state, self._config.rounds
         needed = rounds.goal - state.count(Part.ACCEPTED)
         wanted = math.ceil(needed * rounds.over_selection)
         pool = self._invitations.pool(current)
-        chosen = self._invitations.choose(pool, wanted, number=state.number, attempt=state.attempt)
+        if self._lottery:
+            chosen = self._lottery.invite(current, pool)
+        else:
+            chosen = self._invitations.choose(pool, wanted, number=state.number, attempt=state.attempt)
         now = self._clock()
         current.invited_at = now if current.invited_at is None else current.invited_at
         state.deadline_at = now + deadline_seconds(rounds, self._history.durations, state.attempt)
@@ -229,6 +248,7 @@ class Coordinator:
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
         self._dismiss(current)
+        epsilon = self._budget.charge() if self._budget else None
         parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
@@ -245,6 +265,7 @@ class Coordinator:
             accuracy=evaluation.accuracy if evaluation else None,
             bytes_up=bytes_up,
             bytes_down=bytes_down,
+            epsilon=epsilon,
         )
         self._clients.save()
         rows = client_rows(current)
@@ -302,6 +323,8 @@ class Coordinator:
             reason=reason,
             seconds=self._clock() - self._started,
             best_round=self._directory.best_round(),
+            epsilon=self._budget.epsilon if self._budget else None,
+            delta=self._budget.delta if self._budget else None,
         )
         self._directory.write_summary(summary)
         self._observe(events.RunEnded(summary))

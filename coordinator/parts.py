@@ -157,7 +157,15 @@ def assemble(
         intake=intake,
         pump=pump,
         opening=opening,
-        gathering=Gathering(config.rounds, invitations=invitations, pump=pump, observe=observe, clock=clock),
+        gathering=Gathering(
+            config.rounds,
+            invitations=invitations,
+            pump=pump,
+            observe=observe,
+            clock=clock,
+            # Where chance chooses, it chooses among all.
+            wanted=strategy.private.population if strategy.private else 0,
+        ),
         reports=ClientReports(
             roster=clients.roster,
             invitations=invitations,

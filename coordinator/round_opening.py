@@ -82,7 +82,13 @@ class RoundOpening:
         )
         opened = collection.open(
             self._directory,
-            RoundOpened(run=self._directory.run, round=number, nonce=os.urandom(16), parameters=release.digest),
+            RoundOpened(
+                run=self._directory.run,
+                round=number,
+                nonce=os.urandom(16),
+                parameters=release.digest,
+                salt=os.urandom(16),
+            ),
         )
         state = Round(
             number,
@@ -100,13 +106,14 @@ class RoundOpening:
             state.parts[client] = Part.ACCEPTED
             if record := self._roster.get(client):
                 record.last_accepted = (number, digest)
-        control = self._strategy.control
+        control, private = self._strategy.control, self._strategy.private
         return OpenRound(
             state,
             collection,
             control=self._blobs.add(self._downlink.encode(control(num_parameters, server_state), seed=number))
             if control
             else None,
+            clip_norm=private.clip_norm(server_state) if private else 0.0,
             vector=release.digest,
             parameters=self._blobs.add(release.whole),
             patches=tuple(Patch(base=patch.base, blob=self._blobs.add(patch.data)) for patch in release.patches),

@@ -126,6 +126,8 @@ class Offer(Message, frozen=True, kw_only=True, tag="offer"):
     # The last so many bytes of `update` are the change of the client's control variate, encoded like the
     # update before it; 0 where the plan has no `control`.
     control_bytes: Count = 0
+    # Whether the update was within `training.max_delta_norm` before it was clipped; nil where the plan has none.
+    unclipped: bool | None = None
     # Means over the local training: "loss", "accuracy", …
     metrics: Numbers = {}
     resources: Resources = Resources()

@@ -33,6 +33,7 @@ _COMMANDS = {
     "testvectors": ("testvectors", "client", "Write test vectors for implementations in other languages."),
     "build-runtime": ("build_runtime", "client", "Compile what a runtime needs on this machine."),
     "runs": ("runs", "coordinator", "List, show, plot, pause, resume and stop runs."),
+    "privacy": ("privacy", "client", "Plan a privacy budget."),
     "demo": ("demo", "demo", "The whole thing on this machine, on real digits."),
 }
 
