@@ -19,7 +19,7 @@ NAME = sys.argv[1]
 with atheris.instrument_imports(include=["edgetrain.protocol", "edgetrain.coordinator.audit", "tomllib"]):
     from targets import TARGETS, edited
 
-import numpy as np
+import numpy as np  # noqa: E402 - after what is instrumented
 
 TARGET = TARGETS[NAME]
 SEEDS = TARGET.seeds()
