@@ -43,18 +43,18 @@ class Enrolments:
         self._entries, self._stamp = entries, stamp
         return changed
 
-    def objection(self, client: str, public_key: bytes | None = None) -> Objection | None:
+    def objection(self, client: str, public_key: bytes) -> Objection | None:
         """Why a client may not take part, or None.
 
         Args:
             client: its name.
-            public_key: that it uses, or None if that has been looked at before.
+            public_key: that it uses.
         """
         entry = self._entries.get(client)
         if entry is None:
             return "not_enrolled", f"{client!r} is not enrolled here: edgetrain enroll {client}"
         if entry.revoked_at:
             return "revoked", f"{client!r} was revoked on {entry.revoked_at}"
-        if public_key is not None and public_key.hex() != entry.public_key:
+        if public_key.hex() != entry.public_key:
             return "not_enrolled", f"the name {client!r} is enrolled with another key: use its own device file"
         return None

@@ -187,7 +187,7 @@ def test_the_registry_is_followed_while_it_changes(directory, tmp_path):
     key = bytes.fromhex(read_registry(directory.path)[0].public_key)
     assert enrolments.objection("pi", key) is None
     assert enrolments.objection("pi", bytes(32))[0] == "not_enrolled"
-    assert enrolments.objection("other")[0] == "not_enrolled"
+    assert enrolments.objection("other", key)[0] == "not_enrolled"
     directory.revoke("pi")
     assert [entry.revoked_at for entry in enrolments.changes()] == ["2026-05-01T12:00:00Z"]
     assert enrolments.objection("pi", key)[0] == "revoked"
