@@ -191,6 +191,15 @@ def test_the_registry_is_followed_while_it_changes(directory, tmp_path):
     directory.revoke("pi")
     assert [entry.revoked_at for entry in enrolments.changes()] == ["2026-05-01T12:00:00Z"]
     assert enrolments.objection("pi", key)[0] == "revoked"
+    directory.enroll("new", output=tmp_path, data="")
+    registry = directory.path / "enrolled.json"
+    whole = registry.read_bytes()
+    for damage in (b"", b"[{", None):
+        registry.unlink() if damage is None else registry.write_bytes(damage)
+        assert enrolments.changes() == []
+        assert enrolments.objection("pi", key)[0] == "revoked"
+    registry.write_bytes(whole)
+    assert [entry.name for entry in enrolments.changes()] == ["new"]
 
 
 def test_the_coordinators_toml_is_toml_whatever_the_path(tmp_path):
