@@ -16,7 +16,9 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parent))
 NAME = sys.argv[1]
 
-with atheris.instrument_imports(include=["edgetrain.protocol", "edgetrain.coordinator.audit", "tomllib"]):
+with atheris.instrument_imports(
+    include=["edgetrain.protocol", "edgetrain.coordinator.audit", "edgetrain.coordinator.authority.registry", "tomllib"]
+):
     from targets import TARGETS, edited
 
 import numpy as np  # noqa: E402 - after what is instrumented

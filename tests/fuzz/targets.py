@@ -25,6 +25,7 @@ from edgetrain.coordinator.audit.chain import (
     read_lines,
     seal_signature,
 )
+from edgetrain.coordinator.authority.registry import AuthorityError, decode_registry
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.blobs import HEADER_BYTES, Assembler, blob_ref, cut, parse_chunk
 from edgetrain.protocol.checkpoints import SeenCheckpoint, contradiction
@@ -68,8 +69,6 @@ class Target:
 
     seeds: Callable[[], list[bytes]]
     one: Callable[[bytes], bool]
-    # What is instrumented, so that the fuzzer sees where its inputs lead.
-    packages: tuple[str, ...]
 
 
 def edited(seeds: list[bytes], edits: bytes) -> bytes:
@@ -286,6 +285,23 @@ def device_files(data: bytes) -> bool:
     return True
 
 
+def registry_seeds() -> list[bytes]:
+    """Two enrolments."""
+    entry = {"name": "pi", "public_key": "00" * 32, "serial": "1f", "enrolled_at": "2026-01-01T00:00:00Z"}
+    return [json.dumps([entry, entry | {"name": "q", "revoked_at": "x", "earlier_serials": ["2"]}]).encode()]
+
+
+def registries(data: bytes) -> bool:
+    """Entries whose names and keys can be used as such."""
+    try:
+        entries = decode_registry(data, where="enrolled.json")
+    except AuthorityError:
+        return False
+    assert all(len(bytes.fromhex(entry.public_key)) == 32 and int(entry.serial, 16) >= 0 for entry in entries)
+    assert all("/" not in entry.name and ":" not in entry.name for entry in entries)
+    return True
+
+
 # --- audit log ---------------------------------------------------------------------------------------
 
 
@@ -351,18 +367,17 @@ def checkpoints(data: bytes) -> bool:
 
 
 TARGETS = {
-    "codecs": Target(codec_seeds, codecs, ("edgetrain.protocol.codecs",)),
+    "codecs": Target(codec_seeds, codecs),
     "codec-specs": Target(
-        lambda: [b"topk:0.05|int8:block=256|rice", b"dense|float32", b"randomk:0.1|sign|zstd"],
-        codec_specs,
-        ("edgetrain.protocol.codecs",),
+        lambda: [b"topk:0.05|int8:block=256|rice", b"dense|float32", b"randomk:0.1|sign|zstd"], codec_specs
     ),
-    "messages": Target(message_seeds, messages, ("edgetrain.protocol.messages",)),
-    "envelopes": Target(envelope_seeds, envelopes, ("edgetrain.protocol.signing",)),
-    "topics": Target(lambda: [b"pi/message", b"pi/blob", b"a/b/c"], topics, ("edgetrain.protocol.names",)),
-    "manifest": Target(manifest_seeds, manifests, ("edgetrain.protocol.manifest",)),
-    "chunks": Target(chunk_seeds, chunks, ("edgetrain.protocol.blobs",)),
-    "device-file": Target(device_seeds, device_files, ("edgetrain.protocol.config", "tomllib")),
-    "audit-log": Target(audit_seeds, audit_logs, ("edgetrain.coordinator.audit",)),
-    "checkpoints": Target(checkpoint_seeds, checkpoints, ("edgetrain.protocol.checkpoints",)),
+    "messages": Target(message_seeds, messages),
+    "envelopes": Target(envelope_seeds, envelopes),
+    "topics": Target(lambda: [b"pi/message", b"pi/blob", b"a/b/c"], topics),
+    "manifest": Target(manifest_seeds, manifests),
+    "chunks": Target(chunk_seeds, chunks),
+    "device-file": Target(device_seeds, device_files),
+    "registry": Target(registry_seeds, registries),
+    "audit-log": Target(audit_seeds, audit_logs),
+    "checkpoints": Target(checkpoint_seeds, checkpoints),
 }
