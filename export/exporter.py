@@ -51,6 +51,7 @@ def export_bundle(
     metrics: Mapping[str, Metric] | None = None,
     ignore_index: int | None = None,
     per_sample_clipping: bool = False,
+    split: bool = True,
 ) -> Path:
     """Exports a module with its training step, proves the gradients, and writes a bundle.
 
@@ -69,6 +70,7 @@ def export_bundle(
         ignore_index: targets with this value weigh nothing, as in `torch.nn.CrossEntropyLoss`, which is asked
             for its own if this is None. Needs integer targets in the shape of the losses.
         per_sample_clipping: adds the graph `step_per_sample_clipped`, for differential privacy.
+        split: adds `trunk` and `head_step` where a frozen part is worth it, so that its outputs can be kept.
 
     Returns:
         `out`.
@@ -89,7 +91,7 @@ def export_bundle(
     parity.check_finite(problem, expected.initial)
     notes = (*prepared.notes, *_unused(prepared, expected.initial))
     files: dict[str, bytes] = {}
-    programs = tuple(make_program(lowering, problem, expected, files) for lowering in lowerings)
+    programs = tuple(make_program(lowering, problem, expected, files, split=split) for lowering in lowerings)
     files[PARAMETERS_FILE] = _raw(problem.parameters)
     files[SELF_TEST_FILE] = _raw((*example.leaves, problem.weights))
     manifest = Manifest(

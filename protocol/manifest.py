@@ -10,8 +10,8 @@ A bundle is a directory, or the same as one uncompressed zip (`.edge`). `manifes
 
 Versions: a reader refuses another major version and ignores fields that it does not know.
 
-Graph names: `step`, `eval`, `infer`, and, when parts are frozen or privacy is asked for, `trunk`,
-`head_step`, `step_per_sample_clipped`.
+Graph names: `step`, `eval`, `infer`, and, when parts are frozen or privacy is asked for, `trunk`, `head_step`,
+`head_eval`, `step_per_sample_clipped`.
 
 Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
 
@@ -19,6 +19,10 @@ Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
   -> `loss_sum`, `weight_sum`, the metrics in manifest order, one gradient per parameter in manifest order.
 - `eval`: the same inputs -> `loss_sum`, `weight_sum`, the metrics.
 - `infer`: the parameters, the input leaves -> the module's outputs.
+- `trunk`: input leaves -> `features.0`, `features.1`, …, which depend on no parameter; dimension 0 is the micro-batch.
+- `head_step`: the parameters, the features, further batch leaves, `weights` -> the outputs of `step`.
+- `head_eval`: the inputs of `head_step` -> the outputs of `eval`. A program whose frozen part is quantized has these
+  three instead of `step` and `eval`: the features are then what the quantized trunk gives.
 - `step_per_sample_clipped`: the inputs of `step`, `clip_norm` (a scalar) -> the outputs of `step`, where each
   sample's gradient was clipped to that norm before the sum, then `norms` [B], the norms before clipping.
 """

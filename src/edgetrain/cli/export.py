@@ -26,6 +26,7 @@ from edgetrain.cli.options import factory_options
 )
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Samples per step. [default: the example batch's]")
 @click.option("--per-sample-clipping", is_flag=True, help="Add the step that differential privacy needs.")
+@click.option("--split/--no-split", default=True, help="Add the frozen part as a program of its own. [default: split]")
 @click.option("--name", help="Name of the bundle. [default: MODEL]")
 @click.option("--task", help="For hf: models: classification, causal-lm, masked-lm or image-classification.")
 @click.option(
@@ -43,6 +44,7 @@ def command(
     micro_batch: int | None,
     *,
     per_sample_clipping: bool,
+    split: bool,
     name: str | None,
     task: str | None,
     options: tuple[str, ...],
@@ -65,6 +67,7 @@ def command(
         runtimes=runtimes or ("onnxruntime",),
         micro_batch=micro_batch,
         per_sample_clipping=per_sample_clipping,
+        split=split,
         out=out or f"{title}.edge",
         name=title,
     )
