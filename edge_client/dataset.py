@@ -32,6 +32,9 @@ class Dataset:
     targets: Half
     # float [N], or [N, T] where the loss is per token; None for ones.
     weights: Array | None = None
+    # Changes the inputs of a batch anew whenever it is trained on (crops, flips, noise), or None. It must keep
+    # structure, shapes and dtypes. Evaluation leaves it out.
+    augment: Callable[[Half, np.random.Generator], Half] | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -54,6 +57,7 @@ class Dataset:
             _map(lambda array: array[indices], self.inputs),
             _map(lambda array: array[indices], self.targets),
             None if self.weights is None else self.weights[indices],
+            self.augment,
         )
 
 

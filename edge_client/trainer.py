@@ -111,6 +111,7 @@ def train(
     state = optimizer.init()
     received, current = parameters, parameters.copy()
     total_steps = count_steps(len(dataset), config)
+    augmentation = np.random.Generator(np.random.PCG64([seed, 1]))
     sums, means = _Sums(np.zeros(length, np.float32)), _Sums(None)
     stopped: str | None = None
     step = 0
@@ -121,7 +122,10 @@ def train(
             if stopped is not None:
                 break
             chunk = indices[start : start + session.manifest.micro_batch]
-            result = session.step(current, *dataset.take(chunk))
+            batch, weights = dataset.take(chunk)
+            if dataset.augment is not None:
+                batch = (dataset.augment(batch[0], augmentation), batch[1])
+            result = session.step(current, batch, weights)
             if not math.isfinite(result.loss_sum):
                 raise TrainingError(_astray("loss", step, config, means))
             sums.add(result)
