@@ -16,9 +16,6 @@ from edgetrain.edge_client.runtimes.leaves import Array, flatten, halves, leaf_k
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Manifest, probe_signs
 
-# Machines differ by 1e-6 (order of sums, fused multiply-add), quantized kernels by up to 1e-4; a wrong
-# gradient is off by 1e-2 and more.
-TOLERANCE = 1e-3
 # A gradient below this share of the largest one is zero but for rounding: measured against that share.
 _ZERO_SHARE = 1e-3
 
@@ -78,7 +75,7 @@ class SelfTestReport:
 
 
 def run_self_test(
-    bundle: Bundle, session: Session, *, tolerance: float = TOLERANCE, in_parts: bool = False
+    bundle: Bundle, session: Session, *, tolerance: float | None = None, in_parts: bool = False
 ) -> SelfTestReport:
     """Runs the bundle's example batch with its initial parameters, whole, or the trunk and then the head.
 
@@ -92,6 +89,7 @@ def run_self_test(
     """
     manifest = bundle.manifest
     expected = manifest.self_test
+    tolerance = expected.tolerance if tolerance is None else tolerance
     batch, weights = read_self_test(bundle)
     if in_parts:
         session, batch = _on_features(session, batch)

@@ -38,7 +38,7 @@ def make_program(
 
     def write(graph: TracedGraph, lowered: LoweredGraph, prove: Callable[[TracedGraph, Run], None]) -> None:
         prove(graph, lowering.load(lowered))
-        graphs[graph.name] = _entry(lowering.runtime, graph, lowered, files)
+        graphs[graph.name] = graph_entry(lowering.runtime, graph, lowered, files)
 
     def add(trace: Trace, prove: Callable[[TracedGraph, Run], None]) -> TracedGraph:
         graph, lowered = translator.translate(trace)
@@ -57,11 +57,11 @@ def make_program(
 
     whole = add(joint.trace_step, step)
     add(joint.trace_eval, evaluation)
-    if parts := _split(whole, problem) if split and lowering.runtime in SPLIT_RUNTIMES else None:
+    if parts := split_problem(whole, problem) if split and lowering.runtime in SPLIT_RUNTIMES else None:
         trunk = lowering.lower(parts.trunk)
         # The head is proven on what the lowered trunk gives, so that both together are the step.
         features = lowering.load(trunk)([tensor.numpy() for tensor in parts.trunk.example])
-        graphs["trunk"] = _entry(lowering.runtime, parts.trunk, trunk, files)
+        graphs["trunk"] = graph_entry(lowering.runtime, parts.trunk, trunk, files)
         for head, prove in ((parts.head_step, step), (parts.head_eval, evaluation)):
             write(with_features(head, features), lowering.lower(head), prove)
     add(
@@ -77,7 +77,8 @@ def make_program(
     return Program(runtime=lowering.runtime, minimum_version=lowering.minimum_version, graphs=graphs)
 
 
-def _split(step: TracedGraph, problem: Problem) -> Split | None:
+def split_problem(step: TracedGraph, problem: Problem) -> Split | None:
+    """The parts of a traced step, if it is worth it."""
     example = problem.example
     parts = split_step(
         step,
@@ -122,6 +123,10 @@ class Translator:
         self._functional = functional
         return result
 
+    def trace(self, trace: Trace) -> TracedGraph:
+        """Traces one graph that can be lowered."""
+        return self.translate(trace)[0]
+
     def _attempt(self, trace: Trace, problem: Problem) -> tuple[TracedGraph, LoweredGraph]:
         with locate.module_path(problem.prepared.module) as running:
             try:
@@ -134,7 +139,8 @@ class Translator:
             raise locate.no_translation(self._original, self._lowering.runtime, error.operator, error.cause) from error
 
 
-def _entry(runtime: str, graph: TracedGraph, lowered: LoweredGraph, files: dict[str, bytes]) -> Graph:
+def graph_entry(runtime: str, graph: TracedGraph, lowered: LoweredGraph, files: dict[str, bytes]) -> Graph:
+    """Adds a lowered graph's files to `files` and describes it."""
     new = {f"{runtime}/{file}": data for file, data in ({lowered.file: lowered.data} | lowered.extra).items()}
     files |= new
     entries = [file_entry(file, data) for file, data in new.items()]

@@ -89,6 +89,23 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True):
     planned_memory: int | None = None
 
 
+class StorageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What storing the frozen part in fewer bytes brings and costs."""
+
+    # "float16", "int8", "int8-static" or "int8-dynamic"; see `edgetrain.export.storage`.
+    kind: str
+    # Of all graphs of the program, with float32 weights and as they are.
+    bytes_before: int
+    bytes_after: int
+    # Of the trunk alone; 0 if there is none.
+    trunk_bytes_before: int = 0
+    trunk_bytes_after: int = 0
+    # Mean loss with the initial parameters on so many samples.
+    calibration_samples: int
+    loss_before: float
+    loss_after: float
+
+
 class Program(msgspec.Struct, frozen=True, kw_only=True):
     """All graphs of one runtime."""
 
@@ -96,6 +113,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     # The oldest version of the runtime that can run it, as "1.22".
     minimum_version: str
     graphs: dict[str, Graph]
+    # How the frozen part is stored; None for float32.
+    storage: StorageReport | None = None
 
 
 class ParameterEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,6 +189,8 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
     # Weighted sums; of a metric with several values, the sum of them.
     metrics: dict[str, float]
     gradients: tuple[GradientCheck, ...]
+    # Relative error that passes: int8 kernels of other processors may round an activation to the neighbour.
+    tolerance: float = 1e-3
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,12 +23,11 @@ def command(bundle: str, runtime: str | None, threads: int, tolerance: float | N
     """
     from edgetrain.edge_client.runtimes import open_session
     from edgetrain.edge_client.runtimes.parts import TRUNK
-    from edgetrain.edge_client.selftest import TOLERANCE, run_self_test
+    from edgetrain.edge_client.selftest import run_self_test
     from edgetrain.protocol.bundle import Bundle
 
     opened = Bundle(bundle)
     session = open_session(opened, runtime, threads=threads)
-    tolerance = TOLERANCE if tolerance is None else tolerance
     reports = [("", run_self_test(opened, session, tolerance=tolerance))]
     if TRUNK in opened.manifest.program(session.runtime).graphs:
         reports.append((", trunk and head", run_self_test(opened, session, tolerance=tolerance, in_parts=True)))
