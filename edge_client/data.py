@@ -49,6 +49,11 @@ def load_dataset(source: str | os.PathLike[str], manifest: Manifest) -> Dataset:
     Raises:
         DataError: cannot be read, or does not fit the bundle; names the file and the array.
     """
+    return load_samples(source, manifest.batch)
+
+
+def load_samples(source: str | os.PathLike[str], batch: BatchSpec) -> Dataset:
+    """As `load_dataset`, for a batch of that structure."""
     text = os.fspath(source)
     found = re.fullmatch(r"(.+?\.(npz|csv|py))(?::(.*))?", text, re.IGNORECASE)
     if found is None:
@@ -59,12 +64,12 @@ def load_dataset(source: str | os.PathLike[str], manifest: Manifest) -> Dataset:
     where = f"{path}: "
     kind = found[2].lower()
     if kind == "npz":
-        dataset = _read_npz(path, manifest.batch)
+        dataset = _read_npz(path, batch)
     elif kind == "csv":
-        dataset = _read_csv(path, rest.split(",") if rest else ["targets"], manifest.batch)
+        dataset = _read_csv(path, rest.split(",") if rest else ["targets"], batch)
     else:
         dataset = _call(path, rest)
-    return check_dataset(dataset, manifest.batch, where)
+    return check_dataset(dataset, batch, where)
 
 
 def _read_npz(path: Path, batch: BatchSpec) -> Dataset:
@@ -191,14 +196,20 @@ def _call(path: Path, function: str) -> Dataset:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         # The file may import its neighbours.
-        sys.path.insert(0, str(path.parent.resolve()))
+        folder = path.parent.resolve()
+        sys.path.insert(0, str(folder))
+        known = set(sys.modules)
         try:
             spec.loader.exec_module(module)
             if not callable(getattr(module, function, None)):
                 raise DataError(f"{path}: defines no function {function!r}")
             result = getattr(module, function)()
         finally:
-            sys.path.remove(str(path.parent.resolve()))
+            sys.path.remove(str(folder))
+            # Another file's neighbour of the same name is another module.
+            for name in set(sys.modules) - known:
+                if (origin := getattr(sys.modules[name], "__file__", None)) and Path(origin).is_relative_to(folder):
+                    del sys.modules[name]
     except DataError:
         raise
     except Exception as error:

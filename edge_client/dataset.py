@@ -60,6 +60,21 @@ class Dataset:
             self.augment,
         )
 
+    def augmented(self, rng: np.random.Generator) -> Dataset:
+        """The same samples, changed anew by `augment` whenever they are taken."""
+        return _Augmented(self.inputs, self.targets, self.weights, self.augment, rng=rng)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Augmented(Dataset):
+    rng: np.random.Generator
+
+    def take(self, indices: npt.NDArray[np.int64]) -> tuple[Batch, npt.NDArray[np.float32] | None]:
+        # Not super(): a dataclass with slots is another class than the one that the call would look for.
+        (inputs, targets), weights = Dataset.take(self, indices)
+        assert self.augment is not None
+        return (self.augment(inputs, self.rng), targets), weights
+
 
 def check_dataset(dataset: Dataset, batch: BatchSpec, where: str = "") -> Dataset:
     """Checks every sample against the manifest.

@@ -123,7 +123,9 @@ def cache_features(
     trunk = program.graphs[TRUNK]
     stored, size = _layout(trunk.outputs, len(dataset), precision)
     if size > max_bytes:
-        raise StateError(f"{path}: the features of {len(dataset)} samples need {size:,} bytes, {max_bytes:,} are allowed")
+        raise StateError(
+            f"{path}: the features of {len(dataset)} samples need {size:,} bytes, {max_bytes:,} are allowed"
+        )
     key = _key(session, dataset, bundle, precision)
     error = _read_valid(path, key, size)
     reused = error is not None
@@ -225,7 +227,7 @@ def _fill(session: Session, dataset: Dataset, file: BinaryIO, stored: list[_Stor
             kept, scales = _keep(entry, values)
             if values.dtype.kind == "f":
                 restored = kept.astype(np.float64) * (1 if scales is None else scales.astype(np.float64))
-                error += float(np.square(restored - values).sum())
+                error += float(np.square(restored - values.astype(np.float64)).sum())
                 energy += float(np.square(values.astype(np.float64)).sum())
             if entry.scales is not None and scales is not None:
                 file.seek(entry.scales + 4 * first)

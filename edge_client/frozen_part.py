@@ -10,11 +10,9 @@ from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import DataError, StateError
 from edgetrain.edge_client.feature_cache import cache_features
 from edgetrain.edge_client.runtimes.base import Session
+from edgetrain.protocol.manifest import STEP_CLIPPED
 
 logger = logging.getLogger(__name__)
-
-# What the head cannot do: clipping single samples needs the whole graph.
-_WHOLE_ONLY = "step_per_sample_clipped"
 
 
 def skip_frozen_part(
@@ -41,7 +39,7 @@ def skip_frozen_part(
     if training.augment is not None:
         logger.info("feature cache off: the data changes in every epoch (augment)")
         return session, training, validation
-    if _WHOLE_ONLY in session.manifest.program(session.runtime).graphs:
+    if STEP_CLIPPED in session.manifest.program(session.runtime).graphs:
         logger.info("feature cache off: the bundle clips the gradient of each sample")
         return session, training, validation
     head = session.head()

@@ -151,9 +151,7 @@ def _image_weight_gradient(
     width = columns + reach[1]
     # One row more than the windows need: the last cut may begin in the middle of a row.
     height = rows + reach[0] + 1
-    below, right = (
-        size * stride[i] - large.shape[2 + i] - padding[i] for i, size in enumerate((height, width))
-    )
+    below, right = (size * stride[i] - large.shape[2 + i] - padding[i] for i, size in enumerate((height, width)))
     padded = torch.constant_pad_nd(large, [padding[1], right, padding[0], below])
     length = rows * width
     left = torch.constant_pad_nd(small, [0, width - columns, 0, 0]).reshape(N, O, length)
@@ -231,7 +229,7 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 def gelu_backward(grad: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
     """Gradient of `gelu`, of what it has computed already."""
     if approximate != "tanh":
-        density = torch.exp(x * x * -0.5) * (2 * math.pi) ** -0.5
+        density: Tensor = torch.exp(x * x * -0.5) * (2 * math.pi) ** -0.5
         return grad * (_normal_distribution(x) + x * density)
     gate = _gate(x)
     y = x * gate
@@ -239,7 +237,8 @@ def gelu_backward(grad: Tensor, x: Tensor, *, approximate: str = "none") -> Tens
     return grad * (gate + (y - y * gate) * slope)
 
 
-_GELU_SCALE, _GELU_CUBE = math.sqrt(2 / math.pi), 0.044715
+_GELU_SCALE: float = math.sqrt(2 / math.pi)
+_GELU_CUBE = 0.044715
 
 
 def _gate(x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from edgetrain.protocol.manifest import (
 
 logger = logging.getLogger(__name__)
 
+FLOAT32 = Storage()
 PARAMETERS_FILE = "parameters.f32"
 SELF_TEST_FILE = "self_test.bin"
 
@@ -54,7 +55,7 @@ def export_bundle(
     ignore_index: int | None = None,
     per_sample_clipping: bool = False,
     split: bool = True,
-    storage: Storage = Storage(),
+    storage: Storage = FLOAT32,
 ) -> Path:
     """Exports a module with its training step, proves the gradients, and writes a bundle.
 

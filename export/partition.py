@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import networkx
+import networkx as nx
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx
@@ -136,7 +136,7 @@ def flops(node: fx.Node) -> float:
     if not isinstance(value, Tensor):
         return 0.0
     if node.target in _PRODUCTS:
-        return 2.0 * value.numel() * _value(node.args[_PRODUCTS[node.target]]).shape[-1]  # type: ignore[index]
+        return 2.0 * value.numel() * _value(node.args[_PRODUCTS[node.target]]).shape[-1]
     if node.target is aten.convolution.default:
         x, weight, transposed = _value(node.args[0]), _value(node.args[1]), node.args[6]
         places = x.numel() / x.shape[1] if transposed else value.numel() / value.shape[1]
@@ -171,7 +171,7 @@ def _cheapest_cut(graph: fx.Graph, frozen: set[fx.Node], leaves: set[fx.Node], m
     computes it again. The edges run from the head to the trunk, so that what is reached from the head is as little as
     can be.
     """
-    flow = networkx.DiGraph()
+    flow = nx.DiGraph()
     flow.add_nodes_from(("head", "trunk"))
     for node in frozen:
         made, kept = (node, "made"), (node, "kept")
@@ -186,7 +186,7 @@ def _cheapest_cut(graph: fx.Graph, frozen: set[fx.Node], leaves: set[fx.Node], m
                 flow.add_edge("head", kept)
     if flow.out_degree("head") == 0:
         return []
-    _, (head, _) = networkx.minimum_cut(flow, "head", "trunk")
+    _, (head, _) = nx.minimum_cut(flow, "head", "trunk")
     return [
         node
         for node in graph.nodes
@@ -236,8 +236,8 @@ def _head(
 ) -> TracedGraph:
     placeholders = list(values)
     count = sum(spec.name.startswith("parameters.") for spec in step.inputs)
-    results = step.module.graph.output_node().args[0]
-    needed = _reached(results, set(features))  # type: ignore[arg-type]
+    results = _results(step.module.graph)
+    needed = _reached(results, set(features))
     with torch.no_grad():
         computed = trunk.module(*trunk.example)
     specs = dict(zip(placeholders, step.inputs, strict=True))
@@ -247,11 +247,16 @@ def _head(
     named = {**specs, **dict(zip(features, trunk.outputs, strict=True))}
     return TracedGraph(
         name="head_step",
-        module=_extract(step.module, given, results),  # type: ignore[arg-type]
+        module=_extract(step.module, given, results),
         inputs=tuple(named[node] for node in given),
         outputs=step.outputs,
         example=tuple(known[node] for node in given),
     )
+
+
+def _results(graph: fx.Graph) -> list[fx.Node]:
+    results: Any = graph.output_node().args[0]
+    return list(results)
 
 
 def _reached(results: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
@@ -268,7 +273,8 @@ def _reached(results: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
 def _without_gradients(head: TracedGraph) -> TracedGraph:
     """The head's sums alone, with the same inputs but for leaves that only gradients need."""
     kept = [index for index, spec in enumerate(head.outputs) if not spec.name.startswith("gradients.")]
-    results = [head.module.graph.output_node().args[0][index] for index in kept]  # type: ignore[index]
+    every = _results(head.module.graph)
+    results = [every[index] for index in kept]
     placeholders = [node for node in head.module.graph.nodes if node.op == "placeholder"]
     module = _extract(head.module, placeholders, results)
     return replace(head, name="head_eval", module=module, outputs=tuple(head.outputs[index] for index in kept))

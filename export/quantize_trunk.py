@@ -60,7 +60,8 @@ def quantize_trunk(data: bytes, kind: str, batches: Sequence[Sequence[Array]]) -
             root.setLevel(level)
         quantized = onnx.load(out)
     _shorten(quantized)
-    return quantized.SerializeToString(deterministic=True)
+    result: bytes = quantized.SerializeToString(deterministic=True)
+    return result
 
 
 def _shorten(model: onnx.ModelProto) -> None:

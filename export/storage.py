@@ -24,8 +24,7 @@ from edgetrain.export.batch import ExampleBatch
 from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.joint import TracedGraph
 
-Kind = Literal["float32", "float16", "int8", "int8-static", "int8-dynamic"]
-KINDS: tuple[Kind, ...] = ("float32", "float16", "int8", "int8-static", "int8-dynamic")
+KINDS = ("float32", "float16", "int8", "int8-static", "int8-dynamic")
 # Below this, a scale and another node cost more than they save.
 MIN_ELEMENTS = 256
 # Relative change of the loss that passes if the user states no other.
@@ -36,7 +35,8 @@ MAX_LOSS_CHANGE = 0.05
 class Storage:
     """How the frozen part is to be stored."""
 
-    kind: Kind = "float32"
+    # One of `KINDS`.
+    kind: str = "float32"
     # `(inputs, targets)` with any number of samples; None for the example batch.
     calibration: ExampleBatch | None = None
     # The export fails if the loss on the calibration data changes by a larger share.
@@ -50,12 +50,12 @@ class Storage:
         """
         if self.kind not in KINDS:
             raise UnsupportedError(f"frozen weights cannot be stored as {self.kind!r}, only as: {', '.join(KINDS)}")
-        if not 0 < self.max_loss_change:
+        if not self.max_loss_change > 0:
             raise UnsupportedError(f"max_loss_change is {self.max_loss_change}, must be above 0")
         if self.kind != "float32" and (others := [name for name in runtimes if name != "onnxruntime"]):
             raise UnsupportedError(
-                f"frozen weights as {self.kind} are for onnxruntime only, not for {', '.join(others)}: the self-test of "
-                "a bundle holds for all of its runtimes. Export a bundle of its own for each"
+                f"frozen weights as {self.kind} are for onnxruntime only, not for {', '.join(others)}, and the "
+                "self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
             )
 
     @property
@@ -66,7 +66,9 @@ class Storage:
     @property
     def weights(self) -> Literal["float32", "float16", "int8"]:
         """Of weights that the trunk does not hold, or that it only reads."""
-        return self.kind if self.kind in ("float32", "float16") else "int8"
+        if self.kind == "float16":
+            return "float16"
+        return "float32" if self.kind == "float32" else "int8"
 
 
 def quantized_names(frozen: Mapping[str, Tensor], storage: Storage) -> dict[str, str]:
@@ -133,7 +135,8 @@ def store(data: bytes, kind: str) -> bytes:
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.initializer.extend(kept)
     model.graph.node.extend([*nodes, *old])
-    return model.SerializeToString(deterministic=True)
+    stored: bytes = model.SerializeToString(deterministic=True)
+    return stored
 
 
 def _compact(tensor: onnx.TensorProto, kind: str) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]] | None:

@@ -29,8 +29,9 @@ from edgetrain.protocol.manifest import Graph, Program, StorageReport
 
 logger = logging.getLogger(__name__)
 
-# The example batch may lose so many times more than the calibration data before it is said.
-_UNLIKE = 3.0
+# The features of the example batch may be off by this share, or so many times as much as those of the calibration data,
+# before it is said.
+_OFF, _UNLIKE = 0.05, 2.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ def make_stored_program(
         maker.write(step, expected)
         evaluation = maker.write(whole, expected)
         after = _mean_loss(problem, calibration, evaluation, whole, None)
-        on_example = 0.0
+        unlike: tuple[str, ...] = ()
     else:
-        before, after, on_example = maker.write_parts(parts, expected, calibration)
+        before, after, unlike = maker.write_parts(parts, expected, calibration)
     maker.write(translator.trace(joint.trace_infer), expected)
     change = abs(after - before) / max(abs(before), 1e-12)
     report = StorageReport(
@@ -87,15 +88,9 @@ def make_stored_program(
     )
     if not change <= storage.max_loss_change:
         raise ToleranceError(
-            f"frozen weights as {storage.kind} change the loss on the calibration data from {before:.5g} to {after:.5g}, "
-            f"by {change:.1%}; allowed are {storage.max_loss_change:.1%}. No bundle was written. Use float16, give "
-            "calibration data like the devices', or allow more"
-        )
-    if on_example > storage.max_loss_change and on_example > _UNLIKE * change:
-        notes = (
-            *notes,
-            f"the calibration data are not like the example batch: there the loss changes by {on_example:.1%}, on the "
-            f"calibration data by {change:.1%}",
+            f"frozen weights as {storage.kind} change the loss on the calibration data from {before:.5g} to "
+            f"{after:.5g}, by {change:.1%}; allowed are {storage.max_loss_change:.1%}. No bundle was "
+            "written. Use float16, give calibration data like the devices', or allow more"
         )
     logger.info(
         f"{storage.kind}: {maker.bytes_before:,} -> {maker.bytes_after:,} bytes, loss {before:.5g} -> {after:.5g}"
@@ -107,7 +102,7 @@ def make_stored_program(
         graphs=maker.graphs,
         storage=report,
     )
-    return StoredProgram(program, maker.reference, notes)
+    return StoredProgram(program, maker.reference, (*notes, *unlike))
 
 
 class _Maker:
@@ -142,8 +137,10 @@ class _Maker:
         self._add(graph, stored, len(lowered.data))
         return run
 
-    def write_parts(self, parts: Split, expected: Expected, calibration: Sequence[Batch]) -> tuple[float, float, float]:
-        """Trunk and head. Returns the mean loss on the calibration data before and after, and the example's change."""
+    def write_parts(
+        self, parts: Split, expected: Expected, calibration: Sequence[Batch]
+    ) -> tuple[float, float, tuple[str, ...]]:
+        """Trunk and head. Returns the mean loss on the calibration data before and after, and notes."""
         problem, plain = self._problem, torch_run(parts.trunk)
         trunk = self._write_trunk(parts.trunk, calibration)
         features = trunk([tensor.numpy() for tensor in parts.trunk.example])
@@ -153,9 +150,8 @@ class _Maker:
         before = _mean_loss(problem, calibration, exact, parts.head_eval, (parts.trunk, plain))
         after = _mean_loss(problem, calibration, evaluate, parts.head_eval, (parts.trunk, trunk))
         example = (Batch(problem.example.leaves),)
-        first = _mean_loss(problem, example, exact, parts.head_eval, (parts.trunk, plain))
-        second = _mean_loss(problem, example, evaluate, parts.head_eval, (parts.trunk, trunk))
-        return before, after, abs(second - first) / max(abs(first), 1e-12)
+        errors = [_feature_error(problem, batches, parts.trunk, plain, trunk) for batches in (calibration, example)]
+        return before, after, _unlike(*errors)
 
     def _write_trunk(self, trunk: TracedGraph, calibration: Sequence[Batch]) -> Run:
         kind = self._storage.kind
@@ -199,7 +195,7 @@ def torch_run(graph: TracedGraph) -> Run:
 def _calibration(problem: Problem, storage: Storage) -> tuple[list[Batch], tuple[str, ...]]:
     example = problem.example
     if storage.calibration is None:
-        note = f"{storage.kind} was measured on the {example.micro_batch} samples of the example batch: no calibration data"
+        note = f"no calibration data: {storage.kind} was measured on the {example.micro_batch} samples of the example"
         return [Batch(example.leaves)], (note,)
     given = read_example(storage.calibration, None)
     for mine, theirs in ((example.inputs, given.inputs), (example.targets, given.targets)):
@@ -240,6 +236,26 @@ def _mean_loss(
         features = [] if trunk is None else trunk[1](_leaves(problem, trunk[0], batch))
         assert len(features) == sum(spec.name.startswith(f"{FEATURES}.") for spec in graph.inputs)
         sums = run([*parameters, *features, *_leaves(problem, graph, batch)])
-        losses += float(sums[0])  # type: ignore[arg-type]  # float32 scalars
-        weights += float(sums[1])  # type: ignore[arg-type]
+        losses += float(sums[0])
+        weights += float(sums[1])
     return losses / weights if weights else losses
+
+
+def _feature_error(problem: Problem, batches: Sequence[Batch], trunk: TracedGraph, plain: Run, quantized: Run) -> float:
+    """Root mean square of what quantization changes in the features, relative to them."""
+    error = energy = 0.0
+    for batch in batches:
+        leaves = _leaves(problem, trunk, batch)
+        for exact, rounded_one in zip(plain(leaves), quantized(leaves), strict=True):
+            error += float(np.square(exact.astype(np.float64) - rounded_one.astype(np.float64)).sum())
+            energy += float(np.square(exact.astype(np.float64)).sum())
+    return (error / energy) ** 0.5 if energy else 0.0
+
+
+def _unlike(calibration: float, example: float) -> tuple[str, ...]:
+    if example <= max(_OFF, _UNLIKE * calibration):
+        return ()
+    return (
+        f"the calibration data are not like the example batch: its features are off by {example:.1%}, those of the "
+        f"calibration data by {calibration:.1%}",
+    )

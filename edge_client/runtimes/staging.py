@@ -17,7 +17,7 @@ from edgetrain.edge_client.runtimes.leaves import (
     flatten,
     halves,
 )
-from edgetrain.protocol.manifest import Manifest, Structure, TensorSpec
+from edgetrain.protocol.manifest import CLIP_NORM, Manifest, Structure, TensorSpec
 
 
 class Staging:
@@ -34,6 +34,8 @@ class Staging:
         self.arrays: dict[str, Array] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
         self.specs: dict[str, TensorSpec] = {spec.name: spec for spec in specs}
         self._weights = self.arrays[manifest.batch.weights.name]
+        self._clip_norm = self.arrays[CLIP_NORM] = np.ones((), np.float32)
+        self.specs[CLIP_NORM] = TensorSpec(name=CLIP_NORM, dtype="float32", shape=())
 
     def add(self, specs: Sequence[TensorSpec]) -> None:
         """Adds buffers that a graph fills, for another one to read."""
@@ -66,6 +68,16 @@ class Staging:
             self._fill_half(structure, found[name], count)
         self._fill_weights(weights, count)
         return count
+
+    def set_clip_norm(self, clip_norm: float) -> None:
+        """Sets the norm that samples' gradients are clipped to.
+
+        Raises:
+            DataError: not above 0, or not finite.
+        """
+        if not 0 < clip_norm < np.inf:
+            raise DataError(f"clip_norm is {clip_norm:g}, must be above 0 and finite")
+        self._clip_norm[...] = clip_norm
 
     def fill_inputs(self, inputs: Half) -> int:
         """As `fill`, for inputs alone."""

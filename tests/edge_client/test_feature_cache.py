@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +63,9 @@ def test_training_on_kept_features_is_training(bundle, session, dataset, tmp_pat
     change = np.linalg.norm(plain.parameters - start)
     assert np.linalg.norm(kept.parameters - plain.parameters) <= allowed * change
     assert kept.num_examples == COUNT
-    assert evaluate(head, start, cached.dataset).loss == pytest.approx(evaluate(session, start, dataset).loss, rel=allowed)
+    assert evaluate(head, start, cached.dataset).loss == pytest.approx(
+        evaluate(session, start, dataset).loss, rel=allowed
+    )
 
 
 def test_the_stated_error_is_the_error(session, dataset, tmp_path):
@@ -131,7 +134,7 @@ def test_a_full_disk_turns_the_cache_off_and_training_goes_on(session, dataset, 
     real = os.fsync
 
     def full(descriptor):
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".tmp"):
+        if Path(f"/proc/self/fd/{descriptor}").readlink().suffix == ".tmp":
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -152,7 +155,9 @@ def test_features_larger_than_allowed_are_not_kept(session, dataset, tmp_path, c
 def test_off_is_off_and_augmented_data_is_never_kept(session, dataset, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert skip(session, dataset, tmp_path, feature_cache="off")[0] is session
-    noisy = Dataset(dataset.inputs, dataset.targets, dataset.weights, augment=lambda x, rng: x + rng.normal(size=x.shape))
+    noisy = Dataset(
+        dataset.inputs, dataset.targets, dataset.weights, augment=lambda x, rng: x + rng.normal(size=x.shape)
+    )
     assert skip(session, noisy.subset(np.arange(10)), tmp_path)[0] is session
     assert "changes in every epoch" in caplog.text
     assert list(tmp_path.iterdir()) == []

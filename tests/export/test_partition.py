@@ -95,7 +95,7 @@ def test_nothing_is_split_where_nothing_worth_it_is_frozen(trainable):
     assert split(frozen_text(), trainable) is None
 
 
-@pytest.fixture(scope="module", params=["cnn", "text"])
+@pytest.fixture(scope="module", params=["cnn", pytest.param("text", marks=pytest.mark.slow)])
 def bundle(request, tmp_path_factory):
     source, trainable = (frozen_cnn(), "last:2") if request.param == "cnn" else (frozen_text(), "^second|^head")
     out = tmp_path_factory.mktemp("split") / request.param
@@ -136,6 +136,7 @@ def test_features_of_a_ragged_batch_are_those_of_its_samples(bundle):
         np.testing.assert_allclose(array, whole[name][:3], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_split_leaves_the_step_alone(tmp_path):
     export_bundle(*frozen_cnn(), trainable="last:2", out=tmp_path / "whole", split=False)
     bundle = Bundle(tmp_path / "whole")

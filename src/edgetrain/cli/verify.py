@@ -41,8 +41,8 @@ def _show(name: str, part: str, report: SelfTestReport) -> None:
     rows = [("loss", report.loss_error), ("weight sum", report.weight_error), *report.metric_errors.items()]
     rows += [(f"gradient of {gradient.name}", gradient.error) for gradient in report.gradients]
     width = max(len(name) for name, _ in rows)
-    for name, error in rows:
+    for what, error in rows:
         mark = "" if error <= report.tolerance else "  WRONG"
-        click.echo(f"  {name:<{width}}  {error:.2e}{mark}")
+        click.echo(f"  {what:<{width}}  {error:.2e}{mark}")
     verdict = "ok" if report.ok else "FAILED"
     click.echo(f"{verdict}: largest error {report.worst:.2e}, tolerance {report.tolerance:g}")
