@@ -24,6 +24,7 @@ from edgetrain.edge_client.data import Dataset, load_dataset
 from edgetrain.edge_client.device import device_info, device_state, is_news, peak_memory_mb
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import StateError, TrainingError
+from edgetrain.edge_client.frozen_part import skip_frozen_part
 from edgetrain.edge_client.held_parameters import HeldParameters
 from edgetrain.edge_client.installation import Fetch, install_bundle
 from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Abandoned, Mailbox, RunOver
@@ -206,8 +207,14 @@ class Client:
             self._personal_patterns = ()
             session = install_bundle(announce.bundle, fetch=mail.fetch, state=self._state, config=self._config)
             dataset = load_dataset(self._config.data, session.manifest)
-            self._training_data, self._validation_data = split_validation(
-                dataset, self._config.validation_fraction, self._config.name
+            training, validation = split_validation(dataset, self._config.validation_fraction, self._config.name)
+            session, self._training_data, self._validation_data = skip_frozen_part(
+                session,
+                training,
+                validation,
+                bundle=announce.bundle.digest,
+                directory=self._state.path,
+                config=self._config,
             )
             self._held = HeldParameters(session.manifest.num_parameters)
             self._session, self._bundle = session, announce.bundle.digest
