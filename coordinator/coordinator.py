@@ -267,7 +267,6 @@ class Coordinator:
             bytes_down=bytes_down,
             epsilon=epsilon,
         )
-        self._clients.save()
         rows = client_rows(current)
         self._history.add(rows)
         self._history.durations.extend(current.durations.values())
@@ -278,6 +277,7 @@ class Coordinator:
             rows,
             server_state=server_state,
             strategy=described(self._strategy),
+            clients=self._clients.listed(),
         )
         collection.close()
         self._parameters, self._server_state = parameters, server_state

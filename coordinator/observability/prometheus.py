@@ -22,6 +22,7 @@ _METRICS = {
     "edgetrain_attempts_total": ("counter", "Attempts of those rounds."),
     "edgetrain_updates_accepted_total": ("counter", "Updates accepted."),
     "edgetrain_refusals_total": ("counter", "Messages and updates refused."),
+    "edgetrain_refusals_by_kind_total": ("counter", "The same, by kind."),
     "edgetrain_update_bytes_total": ("counter", "Bytes of accepted updates."),
     "edgetrain_bytes_up_total": ("counter", "Payload bytes from clients."),
     "edgetrain_bytes_down_total": ("counter", "Payload bytes that clients received."),
@@ -46,7 +47,7 @@ class Counters:
         self._lock = threading.Lock()
         self._values: dict[tuple[str, str], float] = {}
         for name, (kind, _) in _METRICS.items():
-            if kind == "counter" or name == "edgetrain_clients_ready":
+            if (kind == "counter" and not name.endswith("by_kind_total")) or name == "edgetrain_clients_ready":
                 self._values[name, ""] = 0.0
 
     def __call__(self, event: events.Event) -> None:
@@ -62,6 +63,8 @@ class Counters:
                     self._add("edgetrain_update_bytes_total", event.update_bytes)
                 case events.Refused():
                     self._add("edgetrain_refusals_total", 1)
+                    if event.kind:
+                        self._add("edgetrain_refusals_by_kind_total", 1, f'kind="{_escaped(event.kind)}"')
                 case events.RoundStarted():
                     self._add("edgetrain_attempts_total", 1)
                 case events.Evaluated():
@@ -104,8 +107,8 @@ class Counters:
                     lines.append(f"{name}{{{joined}}} {value:.10g}")
         return "\n".join(lines) + "\n"
 
-    def _add(self, name: str, amount: float) -> None:
-        self._values[name, ""] = self._values.get((name, ""), 0.0) + amount
+    def _add(self, name: str, amount: float, labels: str = "") -> None:
+        self._values[name, labels] = self._values.get((name, labels), 0.0) + amount
 
     def _set(self, name: str, value: float, labels: str = "") -> None:
         self._values[name, labels] = float(value)
