@@ -43,8 +43,8 @@ class BufferedCoordinator(Coordinator):
         self._blobs_of[number] = current.blobs
         if self._last:
             current.take_over(self._last)
-        if not self._gathered:
-            self._gather(current)
+        if not self._gathering.done_before:
+            self._gathering.wait(current)
         state = current.state
         current.invited_at = started = self._clock()
         state.deadline_at = started + rounds.deadline_seconds
@@ -60,7 +60,7 @@ class BufferedCoordinator(Coordinator):
                 raise RoundFailed(f"buffer {number}: {accepted} of {rounds.goal} updates after {now - started:.0f} s")
             return False
 
-        self._pump(closed)
+        self._pump.until(closed)
         self._last = current
         self._close_round(current)
 

@@ -78,3 +78,8 @@ class OpenRound:
         """What clients fetch for this round."""
         blobs = [self.parameters, *(patch.blob for patch in self.patches)]
         return [*blobs, self.control] if self.control else blobs
+
+    def said(self) -> str:
+        """What clients gave as reasons, for an error message."""
+        said = [f"{client}: {reason}" for client, reason in sorted(self.reasons.items())]
+        return f" ({'; '.join(said[:3])}{'; …' if len(said) > 3 else ''})" if said else ""

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from edgetrain.coordinator.broker import start_broker
 from edgetrain.coordinator.buffered import BufferedCoordinator
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.coordinator import Coordinator, Evaluation
+from edgetrain.coordinator.coordinator import Coordinator
+from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.events import Observer
 from edgetrain.coordinator.observability import observers
 from edgetrain.coordinator.records import Summary

@@ -12,8 +12,8 @@ import pytest
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import EvaluationConfig, LimitsConfig, StopConfig
-from edgetrain.coordinator.coordinator import Evaluation
 from edgetrain.coordinator.errors import RoundFailed
+from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.parameters import decode_parameters, vector_sha256
 from edgetrain.protocol import CodecError, ConfigError, encode
 from edgetrain.protocol.blobs import HEADER_BYTES, blob_ref, cut

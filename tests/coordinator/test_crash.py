@@ -17,6 +17,7 @@ from edgetrain.coordinator import events
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.journal import RoundOpened, UpdateAccepted, read_journal
 from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.run_log import RunLog
 from edgetrain.protocol.signing import SigningKey
 from support.scripted import Crash, ScriptedClient, ScriptedFederation
 
@@ -119,7 +120,7 @@ def test_a_kill_between_the_journal_and_the_rounds_line(tiny_bundle, ram_path, m
     federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
     for name in NAMES:
         federation.add(name)
-    real = RunDirectory._append
+    real = RunLog._append
     armed = [True]
 
     def append(self, name, data):
@@ -127,7 +128,7 @@ def test_a_kill_between_the_journal_and_the_rounds_line(tiny_bundle, ram_path, m
             raise Crash
         real(self, name, data)
 
-    monkeypatch.setattr(RunDirectory, "_append", append)
+    monkeypatch.setattr(RunLog, "_append", append)
     with pytest.raises(Crash):
         federation.serve()
     assert (ram_path / "run/parameters/round-00001.safetensors").exists()
