@@ -17,9 +17,11 @@ from edgetrain.coordinator.errors import UpdateRefused
 from edgetrain.coordinator.open_round import OpenRound, Upload
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds import Part
+from edgetrain.coordinator.secure_round import SecureRound
 from edgetrain.protocol import BlobError, MessageError
 from edgetrain.protocol.blobs import Assembler, parse_chunk
 from edgetrain.protocol.codecs import CodecSpec
+from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import (
     Decline,
     Goodbye,
@@ -29,6 +31,7 @@ from edgetrain.protocol.messages import (
     Ready,
     Refusal,
     Report,
+    Secure,
     Verdict,
     Want,
     Welcome,
@@ -173,6 +176,8 @@ class Intake:
                 self._on_offer(record, message, payload)
             case Want():
                 self._on_want(record, message)
+            case Secure():
+                self._on_secure(record, message)
             case Report():
                 self._on_report(record, message)
             case Goodbye():
@@ -218,6 +223,8 @@ class Intake:
             # Back in the middle of a round: it may have lost the plan.
             current.state.advance(record.name, Part.INVITED)
             self._post.send(record.name, self._plan(current, record.name))
+        elif current and current.secure and record.name in current.state.parts:
+            current.secure.remind(record.name)
         elif self.evaluation_plan and record.name not in self.reports:
             self._post.send(record.name, self.evaluation_plan)
 
@@ -264,6 +271,9 @@ class Intake:
             self._verdicts.append((client, _accepted(offer, self.come_back(client))))
         elif not current or offer.run != self._run or not current.admits(offer.round, offer.nonce):
             self._reject(client, offer, f"round {offer.round} is closed: too late")
+        elif current.secure and current.secure.holds(client, offer.update.digest):
+            # In the sum; what becomes of that is not known yet.
+            current.secure.remind(client)
         elif reason := self._objection(client, offer, current):
             current.state.advance(client, Part.REFUSED)
             current.uploads.pop(client, None)
@@ -282,7 +292,7 @@ class Intake:
             return "not invited to this round"
         if not 0 < offer.update.size <= self._max_update_bytes:
             return f"the update has {offer.update.size} bytes, allowed are 1 to {self._max_update_bytes}"
-        return None
+        return current.secure.objection(client, offer.update.size) if current.secure else None
 
     def _on_chunk(self, client: str, payload: bytes) -> None:
         current = self.current
@@ -297,6 +307,9 @@ class Intake:
             return
         del current.uploads[client]
         offer = upload.offer
+        if current.secure:
+            self._on_masked(current.secure, client, upload)
+            return
         try:
             # A client that was invited before a restart: what its plan says, it said then.
             training = current.trainings.get(client) or self._plan(current, client).training
@@ -313,6 +326,23 @@ class Intake:
         self._verdicts.append((client, _accepted(offer, self.come_back(client))))
         accepted = current.state.count(Part.ACCEPTED)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
+
+    def _on_masked(self, secure: SecureRound, client: str, upload: Upload) -> None:
+        try:
+            secure.on_masked(client, upload.offer, upload.envelope, upload.assembler.finish())
+        except (SecureAggregationError, BlobError) as error:
+            self._reject(client, upload.offer, str(error))
+
+    def _on_secure(self, record: ClientRecord, message: Secure) -> None:
+        current = self.current
+        if not current or not current.secure or not current.admits(message.round, message.nonce):
+            return
+        try:
+            current.secure.on_message(record.name, record.public_key, message.body)
+        except SecureAggregationError as error:
+            self._refuse(record.name, str(error))
+            return
+        current.state.advance(record.name, Part.COLLECTING)
 
     def _reject(self, client: str, offer: Offer, reason: str) -> None:
         if self.current:

@@ -30,12 +30,13 @@ from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Abandoned, Mailbox, 
 from edgetrain.edge_client.personal import PersonalParameters
 from edgetrain.edge_client.runtimes import available_runtimes
 from edgetrain.edge_client.runtimes.base import Session, Vector
+from edgetrain.edge_client.secure_aggregation import SecureParticipation
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.trainer import evaluate, train
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import Limits, decode, encode, supported_stages
-from edgetrain.protocol.errors import ConfigError
+from edgetrain.protocol.errors import ConfigError, SecureAggregationError
 from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import (
     Decline,
@@ -117,6 +118,7 @@ class Client:
             clock=clock,
         )
         self._mail.introduce = self._introduce
+        self._secure = SecureParticipation(config, state=state, mail=self._mail)
         # Training plans that are finished, with the reason why not again; "" if the update was accepted.
         self._done: dict[bytes, str] = {}
         self._bundle: bytes | None = None
@@ -278,7 +280,7 @@ class Client:
                     self._evaluate_round(plan)
             except Abandoned:
                 logger.info("round %d: over before its parameters came", plan.round)
-            except (TrainingError, CodecError, BlobError, ConfigError) as error:
+            except (TrainingError, CodecError, BlobError, ConfigError, SecureAggregationError) as error:
                 logger.warning("round %d: %s", plan.round, error)
                 self._finish(plan.nonce, str(error)[:1000])
                 self._decline(plan, str(error)[:1000])
@@ -293,6 +295,11 @@ class Client:
         assert self._held, "joined"
         assert self._feedback, "joined"
         assert self._training_data, "joined"
+        self._secure.check(plan)
+        if plan.secure and self._feedback.trained_on == plan.vector:
+            # An attempt at this round was given up: what was learnt waits in the residual.
+            self._aggregate_securely(plan)
+            return
         parameters = self._personalized(plan, self._held.advance(plan, self._fetch_for(plan)))
         server_control = self._server_control(plan)
         started = self._clock()
@@ -307,6 +314,12 @@ class Client:
         )
         if result.stopped is not None:
             logger.info("round %d: training stopped: %s", plan.round, result.stopped)
+            return
+        if plan.secure:
+            if self._personal:
+                self._personal.keep(result.parameters)
+            self._feedback.hold(self._shared(result.parameters - parameters), trained_on=plan.vector)
+            self._aggregate_securely(plan)
             return
         offsets = tuple(entry.offset for entry in self._session.manifest.parameters)
         update = self._feedback.prepare(
@@ -342,6 +355,21 @@ class Client:
             control,
         )
         self._settle_pending()
+
+    def _aggregate_securely(self, plan: Plan) -> None:
+        """Takes part with what is in the residual."""
+        assert self._feedback, "joined"
+        assert self._training_data, "joined"
+        masked = self._secure.take_part(
+            plan,
+            self._feedback,
+            weight=len(self._training_data),
+            seed=_mix_seed(plan.seed, self._config.name + "/codec", plan.round),
+            fetch=self._fetch_for(plan),
+            is_over=lambda: self._is_over(plan),
+        )
+        if masked:
+            self._settle_pending()
 
     def _evaluate_round(self, plan: Plan) -> None:
         assert self._session, "joined"
