@@ -21,6 +21,8 @@ from edgetrain.protocol.errors import SecureAggregationError
 # dropouts that it was chosen for (Bell et al. use 2^-40 and 2^-20, too).
 SECURITY_BITS = 40
 CORRECTNESS_BITS = 20
+# Among so few, fewer neighbours than everybody would save next to nothing.
+SMALL = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def choose_topology(size: int, *, dropout: float, colluding: float, lying: bool)
     """
     gone, bad = math.floor(dropout * size), math.floor(colluding * size)
     others = size - 1
-    for degree in range(4, others, 2):
+    for degree in range(4, others if size > SMALL else 0, 2):
         if size * _run(size, gone + bad, degree // 2) > 2.0**-SECURITY_BITS:
             continue
         # The smallest threshold that is secure is the best for dropouts.

@@ -55,15 +55,17 @@ def unmask(server: Server, total: Words) -> Words:
 
 
 def recover(shares: Sequence[tuple[int, bytes]], threshold: int, is_right: Callable[[bytes], bool]) -> bytes | None:
-    """The secret, or None if no `threshold` shares in a row give it; a wrong share spoils only those that hold it.
+    """The secret, or None if no `threshold` shares in a row (the first follows the last) give it.
+
+    With one share more than the threshold, any one of them may be wrong.
 
     Args:
         shares: (point, share).
         threshold: of the secret.
         is_right: whether this is the secret.
     """
-    for start in range(max(len(shares) - threshold + 1, 0)):
-        chosen = shares[start : start + threshold]
+    for start in range(len(shares) if len(shares) >= threshold else 0):
+        chosen = [*shares[start:], *shares[:start]][:threshold]
         try:
             secret = combine([point for point, _ in chosen], [share for _, share in chosen])
         except SecureAggregationError:
