@@ -171,7 +171,7 @@ class Total:
     Attributes:
         integers: int64 [count], the sums of the values.
         weight: sum of the weights; the number of clients where all count the same.
-        octaves: how many values lay in each of `OCTAVES`; empty where they were not counted.
+        octaves: how many values but zeros lay in each of `OCTAVES`; empty where they were not counted.
         mean: float64 [count], the weighted mean.
     """
 
@@ -206,7 +206,7 @@ def dequantize(words: Words, clients: int, quantizer: Quantizer, layout: Layout)
         _number(octaves[start : start + layout.octave_digits], layout.digit_bits)
         for start in range(0, len(octaves), max(layout.octave_digits, 1))
     )
-    if counts and sum(counts) != clients * layout.count:
+    if sum(counts) > clients * layout.count:
         raise SecureAggregationError("counts of values that do not add up: a client did not keep to the protocol")
     shares = weight / quantizer.max_weight if quantizer.max_weight else weight
     step = quantizer.range / LARGEST[quantizer.kind]
@@ -214,12 +214,13 @@ def dequantize(words: Words, clients: int, quantizer: Quantizer, layout: Layout)
 
 
 def count_octaves(relative: npt.NDArray[np.float64]) -> list[int]:
-    """How many values lie in each of `OCTAVES`: octave e counts magnitudes in (2^(e-1), 2^e], of 1 = the range."""
+    """How many values lie in each of `OCTAVES`: octave e counts magnitudes in (2^(e-1), 2^e], of 1 = the range.
+
+    Zeros are in none."""
     magnitudes = np.abs(relative)
     positive = magnitudes[magnitudes > 0]
     exponents = np.clip(np.ceil(np.log2(positive)), OCTAVES[0], OCTAVES[-1]).astype(np.int64)
     counts: list[int] = np.bincount(exponents - OCTAVES[0], minlength=len(OCTAVES)).tolist()
-    counts[0] += len(magnitudes) - len(positive)
     return counts
 
 
@@ -232,8 +233,7 @@ def next_range(current: float, octaves: tuple[int, ...], *, clipped: float) -> f
         clipped: allowed share of values beyond the range.
     """
     total = sum(octaves)
-    # Nothing but zeros and the very small: there is nothing to learn from them.
-    if not total or octaves[0] == total:
+    if not total:
         return current
     beyond = total
     for octave, number in zip(OCTAVES, octaves, strict=True):

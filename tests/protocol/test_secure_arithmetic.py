@@ -119,12 +119,13 @@ def test_rounding_has_no_bias_and_no_value_beyond_the_range():
 def test_octaves_and_the_next_range():
     relative = np.array([0, 2**-20, 2**-7, 0.5, 0.51, 1.0, -1.5, 300.0])
     counts = dict(zip(OCTAVES, count_octaves(relative), strict=True))
-    assert counts == {octave: 0 for octave in OCTAVES} | {-7: 3, -1: 1, 0: 2, 1: 1, 8: 1}
+    assert counts == {octave: 0 for octave in OCTAVES} | {-7: 2, -1: 1, 0: 2, 1: 1, 8: 1}
     octaves = tuple(counts[octave] for octave in OCTAVES)
     assert next_range(0.1, octaves, clipped=0.0) == 0.1 * 2**8
-    assert next_range(0.1, octaves, clipped=1 / 8) == 0.1 * 2
-    assert next_range(0.1, octaves, clipped=2 / 8) == 0.1
-    assert next_range(0.1, (8,) + (0,) * 15, clipped=0.0) == 0.1, "nothing but zeros says nothing"
+    assert next_range(0.1, octaves, clipped=1 / 7) == 0.1 * 2
+    assert next_range(0.1, octaves, clipped=2 / 7) == 0.1
+    assert next_range(0.1, (8,) + (0,) * 15, clipped=0.0) == 0.1 / 2**7
+    assert next_range(0.1, (0,) * 16, clipped=0.0) == 0.1, "nothing but zeros says nothing"
     assert next_range(0.1, (), clipped=0.0) == 0.1
 
 
@@ -159,6 +160,7 @@ def test_sums_that_no_honest_clients_make():
     with pytest.raises(SecureAggregationError, match="weights that sum up to 0"):
         dequantize(nothing, 3, quantizer, layout)
     nothing[5] = 4
+    nothing[layout.count + layout.weight_digits] = 16
     with pytest.raises(SecureAggregationError, match="do not add up"):
         dequantize(nothing, 3, quantizer, layout)
 

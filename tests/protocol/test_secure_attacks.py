@@ -431,7 +431,7 @@ def test_messages_out_of_order_change_nothing():
     order = ["Advertise", "Shares", "Agreement", "Reveal"]
     for done in range(len(order)):
         session = Session(4, settings_of(6))
-        for phase in ("advertise", "share", "mask", "agree")[:done + (done > 1)]:
+        for phase in ("advertise", "share", "mask", "agree")[: done + (done > 1)]:
             getattr(session, phase)(range(4))
         before = session.server
         for name in order[done + 1 :]:

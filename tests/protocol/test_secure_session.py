@@ -107,7 +107,7 @@ def test_any_two_of_five_drop_out_at_a_phase(phase):
         check_exact(session)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_a_hundred_clients_drop_out_at_random(seed):
     generator = np.random.default_rng(seed)
     session = Session(100, settings_of(50, colluding=0.0, minimum=20), seed=seed, neighbours=40)
