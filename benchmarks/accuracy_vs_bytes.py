@@ -141,7 +141,7 @@ def export(module, loss, batch) -> Bundle:
 
 
 def run(task: Task) -> list[dict[str, object]]:
-    session = open_session(task.bundle, threads=2)
+    session = open_session(task.bundle, threads=1)
     rows = []
     for codec in CODECS:
         for feedback in (True, False):

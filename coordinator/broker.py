@@ -58,7 +58,7 @@ def start_broker(kind: BrokerKind | None = None, *, port: int = 0) -> LocalBroke
     if kind is None:
         kind = "mosquitto" if find_mosquitto() else "embedded"
     if port:
-        _check_free(port)
+        check_free(port)
     return Mosquitto(port or free_port()) if kind == "mosquitto" else EmbeddedBroker(port or free_port())
 
 
@@ -102,7 +102,7 @@ class Mosquitto:
         with log.open("wb") as output:
             self._process = spawn([program, "-c", str(config)], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         try:
-            _wait_until_open(port, alive=lambda: self._process.poll() is None)
+            wait_until_open(port, alive=lambda: self._process.poll() is None)
         except BrokerError as error:
             text = log.read_text(errors="replace").strip()
             self.stop()
@@ -190,7 +190,12 @@ class EmbeddedBroker:
                 await asyncio.wait(left, timeout=0.1)
 
 
-def _check_free(port: int) -> None:
+def check_free(port: int) -> None:
+    """Returns if nobody listens on a port of the loopback interface.
+
+    Raises:
+        BrokerError: somebody does.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -201,7 +206,12 @@ def _check_free(port: int) -> None:
             ) from error
 
 
-def _wait_until_open(port: int, *, alive: Callable[[], bool]) -> None:
+def wait_until_open(port: int, *, alive: Callable[[], bool]) -> None:
+    """Returns when a broker listens on a port of the loopback interface.
+
+    Raises:
+        BrokerError: it has ended, or takes too long.
+    """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         with socket.socket() as probe:

@@ -83,7 +83,7 @@ class BufferedCoordinator(Coordinator):
             current.state.invite(name)
             current.invited[name] = now
             self._working[name] = (current.state.number, now + self._config.rounds.deadline_seconds)
-            self._post.send(name, self._invitations.plan(current, name))
+            self._send_plan(current, name)
 
     def _give_up_on_late(self, current: OpenRound) -> None:
         now = self._clock()

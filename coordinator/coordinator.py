@@ -13,11 +13,13 @@ import numpy.typing as npt
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.deadlines import deadline_seconds
-from edgetrain.coordinator.errors import RoundFailed, StopRequested
+from edgetrain.coordinator.errors import RoundFailed, RunError, StopRequested
 from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.invitations import checked_strategy
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.parts import assemble, obeyed_request
+from edgetrain.coordinator.privacy.budget import open_budget
+from edgetrain.coordinator.privacy.lottery import Lottery
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.reports import client_rows, round_record, summarize
 from edgetrain.coordinator.requests import read_request, write_request
@@ -50,6 +52,7 @@ class Coordinator:
         directory: where the run lives; if it holds closed rounds, the run goes on after them.
         evaluate: loss and accuracy of parameters on held-out data, or None.
         observe: is told what happens, in the coordinator's thread.
+        reload_broker: called when enrolments have changed.
         clock: monotonic seconds.
 
     Raises:
@@ -65,6 +68,7 @@ class Coordinator:
         directory: RunDirectory,
         evaluate: Callable[[Vector], Evaluation] | None = None,
         observe: events.Observer = lambda _event: None,
+        reload_broker: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -76,6 +80,7 @@ class Coordinator:
         self._clock = clock
         self._strategy = checked_strategy(config)
         self._server_state = directory.load_server_state()
+        self._lottery = Lottery.of(self._strategy.private)
         # What the devices keep to themselves stays as it was exported here.
         self._personal = elements_of(bundle.manifest, config.personal)
         self._round_number, self._parameters = directory.load_parameters(bundle.initial_parameters())
@@ -87,12 +92,16 @@ class Coordinator:
             directory=directory,
             strategy=self._strategy,
             observe=observe,
+            reload_broker=reload_broker,
             clock=clock,
         )
         self._topics, self._blobs, self._post = parts.topics, parts.blobs, parts.post
+        self._chronicle = parts.chronicle
         self._history, self._clients = parts.history, parts.clients
         self._invitations, self._intake, self._pump = parts.invitations, parts.intake, parts.pump
         self._opening, self._gathering, self._reports = parts.opening, parts.gathering, parts.reports
+        # Last: it locks a file until `run` ends.
+        self._budget = open_budget(config, self._strategy, directory.records)
         self._started = clock()
 
     def run(self) -> Summary:
@@ -109,10 +118,12 @@ class Coordinator:
             if self._config.evaluation.by_clients and self._round_number:
                 self._reports.ask(self._round_number, self._parameters)
         except StopRequested:
+            self._chronicle.command("stop")
             reason = "stopped on request; the same command goes on where it stopped"
             self._pump.announce("ended", reason)
             return self._summarize("stopped", reason)
         except KeyboardInterrupt:
+            self._chronicle.command("interrupt")
             self._pump.announce("paused", "the coordinator was interrupted")
             self._summarize("interrupted", "interrupted; the same command goes on where it stopped")
             raise
@@ -120,9 +131,15 @@ class Coordinator:
             self._pump.announce("ended", str(error))
             self._summarize("failed", str(error))
             raise
+        except RunError:
+            # A full disk, most likely. Whoever is told where is the coordinator's log.
+            self._pump.announce("paused", "the coordinator cannot write to its disk")
+            raise
         finally:
             if self._intake.current:
                 self._intake.current.collection.close()
+            if self._budget:
+                self._budget.close()
         self._pump.announce("ended", reason)
         return self._summarize("completed", reason)
 
@@ -147,6 +164,8 @@ class Coordinator:
                 return reason
             if self._round_number >= self._config.rounds.total:
                 return f"all {self._config.rounds.total} rounds done"
+            if self._budget and (refusal := self._budget.refusal()):
+                return f"round {self._round_number + 1} was refused before it started: {refusal}"
             self._run_round(self._round_number + 1)
             every = self._config.evaluation.by_clients_every
             if every and self._round_number % every == 0:
@@ -155,9 +174,11 @@ class Coordinator:
     def _pause_if_asked(self) -> None:
         if obeyed_request(self._directory) != "pause":
             return
+        self._chronicle.command("pause")
         self._pump.announce("paused", "paused on request")
         self._observe(events.Paused())
         self._pump.until(lambda: obeyed_request(self._directory) != "pause")
+        self._chronicle.command("resume")
         self._pump.announce("open")
         self._observe(events.Resumed())
 
@@ -169,7 +190,7 @@ class Coordinator:
         state = current.state
         failures = 0
         while True:
-            if state.count(Part.ACCEPTED) < rounds.goal:
+            if state.count(Part.ACCEPTED) < state.goal:
                 self._gathering.wait(current)
                 self._invite(current)
                 self._pump.until(lambda: state.outcome(self._clock()) is not Outcome.OPEN)
@@ -188,19 +209,25 @@ class Coordinator:
                 )
             state.attempt += 1
             retry_at = self._clock() + min(2.0 ** (failures - 1), MAX_RETRY_SECONDS)
-            self._pump.until(lambda at=retry_at: self._clock() >= at or state.count(Part.ACCEPTED) >= rounds.goal)  # type: ignore[misc]
+            self._pump.until(lambda at=retry_at: self._clock() >= at or state.count(Part.ACCEPTED) >= state.goal)  # type: ignore[misc]
         self._close_round(current)
 
     def _open_round(self, number: int) -> OpenRound:
         """Opens the round, or takes up what an earlier process has left of it."""
-        return self._opening.open(number, self._parameters, self._server_state)
+        current = self._opening.open(number, self._parameters, self._server_state)
+        if self._lottery:
+            self._lottery.resume(current)
+        return current
 
     def _invite(self, current: OpenRound) -> None:
         state, rounds = current.state, self._config.rounds
         needed = rounds.goal - state.count(Part.ACCEPTED)
         wanted = math.ceil(needed * rounds.over_selection)
         pool = self._invitations.pool(current)
-        chosen = self._invitations.choose(pool, wanted, number=state.number, attempt=state.attempt)
+        if self._lottery:
+            chosen = self._lottery.invite(current, pool)
+        else:
+            chosen = self._invitations.choose(pool, wanted, number=state.number, attempt=state.attempt)
         now = self._clock()
         current.invited_at = now if current.invited_at is None else current.invited_at
         state.deadline_at = now + deadline_seconds(rounds, self._history.durations, state.attempt)
@@ -210,12 +237,18 @@ class Coordinator:
         for name in chosen:
             state.invite(name)
             current.invited[name] = now
-            self._post.send(name, self._invitations.plan(current, name))
+            self._send_plan(current, name)
         self._observe(events.RoundStarted(state.number, state.attempt, len(chosen)))
+
+    def _send_plan(self, current: OpenRound, client: str) -> None:
+        plan = self._invitations.plan(current, client)
+        self._chronicle.invited(client, plan, current.state.attempt)
+        self._post.send(client, plan)
 
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
         self._dismiss(current)
+        epsilon = self._budget.charge() if self._budget else None
         parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
@@ -232,11 +265,13 @@ class Coordinator:
             accuracy=evaluation.accuracy if evaluation else None,
             bytes_up=bytes_up,
             bytes_down=bytes_down,
+            epsilon=epsilon,
         )
         self._clients.save()
         rows = client_rows(current)
         self._history.add(rows)
         self._history.durations.extend(current.durations.values())
+        self._chronicle.aggregated(record)
         self._directory.close_round(
             record,
             parameters,
@@ -248,6 +283,7 @@ class Coordinator:
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
+        self._chronicle.publish()
         self._observe(events.RoundEnded(record))
 
     def _dismiss(self, current: OpenRound) -> None:
@@ -277,6 +313,7 @@ class Coordinator:
 
     def _summarize(self, status: str, reason: str) -> Summary:
         self._clients.save()
+        self._chronicle.ended(status, reason)
         summary = summarize(
             self._config.federation,
             self._directory.records,
@@ -286,6 +323,8 @@ class Coordinator:
             reason=reason,
             seconds=self._clock() - self._started,
             best_round=self._directory.best_round(),
+            epsilon=self._budget.epsilon if self._budget else None,
+            delta=self._budget.delta if self._budget else None,
         )
         self._directory.write_summary(summary)
         self._observe(events.RunEnded(summary))

@@ -22,6 +22,7 @@ class Gathering:
         pump: handles events meanwhile.
         observe: is told how many are there.
         clock: monotonic seconds.
+        wanted: clients that a round need not wait for more than; 0 for its goal.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class Gathering:
         pump: Pump,
         observe: events.Observer,
         clock: Callable[[], float],
+        wanted: int = 0,
     ) -> None:
+        self._wanted = wanted or rounds.goal
         self._rounds = rounds
         self._invitations = invitations
         self._pump = pump
@@ -58,7 +61,7 @@ class Gathering:
             ready = len(self._invitations.pool(current))
             accepted = current.state.count(Part.ACCEPTED)
             waited = self._clock() - start
-            if ready + accepted >= rounds.goal:
+            if ready + accepted >= self._wanted:
                 return True
             # If only those are here whose updates an earlier process has accepted, the round ends as at its deadline.
             if ready + accepted >= rounds.least and waited >= (patience if ready else rounds.deadline_seconds):
@@ -70,7 +73,7 @@ class Gathering:
                 )
             if ready != shown:
                 shown = ready
-                self._observe(events.Waiting(ready, rounds.goal - accepted))
+                self._observe(events.Waiting(ready, self._wanted - accepted))
             return False
 
         self._pump.until(enough)

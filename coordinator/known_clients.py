@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from edgetrain.coordinator.clients import ClientRecord, Roster
 from edgetrain.coordinator.run_directory import RunDirectory
 
@@ -11,14 +13,15 @@ class KnownClients:
 
     Args:
         directory: of the run.
+        clock: monotonic seconds.
 
     Raises:
         RunError: what is remembered there is damaged.
     """
 
-    def __init__(self, directory: RunDirectory) -> None:
+    def __init__(self, directory: RunDirectory, clock: Callable[[], float]) -> None:
         self._directory = directory
-        self.roster = Roster()
+        self.roster = Roster(clock)
         for name, key, last in directory.load_clients():
             self.roster.add(ClientRecord(name, key, last_accepted=last))
         self._saved = len(self.roster)

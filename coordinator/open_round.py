@@ -48,11 +48,17 @@ class OpenRound:
     # When each was invited, and how long it then took.
     invited: dict[str, float] = field(default_factory=dict)
     durations: dict[str, float] = field(default_factory=dict)
+    # Those whom chance chose, where privacy counts on it; None before it has.
+    drawn: frozenset[str] | None = None
+    # The norm that clients clip their updates to; 0 for none.
+    clip_norm: float = 0.0
     # How often clients were chosen.
     invitations: int = 0
     # Of earlier rounds whose updates still count, by number; none in synchronous rounds.
     earlier: dict[int, bytes] = field(default_factory=dict)
 
+    # Nonces of attempts at this round that were given up.
+    given_up: frozenset[bytes] = frozenset()
     # The session of secure aggregation, where updates are only summed.
     secure: SecureRound | None = None
 
@@ -76,6 +82,11 @@ class OpenRound:
     def forget_nonces(self, needed: set[int]) -> None:
         """Updates of earlier rounds count no more, but for these."""
         self.earlier = {number: nonce for number, nonce in self.earlier.items() if number in needed}
+
+    @property
+    def nonces(self) -> frozenset[bytes]:
+        """Those that an honest client may have for this round."""
+        return self.given_up | {self.state.nonce}
 
     @property
     def blobs(self) -> list[BlobRef]:

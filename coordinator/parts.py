@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.blob_server import BlobServer
+from edgetrain.coordinator.chronicle import Chronicle
 from edgetrain.coordinator.client_reports import ClientReports
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.downlink import Downlink
+from edgetrain.coordinator.enrolments import Enrolments
 from edgetrain.coordinator.errors import StopRequested
 from edgetrain.coordinator.gathering import Gathering
 from edgetrain.coordinator.history import History
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.invitations import Invitations
 from edgetrain.coordinator.known_clients import KnownClients
+from edgetrain.coordinator.membership import Membership
 from edgetrain.coordinator.past_run import read_rows
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.pump import Pump
+from edgetrain.coordinator.refusals import Refusals
 from edgetrain.coordinator.requests import Request, read_request
 from edgetrain.coordinator.round_opening import RoundOpening
 from edgetrain.coordinator.run_directory import RunDirectory
@@ -38,6 +43,7 @@ class Parts:
     clients: KnownClients
     blobs: BlobServer
     post: Post
+    chronicle: Chronicle
     invitations: Invitations
     intake: Intake
     pump: Pump
@@ -54,21 +60,32 @@ def assemble(
     directory: RunDirectory,
     strategy: Strategy,
     observe: events.Observer,
+    reload_broker: Callable[[], None],
     clock: Callable[[], float],
 ) -> Parts:
     """Makes the parts; arguments as of `Coordinator`.
 
     Raises:
         CodecError: the settings name a codec that there is not.
+        AuthorityError: the settings name a federation directory that is none.
         RunError: the run directory is damaged.
     """
     downlink = Downlink(CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest))
     history = History()
     history.add(read_rows(directory.path / "clients.csv"))
-    clients = KnownClients(directory)
+    clients = KnownClients(directory, clock)
     topics = Topics(config.federation)
     blobs = BlobServer(topics, transport.publish, config.limits.chunk_bytes)
-    post = Post(transport, topics, directory.key, run=directory.run, bundle=blobs.add(bundle.manifest_bytes))
+    post = Post(
+        transport,
+        topics,
+        directory.key,
+        run=directory.run,
+        bundle=blobs.add(bundle.manifest_bytes),
+        serials=directory.serials,
+    )
+    chronicle = Chronicle(directory.audit, post)
+    enrolments = Enrolments(Path(config.enrolments)) if config.enrolments else None
     invitations = Invitations(
         config,
         strategy=strategy,
@@ -89,16 +106,34 @@ def assemble(
         plan=invitations.plan,
         max_update_bytes=max_update_bytes,
         observe=observe,
+        audit=directory.audit,
+        refusals=Refusals(
+            config.limits.bans,
+            roster=clients.roster,
+            audit=directory.audit,
+            observe=observe,
+            clock=clock,
+            # Only with enrolments does the broker know who writes.
+            attributable=enrolments is not None,
+        ),
+        enrolments=enrolments,
         clock=clock,
     )
+    membership = Membership(enrolments, intake=intake, audit=directory.audit, reload_broker=reload_broker)
     intake.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
+
+    def check() -> None:
+        membership.follow()
+        obeyed_request(directory)
+
     pump = Pump(
         transport,
         post=post,
         blobs=blobs,
         intake=intake,
+        chronicle=chronicle,
         clients=clients,
-        check=lambda: obeyed_request(directory),
+        check=check,
         clock=clock,
     )
     opening = RoundOpening(
@@ -117,11 +152,20 @@ def assemble(
         clients=clients,
         blobs=blobs,
         post=post,
+        chronicle=chronicle,
         invitations=invitations,
         intake=intake,
         pump=pump,
         opening=opening,
-        gathering=Gathering(config.rounds, invitations=invitations, pump=pump, observe=observe, clock=clock),
+        gathering=Gathering(
+            config.rounds,
+            invitations=invitations,
+            pump=pump,
+            observe=observe,
+            clock=clock,
+            # Where chance chooses, it chooses among all.
+            wanted=strategy.private.population if strategy.private else 0,
+        ),
         reports=ClientReports(
             roster=clients.roster,
             invitations=invitations,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from edgetrain.coordinator.blob_server import BlobServer
+from edgetrain.coordinator.chronicle import Chronicle
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.known_clients import KnownClients
 from edgetrain.coordinator.post import Post
@@ -28,6 +29,7 @@ class Pump:
         post: for announcements.
         blobs: has parts to send when their time comes.
         intake: handles what arrives.
+        chronicle: is on disk before any verdict goes out.
         clients: saved before anyone hears that its update counts.
         check: looks at what people ask for; may raise.
         clock: monotonic seconds.
@@ -40,6 +42,7 @@ class Pump:
         post: Post,
         blobs: BlobServer,
         intake: Intake,
+        chronicle: Chronicle,
         clients: KnownClients,
         check: Callable[[], object],
         clock: Callable[[], float],
@@ -48,6 +51,7 @@ class Pump:
         self._post = post
         self._blobs = blobs
         self._intake = intake
+        self._chronicle = chronicle
         self._clients = clients
         self._check = check
         self._clock = clock
@@ -84,8 +88,10 @@ class Pump:
                         logger.warning("lost the broker: %s; reconnecting", event.reason)
                     case Connected():
                         self._post.announce(*self._status)
+                        self._chronicle.tell()
                 event = self._transport.receive(0)
             self._clients.save_new()
+            self._chronicle.commit()
             self._intake.send_verdicts()
 
     def _patience(self, now: float) -> float:

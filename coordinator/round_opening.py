@@ -13,6 +13,7 @@ from edgetrain.coordinator.clients import Roster
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.downlink import Downlink, Release
+from edgetrain.coordinator.intake import accepted_record
 from edgetrain.coordinator.journal import RoundOpened
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.rounds import Part, Round
@@ -81,7 +82,13 @@ class RoundOpening:
         )
         opened = collection.open(
             self._directory,
-            RoundOpened(run=self._directory.run, round=number, nonce=os.urandom(16), parameters=release.digest),
+            RoundOpened(
+                run=self._directory.run,
+                round=number,
+                nonce=os.urandom(16),
+                parameters=release.digest,
+                salt=os.urandom(16),
+            ),
         )
         state = Round(
             number,
@@ -93,17 +100,20 @@ class RoundOpening:
         )
         for client in collection.invited:
             state.parts[client] = Part.LOST
+        for row in collection.rows:
+            self._directory.audit.append(accepted_record(row, collection.digests[row.client], from_journal=True))
         for client, digest in collection.digests.items():
             state.parts[client] = Part.ACCEPTED
             if record := self._roster.get(client):
                 record.last_accepted = (number, digest)
-        control = self._strategy.control
+        control, private = self._strategy.control, self._strategy.private
         return OpenRound(
             state,
             collection,
             control=self._blobs.add(self._downlink.encode(control(num_parameters, server_state), seed=number))
             if control
             else None,
+            clip_norm=private.clip_norm(server_state) if private else 0.0,
             vector=release.digest,
             parameters=self._blobs.add(release.whole),
             patches=tuple(Patch(base=patch.base, blob=self._blobs.add(patch.data)) for patch in release.patches),

@@ -2,6 +2,7 @@
 
 run.json                       which run this is
 config.toml                    the settings in force
+state.sqlite                   closed rounds, clients, evaluations: the truth; the text files are made from it
 clients.json                   names and their keys
 journal/round-00001.journal    accepted updates of the rounds that are not yet closed
 parameters/round-00001.safetensors   named tensors after a round
@@ -12,7 +13,9 @@ best.safetensors               those that were best by [stop] metric
 evaluations.jsonl              the clients' own evaluations
 events.jsonl                   everything that happened
 request                        what people asked for: run, pause, stop
-rounds.jsonl                   one line per closed round: the commit record
+audit.jsonl, audit.head        the audit log, see `audit.chain`
+serial                         of the last announcement, rounded up
+rounds.jsonl                   one line per closed round
 clients.csv                    one line per client and round
 summary.json                   at the end
 """
@@ -21,19 +24,24 @@ from __future__ import annotations
 
 import fcntl
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import tomli_w
 
+from edgetrain.coordinator.audit.open import open_run_audit
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.journal import Journal, RoundOpened, read_journal
+from edgetrain.coordinator.exports import KnownClient
+from edgetrain.coordinator.journal import RoundOpened
+from edgetrain.coordinator.journal_reading import read_journal
 from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
 from edgetrain.coordinator.run_identity import load_or_create_run
 from edgetrain.coordinator.run_log import RunLog
 from edgetrain.coordinator.run_vectors import RunVectors, round_of
+from edgetrain.coordinator.serials import Serials
 from edgetrain.coordinator.spread import FederatedEvaluation
 from edgetrain.coordinator.stopping import best_round, metric_series
 from edgetrain.coordinator.strategies import ServerState
@@ -42,13 +50,6 @@ from edgetrain.protocol.manifest import Manifest
 from edgetrain.protocol.signing import SigningKey
 
 Vector = npt.NDArray[np.float32]
-
-
-class _PinnedClient(msgspec.Struct, frozen=True, kw_only=True):
-    name: str
-    public_key: str
-    last_round: int | None = None
-    last_digest: str | None = None
 
 
 class RunDirectory:
@@ -86,11 +87,26 @@ class RunDirectory:
         except BlockingIOError as error:
             raise RunError(f"{self.path}: another coordinator runs in this directory") from error
         self.run = load_or_create_run(self.path, federation=config.federation, bundle=bundle_digest)
-        write_atomically(self.path / "config.toml", tomli_w.dumps(msgspec.to_builtins(config)).encode(), mode=0o600)
+        settings = tomli_w.dumps(_without_nil(msgspec.to_builtins(config))).encode()
+        write_atomically(self.path / "config.toml", settings, mode=0o600)
         key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
         self.key = SigningKey.load_or_create(key)
         self._metric = config.stop.metric
         self._log = RunLog(self.path)
+        self.serials = Serials(self.path / "serial")
+        try:
+            # Whoever has something to record appends it here.
+            self.audit = open_run_audit(
+                self.path,
+                run=self.run,
+                federation=config.federation,
+                bundle=bundle_digest,
+                key=self.key,
+                rounds=len(self.records),
+            )
+        except BaseException:
+            self._log.close()
+            raise
 
     @property
     def records(self) -> list[RoundRecord]:
@@ -137,7 +153,7 @@ class RunDirectory:
         server_state: ServerState | None = None,
         strategy: str = "",
     ) -> None:
-        """Writes state, parameters and rows, then the line that makes the round count, then tidies up.
+        """Writes state and parameters, then the database's row that makes the round count, then tidies up.
 
         Args:
             record: of the round.
@@ -174,7 +190,7 @@ class RunDirectory:
         return None
 
     def add_evaluation(self, evaluation: FederatedEvaluation) -> None:
-        """Appends to evaluations.jsonl; if that makes the round the best, keeps its parameters.
+        """Notes the clients' evaluation; if that makes the round the best, keeps its parameters.
 
         Raises:
             RunError: not writable.
@@ -208,47 +224,52 @@ class RunDirectory:
         return self.path / "journal" / f"round-{number:05d}.journal"
 
     def opened_round(self, number: int) -> RoundOpened | None:
-        """The record that opened a round which has not closed."""
+        """How a round was opened that has not closed: as noted here, or else as its journal begins.
+
+        Raises:
+            RunError: cannot be read.
+        """
         path = self.journal_path(number)
-        if not path.exists():
-            return None
-        first = next(read_journal(path), None)
+        try:
+            if noted := self._log.opened(number):
+                return noted
+            first = next(read_journal(path), None) if path.exists() else None
+        except OSError as error:
+            raise RunError(f"{path}: cannot read the journal: {error}") from error
         return first[0] if first and isinstance(first[0], RoundOpened) else None
 
-    def open_journal(self, number: int) -> Journal:
-        """The journal of a round, for appending."""
-        return Journal(self.journal_path(number))
+    def note_opened(self, opened: RoundOpened) -> None:
+        """Notes how a round was opened, beside its journal.
 
-    def load_clients(self) -> list[tuple[str, bytes, tuple[int, bytes] | None]]:
-        """(name, key, last accepted round and digest) of every client seen in this run."""
-        path = self.path / "clients.json"
-        if not path.exists():
-            return []
+        Raises:
+            RunError: not writable.
+        """
         try:
-            pinned = msgspec.json.decode(path.read_bytes(), type=list[_PinnedClient])
-            return [
-                (
-                    entry.name,
-                    bytes.fromhex(entry.public_key),
-                    None if entry.last_round is None else (entry.last_round, bytes.fromhex(entry.last_digest or "")),
-                )
-                for entry in pinned
-            ]
-        except (msgspec.DecodeError, ValueError, OSError) as error:
-            raise RunError(f"{path}: damaged: {error}") from error
+            self._log.note_opened(opened)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot open round {opened.round}: {error}") from error
 
-    def save_clients(self, clients: list[tuple[str, bytes, tuple[int, bytes] | None]]) -> None:
-        """Writes what `load_clients` reads."""
-        pinned = [
-            _PinnedClient(
-                name=name,
-                public_key=key.hex(),
-                last_round=last[0] if last else None,
-                last_digest=last[1].hex() if last else None,
-            )
-            for name, key, last in clients
-        ]
-        self.write("clients.json", msgspec.json.format(msgspec.json.encode(pinned), indent=1))
+    def load_clients(self) -> list[KnownClient]:
+        """(name, key, last accepted round and digest) of every client seen in this run.
+
+        Raises:
+            RunError: damaged, or not readable.
+        """
+        try:
+            return self._log.clients()
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot read the clients: {error}") from error
+
+    def save_clients(self, clients: list[KnownClient]) -> None:
+        """Writes what `load_clients` reads.
+
+        Raises:
+            RunError: not writable.
+        """
+        try:
+            self._log.save_clients(clients)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot write the clients: {error}") from error
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file of the run atomically.
@@ -266,5 +287,16 @@ class RunDirectory:
         self.write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
 
     def close(self) -> None:
-        """Lets go of the lock."""
-        self._lock.close()
+        """Seals the audit log, closes the database and lets go of the lock."""
+        try:
+            self.audit.close()
+        finally:
+            self._log.close()
+            self._lock.close()
+
+
+def _without_nil(value: Any) -> Any:
+    """Plain tables without what is not set: TOML has no word for it."""
+    if isinstance(value, dict):
+        return {key: _without_nil(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nil(entry) for entry in value] if isinstance(value, list | tuple) else value

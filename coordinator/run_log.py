@@ -1,27 +1,31 @@
-"""The logs in a run directory: one line per closed round, per client and round, per evaluation.
+"""What has happened in a run: the database, which is the truth, and the text files made from it.
 
-rounds.jsonl        one line per closed round: the commit record
-evaluations.jsonl   the clients' own evaluations
-clients.csv         one line per client and round
+A round has closed when its row is in the database. The text files follow, and are put right at the next start if a
+stop came between. A run directory without a database (of an earlier version, or moved away because it was damaged)
+gets one from its text files.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import os
+import logging
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
-import msgspec
-
-from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator import exports
+from edgetrain.coordinator.database import RunDatabase
+from edgetrain.coordinator.exports import KnownClient
+from edgetrain.coordinator.journal import RoundOpened
+from edgetrain.coordinator.past_run import read_rows
 from edgetrain.coordinator.records import ClientRow, RoundRecord
 from edgetrain.coordinator.spread import FederatedEvaluation
-from edgetrain.protocol.files import sync_directory, write_atomically
+from edgetrain.protocol.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Reads them at the start, appends to them later.
+    """Reads it at the start, adds to it later.
 
     Args:
         path: the run directory.
@@ -33,87 +37,98 @@ class RunLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records = self._load_records()
-        self.evaluations = self._load_evaluations()
-        self._trim_rows()
+        self._database = RunDatabase(path)
+        try:
+            if not self._database.records():
+                self._take_over_text_files()
+            self.records = self._database.records()
+            self.evaluations = self._database.evaluations()
+            self._put_right("rounds.jsonl", exports.lines(self.records))
+            self._put_right("evaluations.jsonl", exports.lines(self.evaluations))
+            self._put_right("clients.csv", exports.table(self._database.rows(), header=bool(self.records)))
+        except BaseException:
+            self._database.close()
+            raise
 
-    def close_round(self, record: RoundRecord, rows: list[ClientRow]) -> None:
-        """Writes the rows, then the line that makes the round count.
+    def close_round(self, record: RoundRecord, rows: Sequence[ClientRow]) -> None:
+        """Makes the round count.
+
+        Raises:
+            RunError: damaged.
+            OSError: not writable.
+        """
+        self._database.close_rounds([(record, rows)])
+        self.records.append(record)
+        self._append("clients.csv", exports.table(rows, header=len(self.records) == 1))
+        self._append("rounds.jsonl", exports.lines([record]))
+
+    def opened(self, number: int) -> RoundOpened | None:
+        """How a round was opened that has not closed.
+
+        Raises:
+            RunError: damaged.
+            OSError: not readable.
+        """
+        return self._database.opened(number)
+
+    def note_opened(self, opened: RoundOpened) -> None:
+        """Notes how a round was opened.
 
         Raises:
             OSError: not writable.
         """
-        self._append_rows(rows)
-        self._append("rounds.jsonl", msgspec.json.encode(record) + b"\n")
-        self.records.append(record)
+        self._database.note_opened(opened)
 
     def add_evaluation(self, evaluation: FederatedEvaluation) -> None:
-        """Appends to evaluations.jsonl.
+        """Notes an evaluation by the clients.
 
         Raises:
             OSError: not writable.
         """
-        self._append("evaluations.jsonl", msgspec.json.encode(evaluation) + b"\n")
+        self._database.add_evaluations([evaluation])
         self.evaluations.append(evaluation)
+        self._append("evaluations.jsonl", exports.lines([evaluation]))
 
-    def _load_records(self) -> list[RoundRecord]:
-        path = self.path / "rounds.jsonl"
-        data = path.read_bytes() if path.exists() else b""
-        records, good = [], 0
-        for line in data.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                records.append(msgspec.json.decode(line, type=RoundRecord))
-            except msgspec.DecodeError as error:
-                raise RunError(f"{path}: line {len(records) + 1} is damaged: {error}") from error
-            if records[-1].round != len(records):
-                raise RunError(f"{path}: line {len(records)} is of round {records[-1].round}; restore the file")
-            good += len(line)
-        if good < len(data):
-            # A power cut tore the last line: that round did not close, and its journal is still there.
-            write_atomically(path, data[:good])
-        return records
+    def clients(self) -> list[KnownClient]:
+        """Every client seen in this run.
 
-    def _load_evaluations(self) -> list[FederatedEvaluation]:
-        path = self.path / "evaluations.jsonl"
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            write_atomically(path, whole)
-        try:
-            return [msgspec.json.decode(line, type=FederatedEvaluation) for line in whole.splitlines()]
-        except msgspec.DecodeError as error:
-            raise RunError(f"{path}: damaged: {error}") from error
+        Raises:
+            RunError: damaged.
+            OSError: not readable.
+        """
+        return self._database.clients()
 
-    def _trim_rows(self) -> None:
-        """Drops rows of a round that did not close: they will be written again."""
-        path = self.path / "clients.csv"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        closed = [
-            line
-            for line in lines
-            if line.endswith(b"\n")
-            and not ((number := line.partition(b",")[0]).isdigit() and int(number) > len(self.records))
-        ]
-        if closed != lines:
-            write_atomically(path, b"".join(closed))
+    def save_clients(self, clients: Sequence[KnownClient]) -> None:
+        """Notes clients.
 
-    def _append_rows(self, rows: list[ClientRow]) -> None:
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, ClientRow.__struct_fields__, lineterminator="\n")
-        path = self.path / "clients.csv"
-        if not path.exists() or not path.stat().st_size:
-            writer.writeheader()
-        writer.writerows(msgspec.to_builtins(rows))
-        self._append("clients.csv", buffer.getvalue().encode())
+        Raises:
+            OSError: not writable.
+        """
+        self._database.save_clients(clients)
+        write_atomically(self.path / "clients.json", exports.client_list(clients))
+
+    def close(self) -> None:
+        """Closes the database."""
+        self._database.close()
+
+    def _take_over_text_files(self) -> None:
+        records = exports.read_round_lines(self.path / "rounds.jsonl")
+        evaluations = exports.read_lines(self.path / "evaluations.jsonl", FederatedEvaluation)
+        if not self._database.clients() and (clients := exports.read_client_list(self.path / "clients.json")):
+            self._database.save_clients(clients)
+        if not records:
+            return
+        listed = read_rows(self.path / "clients.csv")
+        rows = {number: list(group) for number, group in groupby(listed, lambda row: row.round)}
+        logger.warning("%s: no database: making one from the text files, %d rounds", self.path, len(records))
+        self._database.add_evaluations(evaluations)
+        self._database.close_rounds((record, rows.get(record.round, [])) for record in records)
+
+    def _put_right(self, name: str, data: bytes) -> None:
+        path = self.path / name
+        if (path.read_bytes() if path.exists() else b"") != data:
+            write_atomically(path, data)
 
     def _append(self, name: str, data: bytes) -> None:
-        path = self.path / name
-        fresh = not path.exists()
-        with path.open("ab") as file:
+        with (self.path / name).open("ab") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if fresh:
-            sync_directory(self.path)

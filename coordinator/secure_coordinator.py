@@ -9,16 +9,19 @@ cannot be tried again, or two sums over different clients would show the differe
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.coordinator import MAX_RETRY_SECONDS, Coordinator
 from edgetrain.coordinator.errors import RoundFailed, UpdateRefused
+from edgetrain.coordinator.intake import accepted_record
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.records import ClientRow
 from edgetrain.coordinator.rounds import Part
@@ -46,11 +49,11 @@ class SecureCoordinator(Coordinator):
 
     def _run_round(self, number: int) -> None:
         limit = self._config.rounds.max_failures
-        attempt = 0
+        attempt, given_up = 0, set[bytes]()
         while True:
             attempt += 1
             current = self._intake.current = self._open_round(number)
-            current.state.attempt = attempt
+            current.state.attempt, current.given_up = attempt, frozenset(given_up)
             try:
                 self._aggregate(current)
             except (SecureAggregationError, UpdateRefused) as error:
@@ -58,6 +61,7 @@ class SecureCoordinator(Coordinator):
                 reason = f"round {number}, attempt {attempt}: no sum: {error}{current.said()}"
                 logger.warning("%s", reason)
                 self._give_up(current, str(error), again=not revealing)
+                given_up.add(current.state.nonce)
                 self._spent += revealing
                 if limit and max(attempt, self._spent) >= limit:
                     raise RoundFailed(
@@ -183,6 +187,7 @@ class SecureCoordinator(Coordinator):
             current.durations[name] = now - current.invited.get(name, now)
             if record := roster.get(name):
                 record.last_accepted = (state.number, offer.update.digest)
+            self._directory.audit.append(accepted_record(rows[accepted - 1], offer.update.digest))
             self._observe(events.UpdateAccepted(state.number, name, offer.update.size, accepted))
             # The journal has everything that the sum is made of: it counts, whatever happens to this process.
             self._post.send(name, Verdict(round=state.number, digest=offer.update.digest, accepted=True,
@@ -199,6 +204,11 @@ class SecureCoordinator(Coordinator):
         if again:
             self._dismiss(current)
             current.collection.close()
+            # The next attempt has another nonce; noted before the journal of this one is gone.
+            opened = self._directory.opened_round(current.state.number)
+            assert opened, "noted when it was opened"
+            fresh = msgspec.structs.replace(opened, nonce=os.urandom(16), salt=os.urandom(16))
+            self._directory.note_opened(fresh)
             self._directory.journal_path(current.state.number).unlink()
             self._intake.current = None
             return

@@ -46,6 +46,11 @@ def _objection(config: FederationConfig, strategy: Strategy) -> str | None:
         return f"strategy {described(strategy)!r} compares single updates, of which only the sum is seen"
     if strategy.control is not None:
         return f"strategy {described(strategy)!r} has clients send control variates beside their updates"
+    if strategy.private is not None:
+        return (
+            f"strategy {described(strategy)!r} clips single updates here, of which only the sum is seen: let the "
+            "clients clip (secure_aggregation.max_norm) and add the noise"
+        )
     if codec.select not in ("dense", "randk"):
         return (
             f"with {codec.select} in codec {config.codec!r} every client chooses its own parameters, and masks cancel "

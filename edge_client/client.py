@@ -28,6 +28,7 @@ from edgetrain.edge_client.held_parameters import HeldParameters
 from edgetrain.edge_client.installation import Fetch, install_bundle
 from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Abandoned, Mailbox, RunOver
 from edgetrain.edge_client.personal import PersonalParameters
+from edgetrain.edge_client.privacy_budget import DeviceBudget
 from edgetrain.edge_client.runtimes import available_runtimes
 from edgetrain.edge_client.runtimes.base import Session, Vector
 from edgetrain.edge_client.secure_aggregation import SecureParticipation
@@ -52,6 +53,7 @@ from edgetrain.protocol.messages import (
     split_update,
 )
 from edgetrain.protocol.names import Topics
+from edgetrain.protocol.privacy.errors import PrivacyError
 from edgetrain.protocol.signing import seal
 from edgetrain.protocol.transport import Transport
 
@@ -119,6 +121,7 @@ class Client:
         )
         self._mail.introduce = self._introduce
         self._secure = SecureParticipation(config, state=state, mail=self._mail)
+        self._budget = DeviceBudget(state.path / "privacy.json", config.name, config.privacy)
         # Training plans that are finished, with the reason why not again; "" if the update was accepted.
         self._done: dict[bytes, str] = {}
         self._bundle: bytes | None = None
@@ -163,6 +166,7 @@ class Client:
             reason = "interrupted"
             raise
         finally:
+            self._budget.close()
             self._mail.send(Goodbye(reason=reason, connection=self._connection))
             self._transport.close()
         return None
@@ -250,6 +254,7 @@ class Client:
                 runtime=self._session.runtime,
                 num_examples=len(self._training_data),
                 state=self._told,
+                connection=self._connection,
             )
         )
 
@@ -280,7 +285,14 @@ class Client:
                     self._evaluate_round(plan)
             except Abandoned:
                 logger.info("round %d: over before its parameters came", plan.round)
-            except (TrainingError, CodecError, BlobError, ConfigError, SecureAggregationError) as error:
+            except (
+                TrainingError,
+                CodecError,
+                BlobError,
+                ConfigError,
+                PrivacyError,
+                SecureAggregationError,
+            ) as error:
                 logger.warning("round %d: %s", plan.round, error)
                 self._finish(plan.nonce, str(error)[:1000])
                 self._decline(plan, str(error)[:1000])
@@ -300,6 +312,7 @@ class Client:
             # An attempt at this round was given up: what was learnt waits in the residual.
             self._aggregate_securely(plan)
             return
+        self._budget.check(plan.training, len(self._training_data))
         parameters = self._personalized(plan, self._held.advance(plan, self._fetch_for(plan)))
         server_control = self._server_control(plan)
         started = self._clock()
@@ -315,6 +328,7 @@ class Client:
         if result.stopped is not None:
             logger.info("round %d: training stopped: %s", plan.round, result.stopped)
             return
+        self._budget.charge(plan.training, len(self._training_data))
         if plan.secure:
             if self._personal:
                 self._personal.keep(result.parameters)
@@ -327,6 +341,7 @@ class Client:
             plan.codec,
             seed=_mix_seed(plan.seed, self._config.name + "/codec", plan.round),
             offsets=offsets,
+            max_norm=plan.training.max_delta_norm,
         )
         control = b""
         if server_control is not None:
@@ -348,7 +363,8 @@ class Client:
                 num_examples=result.num_examples,
                 steps=result.steps,
                 control_bytes=len(control),
-                metrics=_scalars(result.loss, result.metrics),
+                unclipped=self._feedback.unclipped,
+                metrics=self._sayable(result.loss, result.metrics),
                 resources=self._resources(self._clock() - started),
                 state=device_state(),
             ),
@@ -385,7 +401,7 @@ class Client:
                 round=plan.round,
                 nonce=plan.nonce,
                 num_examples=summary.num_examples,
-                metrics=_scalars(summary.loss, summary.metrics),
+                metrics=self._sayable(summary.loss, summary.metrics),
                 resources=self._resources(self._clock() - started),
             )
         )
@@ -401,7 +417,14 @@ class Client:
         mail.upload = (offer.update, feedback.update)
         mail.send(offer)
         mail.send_upload()
-        mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
+        over: RunOver | None = None
+        try:
+            mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
+        except RunOver as error:
+            # The verdict may have come just before the end.
+            over = error
+            if digest not in mail.verdicts:
+                raise
         mail.upload = None
         verdict = mail.verdicts[digest]
         if verdict.accepted and offer.control_bytes:
@@ -415,6 +438,8 @@ class Client:
             logger.info("round %d: update of %d bytes accepted", offer.round, offer.update.size)
         else:
             logger.warning("round %d: update refused: %s", offer.round, verdict.reason)
+        if over:
+            raise over
         if verdict.accepted and verdict.come_back_seconds and self._config.leave_when_idle:
             raise ComeBack(verdict.come_back_seconds)
 
@@ -470,6 +495,10 @@ class Client:
     def _may_continue(self, plan: Plan) -> bool | str:
         self._mail.pump(0)
         return "the round has closed" if plan.nonce in self._mail.closed else True
+
+    def _sayable(self, loss: float, metrics: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
+        """The metrics that may leave the device."""
+        return {} if self._budget.withholds_metrics else _scalars(loss, metrics)
 
     def _decline(self, plan: Plan, reason: str) -> None:
         self._mail.send(Decline(round=plan.round, nonce=plan.nonce, reason=reason))

@@ -216,7 +216,8 @@ def dequantize(words: Words, clients: int, quantizer: Quantizer, layout: Layout)
 def count_octaves(relative: npt.NDArray[np.float64]) -> list[int]:
     """How many values lie in each of `OCTAVES`: octave e counts magnitudes in (2^(e-1), 2^e], of 1 = the range.
 
-    Zeros are in none."""
+    Zeros are in none.
+    """
     magnitudes = np.abs(relative)
     positive = magnitudes[magnitudes > 0]
     exponents = np.clip(np.ceil(np.log2(positive)), OCTAVES[0], OCTAVES[-1]).astype(np.int64)

@@ -10,7 +10,6 @@ import ipaddress
 import logging
 import queue
 import re
-import ssl
 import threading
 import time
 from typing import Annotated, Any, Literal
@@ -25,6 +24,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from edgetrain.protocol.errors import TransportError
 from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Received
+from edgetrain.protocol.transport.tls import tls_context
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,13 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     port: Annotated[int, Meta(description="its port", ge=1, le=65535)] = 1883
     username: Annotated[str, Meta(description="user name, if the broker asks for one")] = ""
     password: Annotated[str, Meta(description="password, if the broker asks for one")] = ""
-    tls_ca: Annotated[str, Meta(description="file with the CA of the broker's certificate; turns TLS on")] = ""
+    tls_ca: Annotated[
+        str, Meta(description="file with the CA of the broker's certificate, or its PEM text; turns TLS on")
+    ] = ""
+    tls_certificate: Annotated[
+        str, Meta(description="file with the certificate to connect with, if the broker asks for one, or its PEM text")
+    ] = ""
+    tls_key: Annotated[str, Meta(description="file with that certificate's private key, or its PEM text")] = ""
     mqtt_version: Annotated[
         Literal["auto", "5", "3.1.1"], Meta(description="MQTT version; auto tries 5, then 3.1.1")
     ] = "auto"
@@ -55,6 +61,10 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     connect_timeout_seconds: Annotated[
         float, Meta(description="give up if the broker does not answer for so long at the start", ge=0)
     ] = 30.0
+
+    def __repr__(self) -> str:
+        """Without password and key: this may end in a log."""
+        return f"BrokerConfig(host={self.host!r}, port={self.port}, username={self.username!r})"
 
 
 class _Client(paho.Client):
@@ -214,10 +224,8 @@ class MqttTransport:
         if config.username:
             client.username_pw_set(config.username, config.password or None)
         if config.tls_ca:
-            try:
-                client.tls_set(ca_certs=config.tls_ca, tls_version=ssl.PROTOCOL_TLS_CLIENT)
-            except (OSError, ssl.SSLError) as error:
-                raise TransportError(f"{config.tls_ca}: cannot be used as the broker's CA: {error}") from error
+            context = tls_context(ca=config.tls_ca, certificate=config.tls_certificate, key=config.tls_key)
+            client.tls_set_context(context)
         if self._will:
             client.will_set(*self._will, qos=1)
         return client

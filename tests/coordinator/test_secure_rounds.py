@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 
@@ -14,10 +15,13 @@ from edgetrain.coordinator.errors import RoundFailed
 from edgetrain.coordinator.invitations import checked_strategy
 from edgetrain.coordinator.secure_config import SecureAggregationConfig
 from edgetrain.edge_client import secure_aggregation as participation
+from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.bundle import Bundle
-from edgetrain.protocol.errors import ConfigError
+from edgetrain.protocol.errors import ConfigError, SecureAggregationError
+from edgetrain.protocol.messages import BlobRef, Plan
 from edgetrain.protocol.secure_aggregation import member as members
-from edgetrain.protocol.secure_aggregation.messages import Settings
+from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer
+from edgetrain.protocol.secure_aggregation.messages import Settings, encode
 from edgetrain.protocol.secure_aggregation.support import support_of
 from support.secure_federation import CODEC, Crash, SecureFederation
 
@@ -190,10 +194,8 @@ def test_a_round_that_lost_its_sum_when_shares_were_asked_for_is_not_summed_agai
     caught = participation.SecureParticipation._on_message
 
     def on_message(this, message):
-        try:
+        with contextlib.suppress(Crash):  # it stays silent
             caught(this, message)
-        except Crash:
-            pass  # it stays silent
 
     for client in federation.clients.values():
         client._mail.on_secure = lambda message, this=client._secure: on_message(this, message)
@@ -229,7 +231,9 @@ def settings_for(**changes):
         ({"rounds": RoundsConfig(goal=2)}, "each client knows the other's"),
         ({"stop": StopConfig(metric="train_loss")}, "single updates"),
         ({"selection": SelectionConfig(method="utility")}, "losses of their updates"),
-        ({"secure_aggregation": SecureAggregationConfig(enabled=True, noise_bound=5)}, "noise is added to values only"),
+        ({"secure_aggregation": SecureAggregationConfig(enabled=True, noise_bound=5)}, "noise is added to values"),
+        ({"strategy": {"name": "dp-fedavg", "clip_norm": 1.0, "noise_multiplier": 1.0, "clients_per_round": 4}},
+         "sum"),
         ({"secure_aggregation": SecureAggregationConfig(enabled=True, neighbours=7)}, "even"),
         ({"secure_aggregation": SecureAggregationConfig(enabled=True, threshold=7)}, "set neighbours, too"),
         ({"rounds": RoundsConfig(goal=1000, minimum=500),
@@ -247,7 +251,31 @@ def test_stacks_that_do(strategy):
     checked_strategy(settings_for(strategy=strategy, codec="dense|int4:block=all:stochastic"))
 
 
-def test_the_settings_of_a_plan_survive_the_wire():
-    settings = Settings(minimum=3, count=7, seed=1, quantizer=participation.decode_settings(
-        msgspec.msgpack.encode({"minimum": 3, "count": 7, "seed": 1, "quantizer": {"range": 0.5}})).quantizer)  # fmt: skip
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(settings), type=Settings) == settings
+def test_what_a_client_asks_for(tmp_path, federate):
+    """Without them it sends nothing, whatever the coordinator says."""
+    federation = federate()
+    secure = federation.clients["client-0"]._secure
+    good = Settings(minimum=3, count=7, seed=1, quantizer=Quantizer(range=0.5))
+    plan = Plan(run=bytes(16), round=1, nonce=bytes(16), bundle=bytes(32), vector=bytes(32),
+                parameters=BlobRef(digest=bytes(32), size=1), deadline_seconds=1, secure=encode(good))  # fmt: skip
+    secure.check(plan)
+    with pytest.raises(SecureAggregationError, match="sums of 2 clients: this client asks for 3"):
+        secure.check(msgspec.structs.replace(plan, secure=encode(msgspec.structs.replace(good, minimum=2))))
+    with pytest.raises(SecureAggregationError, match="in the clear"):
+        secure.check(msgspec.structs.replace(plan, control=plan.parameters))
+    plain = msgspec.structs.replace(plan, secure=b"")
+    secure.check(plain)
+    secure._config = ClientConfig(name="c", federation="f", data="d",
+                                  secure_aggregation={"required": True, "least_clients": 3})  # fmt: skip
+    secure._config = msgspec.convert(msgspec.to_builtins(secure._config), ClientConfig)
+    with pytest.raises(SecureAggregationError, match="in secure aggregation only"):
+        secure.check(plain)
+    path = tmp_path / "enrolled"
+    path.write_text(f"# ours\nc {'ab' * 32}\n\n")
+    is_enrolled = participation.read_enrolled(path)
+    assert is_enrolled("c", b"\xab" * 32)
+    assert not is_enrolled("c", bytes(32))
+    assert not is_enrolled("d", b"\xab" * 32)
+    path.write_text("c abc\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        participation.read_enrolled(path)

@@ -14,12 +14,14 @@ from edgetrain.protocol.errors import MessageError
 from edgetrain.protocol.messages import (
     Announce,
     BlobRef,
+    Checkpoint,
     Decline,
     DeviceInfo,
     FromClient,
     FromCoordinator,
     Goodbye,
     Hello,
+    LogPoint,
     Offer,
     Patch,
     Plan,
@@ -28,6 +30,7 @@ from edgetrain.protocol.messages import (
     Report,
     Resources,
     RoundClosed,
+    Secure,
     Verdict,
     Want,
     Welcome,
@@ -54,12 +57,13 @@ trainings = st.builds(
     learning_rate=st.floats(0, 10),
     schedule=st.builds(ScheduleConfig, name=st.sampled_from(["constant", "cosine"]), warmup_steps=st.integers(0, 9)),
 )
+secures = st.builds(Secure, run=nonces, round=counts, nonce=nonces, body=st.binary(max_size=50))
 from_client = st.one_of(
     st.builds(
         Hello, public_key=digests, connection=nonces, edgetrain=texts, runtimes=st.lists(texts, max_size=4).map(tuple),
         device=st.builds(DeviceInfo, system=texts, machine=texts, cpus=counts, memory_mb=counts),
     ),
-    st.builds(Ready, bundle=digests, runtime=texts, num_examples=counts),
+    st.builds(Ready, connection=st.none() | nonces, bundle=digests, runtime=texts, num_examples=counts),
     st.builds(Decline, round=counts, nonce=nonces, reason=texts),
     st.builds(
         Offer, run=nonces, round=counts, nonce=nonces, update=refs, num_examples=counts, steps=counts,
@@ -69,8 +73,10 @@ from_client = st.one_of(
         Report, run=nonces, round=counts, nonce=nonces, num_examples=counts, metrics=numbers, resources=resources,
     ),
     st.builds(Goodbye, reason=texts, connection=nonces),
+    secures,
     wants,
 )  # fmt: skip
+points = st.builds(LogPoint, records=counts, head=digests)
 from_coordinator = st.one_of(
     st.builds(
         Announce, run=nonces, public_key=digests, edgetrain=texts, bundle=refs,
@@ -81,10 +87,15 @@ from_coordinator = st.one_of(
     st.builds(
         Plan, run=nonces, round=counts, nonce=nonces, task=st.sampled_from(["train", "evaluate"]), bundle=digests,
         vector=digests, patches=st.lists(st.builds(Patch, base=digests, blob=refs), max_size=3).map(tuple),
-        parameters=refs, training=trainings, codec=texts, deadline_seconds=st.floats(0, 1e9), seed=counts,
+        parameters=refs, training=trainings, codec=texts,
+        secure=st.binary(max_size=9), deadline_seconds=st.floats(0, 1e9), seed=counts,
     ),
     st.builds(Verdict, round=counts, digest=digests, accepted=st.booleans(), reason=texts),
     st.builds(RoundClosed, run=nonces, round=counts, nonce=nonces),
+    st.builds(
+        Checkpoint, run=nonces, newest=points, earlier=st.lists(points, max_size=3).map(tuple), serial=counts,
+    ),
+    secures,
     wants,
 )  # fmt: skip
 
@@ -119,6 +130,8 @@ def test_the_strategies_cover_every_message():
         Plan,
         Verdict,
         RoundClosed,
+        Checkpoint,
+        Secure,
     }
     assert set(get_args(FromClient)) | set(get_args(FromCoordinator)) == tried
 

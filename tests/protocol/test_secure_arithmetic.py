@@ -119,7 +119,7 @@ def test_rounding_has_no_bias_and_no_value_beyond_the_range():
 def test_octaves_and_the_next_range():
     relative = np.array([0, 2**-20, 2**-7, 0.5, 0.51, 1.0, -1.5, 300.0])
     counts = dict(zip(OCTAVES, count_octaves(relative), strict=True))
-    assert counts == {octave: 0 for octave in OCTAVES} | {-7: 2, -1: 1, 0: 2, 1: 1, 8: 1}
+    assert counts == dict.fromkeys(OCTAVES, 0) | {-7: 2, -1: 1, 0: 2, 1: 1, 8: 1}
     octaves = tuple(counts[octave] for octave in OCTAVES)
     assert next_range(0.1, octaves, clipped=0.0) == 0.1 * 2**8
     assert next_range(0.1, octaves, clipped=1 / 7) == 0.1 * 2

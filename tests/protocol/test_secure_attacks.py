@@ -148,7 +148,7 @@ def test_the_same_attack_with_one_share_more_succeeds():
     cast = session.server.cast
     masker = Masker(cast.layout.length, cast.layout.bits)
     own = session.position(victim)
-    for other in {0, 2}:
+    for other in (0, 2):
         peer = cast.roster.peers[session.position(other)]
         common = keys.mask_key(private, cast.roster.peers[own].mask_key, peer.mask_key, session.session)
         (masker.subtract if own < session.position(other) else masker.add)(left, common)

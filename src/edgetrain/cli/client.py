@@ -26,6 +26,7 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
     from edgetrain.edge_client.client import Client, connection_will, new_connection
     from edgetrain.edge_client.state import ClientState
     from edgetrain.protocol.names import check_name
+    from edgetrain.protocol.signing import SigningKey
     from edgetrain.protocol.transport.mqtt import MqttTransport, parse_broker
 
     if broker:
@@ -37,7 +38,10 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
         settings = msgspec.structs.replace(settings, state=f"state-{settings.name}")
     # A service manager's stop is like Ctrl-C: say goodbye, leave nothing half done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    state = ClientState(Path(settings.state))
+    if config:
+        warn_if_readable(Path(config), settings)
+    key = SigningKey.from_setting(settings.signing_key) if settings.signing_key else None
+    state = ClientState(Path(settings.state), key)
     try:
         run: bytes | None = None
         while True:
@@ -56,3 +60,10 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
             time.sleep(pause)
     finally:
         state.close()
+
+
+def warn_if_readable(path: Path, settings: ClientConfig) -> None:
+    """Says so if others can read a file that holds private keys."""
+    secret = settings.signing_key or settings.broker.tls_key or settings.broker.password
+    if secret and path.stat().st_mode & 0o077:
+        logger.warning("%s holds keys and can be read by others: chmod 600 %s", path, path)
