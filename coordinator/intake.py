@@ -404,6 +404,9 @@ class Intake:
             secure.on_masked(client, upload.offer, upload.envelope, upload.assembler.finish())
         except (SecureAggregationError, BlobError) as error:
             self._reject(client, upload.offer, "secure_aggregation", str(error))
+        else:
+            record = self._roster[client]
+            record.resources, record.state = upload.offer.resources, upload.offer.state
 
     def _on_secure(self, record: ClientRecord, message: Secure) -> None:
         current = self.current

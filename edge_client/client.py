@@ -333,7 +333,7 @@ class Client:
             if self._personal:
                 self._personal.keep(result.parameters)
             self._feedback.hold(self._shared(result.parameters - parameters), trained_on=plan.vector)
-            self._aggregate_securely(plan)
+            self._aggregate_securely(plan, self._clock() - started)
             return
         offsets = tuple(entry.offset for entry in self._session.manifest.parameters)
         update = self._feedback.prepare(
@@ -372,8 +372,8 @@ class Client:
         )
         self._settle_pending()
 
-    def _aggregate_securely(self, plan: Plan) -> None:
-        """Takes part with what is in the residual."""
+    def _aggregate_securely(self, plan: Plan, seconds: float = 0.0) -> None:
+        """Takes part with what is in the residual, after so many seconds of training."""
         assert self._feedback, "joined"
         assert self._training_data, "joined"
         masked = self._secure.take_part(
@@ -381,6 +381,7 @@ class Client:
             self._feedback,
             weight=len(self._training_data),
             seed=_mix_seed(plan.seed, self._config.name + "/codec", plan.round),
+            resources=lambda: self._resources(seconds),
             fetch=self._fetch_for(plan),
             is_over=lambda: self._is_over(plan),
         )
@@ -421,9 +422,9 @@ class Client:
         try:
             mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
         except RunOver as error:
-            # The verdict may have come just before the end.
+            # It may have been accepted just before the end.
             over = error
-            if digest not in mail.verdicts:
+            if digest not in mail.verdicts or not mail.verdicts[digest].accepted:
                 raise
         mail.upload = None
         verdict = mail.verdicts[digest]

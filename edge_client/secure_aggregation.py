@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.config import ClientConfig
+from edgetrain.edge_client.device import device_state
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import StateError
 from edgetrain.edge_client.installation import Fetch
@@ -24,7 +25,7 @@ from edgetrain.edge_client.state import ClientState
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
 from edgetrain.protocol.files import write_atomically
-from edgetrain.protocol.messages import BlobRef, Decline, Offer, Plan, Secure
+from edgetrain.protocol.messages import BlobRef, Decline, Offer, Plan, Resources, Secure
 from edgetrain.protocol.secure_aggregation import member as members
 from edgetrain.protocol.secure_aggregation.arithmetic import Noise, quantize
 from edgetrain.protocol.secure_aggregation.member import Member
@@ -43,7 +44,7 @@ from edgetrain.protocol.secure_aggregation.support import support_of
 
 logger = logging.getLogger(__name__)
 
-# A roster of 100,000 clients takes less.
+# A roster of as many clients as there may be takes less.
 MAX_ROSTER_BYTES = 32 << 20
 
 
@@ -107,6 +108,7 @@ class SecureParticipation:
         *,
         weight: int,
         seed: int,
+        resources: Callable[[], Resources],
         fetch: Fetch,
         is_over: Callable[[], bool],
     ) -> bool:
@@ -117,6 +119,7 @@ class SecureParticipation:
             feedback: its residual is what there is to send.
             weight: number of examples.
             seed: for rounding.
+            resources: what the client has spent.
             fetch: gets blobs.
             is_over: whether the round has ended meanwhile.
 
@@ -165,8 +168,16 @@ class SecureParticipation:
         member, payload = members.mask(member, self._boxes, quantized.integers)
         # Before the update is stored: its keys are gone, so that nothing else is ever masked with them.
         self._keep(plan, member)
+        # Nothing that was measured on the data: only sums of that leave.
         offer = Offer(
-            run=plan.run, round=plan.round, nonce=plan.nonce, update=blob_ref(payload), num_examples=0, steps=0
+            run=plan.run,
+            round=plan.round,
+            nonce=plan.nonce,
+            update=blob_ref(payload),
+            num_examples=0,
+            steps=0,
+            resources=resources(),
+            state=device_state(),
         )
         feedback.commit_masked(offer, payload, support, quantized.decoded)
         return True

@@ -34,7 +34,7 @@ from edgetrain.protocol.secure_aggregation.shamir import SHARE_BYTES
 
 # Boxes must fit into one message of 64 KiB.
 MAX_NEIGHBOURS = 600
-MAX_CLIENTS = 100_000
+MAX_CLIENTS = 20_000
 BOX_BYTES = 2 * SHARE_BYTES + TAG_BYTES
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
