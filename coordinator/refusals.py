@@ -90,6 +90,8 @@ class Refusals:
         self._books: dict[str, _Book] = {}
         # How often, by kind; "banned" for what was not even looked at.
         self.counts: Counter[str] = Counter()
+        # When the ban that lasts longest is over.
+        self._last_ban_ends = 0.0
 
     def banned(self, client: str) -> bool:
         """Whether a message of this client is not looked at. Counts it."""
@@ -133,6 +135,8 @@ class Refusals:
     def drop_banned(self, current: OpenRound) -> None:
         """A round does not wait for those who are not listened to."""
         now = self._clock()
+        if now >= self._last_ban_ends:
+            return
         for record in self._roster.all():
             if record.banned_until > now and current.state.waits_for(record.name):
                 current.state.advance(record.name, Part.LOST)
@@ -168,6 +172,7 @@ class Refusals:
             return
         seconds = min(config.seconds * 2.0**book.bans, MAX_BAN_SECONDS)
         record.banned_until = now + seconds
+        self._last_ban_ends = max(self._last_ban_ends, record.banned_until)
         self._audit.append(Banned(client=client, seconds=seconds, offences=len(book.offences)))
         logger.warning("%s is banned for %.0f s after %d offences", client, seconds, len(book.offences))
         book.bans += 1
