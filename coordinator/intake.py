@@ -21,9 +21,11 @@ from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.records import ClientRow
 from edgetrain.coordinator.refusals import Kind, Refusals
 from edgetrain.coordinator.rounds import Part
+from edgetrain.coordinator.secure_round import SecureRound
 from edgetrain.protocol import BlobError, MessageError, SignatureError
 from edgetrain.protocol.blobs import Assembler, parse_chunk
 from edgetrain.protocol.codecs import CodecSpec
+from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import (
     Decline,
     Goodbye,
@@ -33,6 +35,7 @@ from edgetrain.protocol.messages import (
     Ready,
     Refusal,
     Report,
+    Secure,
     Verdict,
     Want,
     Welcome,
@@ -182,7 +185,7 @@ class Intake:
             self._on_hello(client, message)
             return
         record = self._roster.get(client)
-        if record and self._enrolments and (objection := self._enrolments.objection(client)):
+        if record and self._enrolments and (objection := self._enrolments.objection(client, record.public_key)):
             self.refusals.message(client, *objection)
             return
         if record is None:
@@ -199,6 +202,8 @@ class Intake:
                 self._on_offer(record, message, payload)
             case Want():
                 self._on_want(record, message)
+            case Secure():
+                self._on_secure(record, message)
             case Report():
                 self._on_report(record, message)
             case Goodbye():
@@ -279,6 +284,8 @@ class Intake:
             # Back in the middle of a round: it may have lost the plan.
             current.state.advance(record.name, Part.INVITED)
             self._post.send(record.name, self._plan(current, record.name))
+        elif current and current.secure and record.name in current.state.parts:
+            current.secure.remind(record.name)
         elif self.evaluation_plan and record.name not in self.reports:
             self._post.send(record.name, self.evaluation_plan)
 
@@ -326,10 +333,13 @@ class Intake:
             self._verdicts.append((client, _accepted(offer, self.come_back(client))))
         elif offer.run != self._run:
             self._reject(client, offer, "replay", "is of another run")
-        elif current and offer.round == current.state.number and offer.nonce != current.state.nonce:
+        elif current and offer.round == current.state.number and offer.nonce not in current.nonces:
             self._reject(client, offer, "replay", f"round {offer.round} has another nonce")
         elif not current or not current.admits(offer.round, offer.nonce):
             self._reject(client, offer, "stale_round", f"round {offer.round} is closed: too late")
+        elif current.secure and current.secure.holds(client, offer.update.digest):
+            # In the sum; what becomes of that is not known yet.
+            current.secure.remind(client)
         elif objection := self._objection(client, offer, current):
             if objection[0] != "not_invited":
                 current.state.advance(client, Part.REFUSED)
@@ -349,6 +359,8 @@ class Intake:
             return "not_invited", "not invited to this round"
         if not 0 < offer.update.size <= self._max_update_bytes:
             return "oversize", f"the update has {offer.update.size} bytes, allowed are 1 to {self._max_update_bytes}"
+        if current.secure and (reason := current.secure.objection(client, offer.update.size)):
+            return "secure_aggregation", reason
         return None
 
     def _on_chunk(self, client: str, payload: bytes) -> None:
@@ -366,6 +378,9 @@ class Intake:
             return
         del current.uploads[client]
         offer = upload.offer
+        if current.secure:
+            self._on_masked(current.secure, client, upload)
+            return
         try:
             # A client that was invited before a restart: what its plan says, it said then.
             training = current.trainings.get(client) or self._plan(current, client).training
@@ -383,6 +398,26 @@ class Intake:
         self._audit.append(accepted_record(current.collection.rows[-1], offer.update.digest))
         accepted = current.state.count(Part.ACCEPTED)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
+
+    def _on_masked(self, secure: SecureRound, client: str, upload: Upload) -> None:
+        try:
+            secure.on_masked(client, upload.offer, upload.envelope, upload.assembler.finish())
+        except (SecureAggregationError, BlobError) as error:
+            self._reject(client, upload.offer, "secure_aggregation", str(error))
+        else:
+            record = self._roster[client]
+            record.resources, record.state = upload.offer.resources, upload.offer.state
+
+    def _on_secure(self, record: ClientRecord, message: Secure) -> None:
+        current = self.current
+        if not current or not current.secure or not current.admits(message.round, message.nonce):
+            return
+        try:
+            current.secure.on_message(record.name, record.public_key, message.body)
+        except SecureAggregationError as error:
+            self.refusals.message(record.name, "secure_aggregation", str(error), signed=True)
+            return
+        current.state.advance(record.name, Part.COLLECTING)
 
     def _reject(self, client: str, offer: Offer, kind: Kind, reason: str) -> None:
         if self.current:

@@ -7,6 +7,7 @@ bundles/DIGEST/      bundles by the SHA-256 of their manifest
 residual.bin         see `error_feedback`
 control.bin          see `control_variate`
 personal.bin         see `personal`
+secure.bin           see `secure_aggregation`
 privacy.json         see `privacy_budget`
 """
 

@@ -32,6 +32,7 @@ from edgetrain.protocol.messages import (
     DeviceState,
     Goodbye,
     Hello,
+    LogPoint,
     Offer,
     Ready,
     Refusal,
@@ -795,6 +796,63 @@ def test_what_another_key_says_is_ignored_and_only_warned_of(scene, tiny_bundle,
     ignored = [record.message for record in caplog.records if "ignored an announcement with key" in record.message]
     assert len(ignored) == 1
     assert "coordinator.pub" in ignored[0]
+
+
+def test_a_copy_of_an_earlier_runs_announcement_moves_nobody(scene):
+    coordinator = scene.coordinator
+    old = coordinator.run
+    kept = []
+    publish = coordinator.transport.publish
+
+    def keep(topic, payload, *, retain=False):
+        if topic == coordinator.topics.announce:
+            kept.append(payload)
+        publish(topic, payload, retain=retain)
+
+    coordinator.transport.publish = keep
+    rounds(scene, 1)
+    ended = scene.end
+
+    def next_run():
+        if coordinator.run == old:
+            coordinator.new_run(bytes(range(16)))
+            rounds(scene, 1)
+            invite = coordinator.on_ready
+
+            def on_ready(ready):
+                for payload in kept[:1]:
+                    publish(coordinator.topics.announce, payload)
+                invite(ready)
+
+            coordinator.on_ready = on_ready
+            scene.announce()
+        else:
+            ended()
+
+    scene.end = next_run
+    scene.announce()
+    scene.run()
+    assert [hello.connection for hello in scene.heard(Hello)] == [scene.heard(Hello)[0].connection] * 2
+    assert len(scene.heard(Offer)) == 2
+
+
+def test_a_client_notices_a_rewritten_history(scene, caplog):
+    coordinator = scene.coordinator
+    rounds(scene, 1)
+    scene.announce()
+    scene.run()
+    honest = [LogPoint(records=5, head=b"a" * 32), LogPoint(records=9, head=b"b" * 32)]
+    rewritten = [LogPoint(records=5, head=b"a" * 32), LogPoint(records=8, head=b"c" * 32)]
+    for points, noticed in ((honest[:1], False), (honest, False), (rewritten, True)):
+        caplog.clear()
+        coordinator.post.publish_checkpoints(points)
+        coordinator.new_run(coordinator.run)
+        scene.announce()
+        coordinator.on_ready = lambda _ready: scene.end()
+        scene.run()
+        said = [record.message for record in caplog.records if "has rewritten the history" in record.message]
+        assert bool(said) == noticed
+    assert "had 9 lines and now has 8" in said[0]
 
 
 def test_only_the_configured_coordinator_is_joined(tiny_bundle, ram_path, caplog):
