@@ -129,7 +129,7 @@ class EmbeddedBroker:
 
     def __init__(self, port: int) -> None:
         self.port = port
-        self._loop = asyncio.new_event_loop()
+        self._loop = asyncio.SelectorEventLoop()
         self._failure: BaseException | None = None
         self._end = asyncio.Event()
         # Set when it listens, or never will.
@@ -182,11 +182,32 @@ class EmbeddedBroker:
                 if server.instance is not None:
                     server.instance.close()
             await asyncio.wait({asyncio.create_task(broker.shutdown())}, timeout=STOP_SECONDS)
-            # Some of its tasks need to be told more than once, and make new ones meanwhile.
-            deadline = self._loop.time() + STOP_SECONDS
-            while (left := asyncio.all_tasks() - {asyncio.current_task()}) and self._loop.time() < deadline:
-                for task in left:
-                    task.cancel()
+            await self._let_go()
+
+    async def _let_go(self) -> None:
+        """Ends every task and closes every connection: none is left to the garbage collector of a later test."""
+        # asyncio would log a traceback for each connection that had not said who it is.
+        self._loop.set_exception_handler(lambda _loop, _context: None)
+        # Some of its tasks need to be told more than once, and make new ones meanwhile.
+        deadline = self._loop.time() + STOP_SECONDS
+        while self._loop.time() < deadline:
+            # A connection that was just accepted has no transport yet, and its socket no owner, for two steps.
+            for _ in range(3):
+                await asyncio.sleep(0)
+            # All that were ever accepted, also those that no task of the broker has looked at yet.
+            open_transports = [
+                transport
+                for transport in list(self._loop._transports.values())  # type: ignore[attr-defined]  # noqa: SLF001
+                if transport._sock is not None  # noqa: SLF001
+            ]
+            for transport in open_transports:
+                transport.abort()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            if not left and not open_transports:
+                return
+            if left:
                 await asyncio.wait(left, timeout=0.1)
 
 

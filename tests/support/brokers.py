@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +45,7 @@ class Wire:
         if self.kind == "memory":
             self._memory.drop(transport)
         else:
-            transport._client._sock.shutdown(socket.SHUT_RDWR)
+            transport._connection.client.interrupt()
 
     def stop_broker(self) -> None:
         if self._broker:
