@@ -177,10 +177,16 @@ class EmbeddedBroker:
         try:
             await self._end.wait()
         finally:
-            # It would do so last, and wait for acknowledgements before, if need be for ever.
-            for server in broker._servers.values():  # noqa: SLF001
-                if server.instance is not None:
-                    server.instance.close()
+            listeners = [server.instance for server in broker._servers.values() if server.instance]  # noqa: SLF001
+            # asyncio loses the socket of a connection whose listener is closed within two steps of accepting it.
+            for listener in listeners:
+                for listening in listener.sockets:
+                    self._loop.remove_reader(listening.fileno())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            # The broker would do so last, and wait for acknowledgements before, if need be for ever.
+            for listener in listeners:
+                listener.close()
             await asyncio.wait({asyncio.create_task(broker.shutdown())}, timeout=STOP_SECONDS)
             await self._let_go()
 
@@ -191,9 +197,7 @@ class EmbeddedBroker:
         # Some of its tasks need to be told more than once, and make new ones meanwhile.
         deadline = self._loop.time() + STOP_SECONDS
         while self._loop.time() < deadline:
-            # A connection that was just accepted has no transport yet, and its socket no owner, for two steps.
-            for _ in range(3):
-                await asyncio.sleep(0)
+            await asyncio.sleep(0)
             # All that were ever accepted, also those that no task of the broker has looked at yet.
             open_transports = [
                 transport
