@@ -118,7 +118,7 @@ class Coordinator:
         for name, key, last in directory.load_clients():
             self._roster.add(ClientRecord(name, key, last_accepted=last))
         self._topics = Topics(config.federation)
-        self._blobs = BlobServer(self._topics, transport.publish, config.limits.chunk_bytes)
+        self._blobs = BlobServer(self._topics, transport, config.limits.chunk_bytes)
         self._post = Post(
             transport,
             self._topics,
@@ -144,6 +144,7 @@ class Coordinator:
             roster=self._roster,
             plan=self._invitations.plan,
             max_update_bytes=self._max_update_bytes,
+            uploads=directory.path / "uploads",
             observe=observe,
             clock=clock,
         )
@@ -190,9 +191,10 @@ class Coordinator:
             # It was obeyed by the process before.
             write_request(self._directory.path, "run")
         for entry in self._bundle.manifest.files():
-            self._blobs.add(self._bundle.read(entry))
+            self._blobs.add(self._bundle.map(entry))
         # The announcement follows when the transport says that it is connected.
-        self._transport.subscribe(self._topics.from_client("+", "#"))
+        for kind in ("message", "blob"):
+            self._transport.subscribe(self._topics.from_client("+", kind))
         if self._round_number == 0:
             self._evaluate_after(0, self._parameters)
 
@@ -401,6 +403,7 @@ class Coordinator:
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
+        self._intake.forget_uploads()
         self._observe(events.RoundEnded(record))
 
     def _dismiss(self, current: OpenRound) -> None:

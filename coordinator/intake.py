@@ -8,17 +8,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from edgetrain import __version__
 from edgetrain.coordinator import events
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients import ClientRecord, Roster
-from edgetrain.coordinator.errors import UpdateRefused
+from edgetrain.coordinator.errors import RunError, UpdateRefused
 from edgetrain.coordinator.open_round import OpenRound, Upload
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds import Part
 from edgetrain.protocol import BlobError, MessageError
-from edgetrain.protocol.blobs import Assembler, parse_chunk
+from edgetrain.protocol.blobs import parse_chunk
 from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.messages import (
     Decline,
@@ -35,13 +36,15 @@ from edgetrain.protocol.messages import (
     decode_from_client,
 )
 from edgetrain.protocol.names import Topics
+from edgetrain.protocol.partial import assemble, forget_partial_blobs
 from edgetrain.protocol.signing import PROTOCOL_VERSION, VersionError, unseal, verify
 from edgetrain.protocol.transport import Received
 
 logger = logging.getLogger(__name__)
 
-# An upload that has not moved for so long is asked for again.
+# An upload that has not moved for so long is asked for again; twice as long the next time, up to a maximum.
 STALL_SECONDS = 3.0
+MAX_STALL_SECONDS = 60.0
 MAX_RANGES = 512
 # What a codec can always be negotiated down to.
 EVERYONES_STAGES = CodecSpec().stages
@@ -59,6 +62,7 @@ class Intake:
         roster: the clients.
         plan: makes the open round's plan for a client, for those who may have lost it.
         max_update_bytes: of one update.
+        uploads: directory for updates on their way in; what is there is taken up when its client offers it again.
         observe: is told what happens.
         clock: monotonic seconds.
     """
@@ -74,6 +78,7 @@ class Intake:
         roster: Roster,
         plan: Callable[[OpenRound, str], Plan],
         max_update_bytes: int,
+        uploads: Path,
         observe: events.Observer,
         clock: Callable[[], float],
     ) -> None:
@@ -85,6 +90,7 @@ class Intake:
         self._roster = roster
         self._plan = plan
         self._max_update_bytes = max_update_bytes
+        self._uploads = uploads
         self._observe = observe
         self._clock = clock
         # The round that is open, if one is.
@@ -142,10 +148,20 @@ class Intake:
         """Asks for the missing parts of uploads that have stopped."""
         now = self._clock()
         for client, upload in self.current.uploads.items() if self.current else ():
-            if now - upload.moved_at >= STALL_SECONDS:
-                upload.moved_at = now
-                missing = tuple(upload.assembler.missing()[:MAX_RANGES])
-                self._post.send(client, Want(digest=upload.offer.update.digest, ranges=missing))
+            if now - upload.moved_at >= min(STALL_SECONDS * 2.0**upload.stalls, MAX_STALL_SECONDS):
+                upload.stalls = min(upload.stalls + 1, 10)
+                self._ask_for(client, upload)
+
+    def forget_uploads(self) -> None:
+        """Deletes what nobody will send the rest of."""
+        current = self.current
+        keep = [upload.offer.update.digest for upload in current.uploads.values()] if current else []
+        forget_partial_blobs(self._uploads, keep=keep)
+
+    def _ask_for(self, client: str, upload: Upload) -> None:
+        upload.moved_at = self._clock()
+        missing = tuple(upload.assembler.missing()[:MAX_RANGES])
+        self._post.send(client, Want(digest=upload.offer.update.digest, ranges=missing))
 
     # --- messages ------------------------------------------------------------------------------------
 
@@ -232,7 +248,7 @@ class Intake:
         invited = current and current.state.parts.get(record.name) is Part.INVITED
         if current and invited and any(want.digest == blob.digest for blob in current.blobs):
             current.state.advance(record.name, Part.TRAINING)
-        if not self._blobs.want(record.name, want.digest, want.ranges, self._clock()):
+        if not self._blobs.want(record.name, want.digest, want.ranges, self._clock(), want.chunk_bytes):
             logger.debug("%s wants a blob that is no more: %s", record.name, want.digest.hex()[:12])
 
     def _on_report(self, record: ClientRecord, report: Report) -> None:
@@ -270,10 +286,24 @@ class Intake:
             self._reject(client, offer, reason)
         else:
             known = current.uploads.get(client)
-            if known is None or known.offer.update != offer.update:
-                assembler = Assembler(offer.update, limit=self._max_update_bytes)
-                current.uploads[client] = Upload(offer, envelope, assembler, self._clock())
+            if known is not None and known.offer.update == offer.update:
+                # It has lost the connection, or its patience.
+                self._ask_for(client, known)
+            else:
+                if known is not None:
+                    known.assembler.discard()
+                upload = current.uploads[client] = self._open_upload(offer, envelope)
+                if upload.assembler.missing() != [(0, offer.update.size)]:
+                    # Begun before a restart. Else its chunks follow the offer, or are asked for.
+                    self._ask_for(client, upload)
             current.state.advance(client, Part.COLLECTING)
+
+    def _open_upload(self, offer: Offer, envelope: bytes) -> Upload:
+        try:
+            assembler = assemble(offer.update, self._uploads, limit=self._max_update_bytes)
+        except OSError as error:
+            raise RunError(f"{self._uploads}: cannot be used: {error}") from error
+        return Upload(offer, envelope, assembler, self._clock())
 
     def _objection(self, client: str, offer: Offer, current: OpenRound) -> str | None:
         if client in current.collection.digests:
@@ -292,9 +322,16 @@ class Intake:
         chunk = parse_chunk(payload)
         if chunk.digest != upload.offer.update.digest:
             return
-        upload.moved_at = self._clock()
-        if not upload.assembler.add(chunk):
-            return
+        upload.moved_at, upload.stalls = self._clock(), 0
+        try:
+            if not upload.assembler.add(chunk):
+                return
+        except OSError as error:
+            raise RunError(f"{self._uploads}: cannot store an update: {error}") from error
+        self._take(client, current, upload)
+
+    def _take(self, client: str, current: OpenRound, upload: Upload) -> None:
+        """An update has arrived."""
         del current.uploads[client]
         offer = upload.offer
         try:

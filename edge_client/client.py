@@ -114,6 +114,7 @@ class Client:
             transport=transport,
             connection=connection,
             coordinator_key=config.coordinator_key,
+            download_rate=config.broker.download_kbit * 125,
             clock=clock,
         )
         self._mail.introduce = self._introduce
@@ -196,7 +197,9 @@ class Client:
         if self._bundle != announce.bundle.digest:
             self._bundle = self._feedback = self._personal = None
             self._personal_patterns = ()
-            session = install_bundle(announce.bundle, fetch=mail.fetch, state=self._state, config=self._config)
+            session = install_bundle(
+                announce.bundle, fetch=mail.fetch, fetch_to=mail.fetch_to, state=self._state, config=self._config
+            )
             dataset = load_dataset(self._config.data, session.manifest)
             self._training_data, self._validation_data = split_validation(
                 dataset, self._config.validation_fraction, self._config.name
@@ -255,7 +258,7 @@ class Client:
 
     def _take_part(self) -> None:
         mail = self._mail
-        self._settle_pending()
+        self._settle_pending(resumed=True)
         while True:
             # Whoever was not invited because of its battery or its heat says when that is over.
             mail.wait(lambda: mail.plan is not None, repeat=self._tell_news)
@@ -362,8 +365,12 @@ class Client:
             )
         )
 
-    def _settle_pending(self) -> None:
-        """Sends the pending update until the coordinator says what became of it."""
+    def _settle_pending(self, *, resumed: bool = False) -> None:
+        """Sends the pending update until the coordinator says what became of it.
+
+        Args:
+            resumed: the coordinator may have a part of it already, from an earlier process or connection.
+        """
         feedback, mail = self._feedback, self._mail
         if feedback is None or feedback.offer is None:
             return
@@ -372,9 +379,12 @@ class Client:
         mail.verdicts.clear()
         mail.upload = (offer.update, feedback.update)
         mail.send(offer)
-        mail.send_upload()
+        if resumed:
+            mail.resume_upload()
+        else:
+            mail.send_upload()
         mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
-        mail.upload = None
+        mail.end_upload()
         verdict = mail.verdicts[digest]
         if verdict.accepted and offer.control_bytes:
             _, change = split_update(offer, feedback.update)

@@ -133,6 +133,10 @@ class Assembler:
         """Half-open byte ranges that have not arrived, ascending."""
         return self._have.gaps(self.ref.size)
 
+    def discard(self) -> None:
+        """Forgets everything."""
+        self._data, self._have = None, RangeSet()
+
     def finish(self) -> bytes:
         """The blob, verified.
 

@@ -15,14 +15,17 @@ import contextlib
 import hashlib
 import os
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
-from edgetrain.protocol.blobs import Chunk, check_of
+from edgetrain.protocol.blobs import Assembler, Chunk, check_of
 from edgetrain.protocol.errors import BlobError
 from edgetrain.protocol.files import sync_directory
 from edgetrain.protocol.messages import BlobRef
 from edgetrain.protocol.ranges import RangeSet
 
+# Less than this is not worth the files.
+IN_MEMORY_BYTES = 64 << 10
 _RECORD = struct.Struct("<QI8s")
 _BLOCK = 1 << 16
 # Longer chunks are not made, and would have to be read whole.
@@ -146,6 +149,36 @@ class PartialBlob:
         # What follows half a record could not be read later.
         os.truncate(self._log_path, self._log_path.stat().st_size // _RECORD.size * _RECORD.size)
         return have
+
+
+def assemble(ref: BlobRef, directory: Path, *, limit: int) -> Assembler | PartialBlob:
+    """Puts a small blob together in memory, any other in `directory`.
+
+    Raises:
+        BlobError: the announced size exceeds the limit.
+        OSError: the directory cannot be used.
+    """
+    small = ref.size <= IN_MEMORY_BYTES
+    return Assembler(ref, limit=limit) if small else PartialBlob(ref, directory, limit=limit)
+
+
+def forget_partial_blobs(directory: Path, *, keep: Collection[bytes] = ()) -> int:
+    """Deletes what is left of blobs that nobody waits for any more.
+
+    Args:
+        directory: that `PartialBlob`s were made in; may be missing.
+        keep: digests of those that are still wanted.
+
+    Returns:
+        Bytes deleted.
+    """
+    kept, freed = {digest.hex() for digest in keep}, 0
+    for path in directory.glob("*"):
+        if path.suffix in {".part", ".have"} and path.stem not in kept:
+            with contextlib.suppress(OSError):
+                freed += path.stat().st_size
+                path.unlink()
+    return freed
 
 
 def _write_at(path: Path, data: bytes | memoryview, offset: int | None) -> None:

@@ -20,17 +20,23 @@ MAX_RATE = 1e9
 class RateMeter:
     """The speed of a link, from pieces that follow each other closely.
 
-    A measurement counts half: a change of the link shows after a few pieces, one odd piece changes little.
+    Averages the time per byte, the newest counting half. So a pause slows down at once, and two pieces that happen
+    to be handed over together at most double the rate.
     """
 
     def __init__(self) -> None:
-        # Bytes per second; None before the first measurement.
-        self.rate: float | None = None
+        self._seconds_per_byte: float | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes per second; None before the first measurement."""
+        return None if self._seconds_per_byte is None else 1 / self._seconds_per_byte
 
     def add(self, size: int, seconds: float) -> None:
         """`size` bytes took so long."""
-        measured = min(size / seconds, MAX_RATE) if seconds > 0 else MAX_RATE
-        self.rate = measured if self.rate is None else (self.rate + measured) / 2
+        measured = max(seconds / size, 1 / MAX_RATE)
+        before = self._seconds_per_byte
+        self._seconds_per_byte = measured if before is None else (before + measured) / 2
 
     def chunk_bytes(self, most: int = DEFAULT_CHUNK_BYTES) -> int:
         """Payload of the next chunk: what the link carries in `CHUNK_SECONDS`, in whole KiB, 1 KiB to `most`."""

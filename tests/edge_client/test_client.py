@@ -209,6 +209,12 @@ def crash_on_publish(matches):
                 raise Crash
             self._inner.publish(topic, payload, **options)
 
+        def send_blob(self, topic, *arguments, **options):
+            if Fatal.armed and matches(topic):
+                Fatal.armed = False
+                raise Crash
+            self._inner.send_blob(topic, *arguments, **options)
+
     return Fatal
 
 
@@ -506,8 +512,8 @@ def test_chunks_with_other_bytes_are_found_out_and_fetched_again(scene):
         if want.digest not in poisoned:
             poisoned.add(want.digest)
             blob = coordinator.blobs._blobs[want.digest]
-            wrong = bytes(len(blob.data))
-            for chunk in cut(blob.ref, wrong):
+            wrong = bytes(blob.reader.ref.size)
+            for chunk in cut(blob.reader.ref, wrong):
                 coordinator.transport.publish(coordinator.topics.to_client("pi", "blob"), chunk)
             return False
         return True
