@@ -160,7 +160,7 @@ class EmbeddedBroker:
 
     async def _serve(self) -> None:
         try:
-            from amqtt.broker import Broker  # noqa: PLC0415
+            from edgetrain.coordinator.amqtt_broker import Broker  # noqa: PLC0415
         except ImportError as error:
             raise BrokerError("the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'") from error
         for name in ("amqtt", "transitions"):
