@@ -130,7 +130,9 @@ class Mailbox:
     def send(self, message: Message) -> None:
         """Signs and sends."""
         payload = seal(self._state.key, self._topics.federation, self._name, encode_message(message))
-        self._transport.publish(self._topics.from_client(self._name, "message"), payload)
+        # After a reconnect we ask anew, for what is missing then.
+        transient = isinstance(message, Want)
+        self._transport.publish(self._topics.from_client(self._name, "message"), payload, transient=transient)
 
     def send_upload(self, ranges: tuple[tuple[int, int], ...] = (), *, chunk_bytes: int = 0) -> None:
         """Sends chunks of the upload; all of it, or the ranges that were asked for."""

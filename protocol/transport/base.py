@@ -65,8 +65,15 @@ class Transport(Protocol):
         """The opposite."""
         ...
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        """Queues a message; does not wait for it to leave."""
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, transient: bool = False) -> None:
+        """Queues a message; does not wait for it to leave.
+
+        Args:
+            topic: where to.
+            payload: at most 64 KiB.
+            retain: the broker gives it to whoever subscribes later.
+            transient: pointless after a reconnect, since the caller then says it anew: it is not sent again.
+        """
         ...
 
     def send_blob(

@@ -99,7 +99,7 @@ class MemoryTransport:
         """See `Transport`."""
         self.subscriptions.discard(topic)
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, transient: bool = False) -> None:  # noqa: ARG002
         """See `Transport`."""
         self.bytes_sent += len(payload)
         self._broker.publish(topic, payload, retain=retain)

@@ -146,11 +146,13 @@ class MqttTransport:
                 self._requests.append((topic, None, threading.Event()))
         self._wake()
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, transient: bool = False) -> None:
         """See `Transport`."""
         with self._lock:
+            if transient and not self._online:
+                return
             self.bytes_sent += len(payload)
-            self._outgoing.put(Control(topic, payload, retain))
+            self._outgoing.put(Control(topic, payload, retain, transient))
         self._wake()
 
     def send_blob(

@@ -28,6 +28,8 @@ class Control:
     topic: str
     payload: bytes
     retain: bool = False
+    # Not to be sent after a reconnect.
+    transient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,8 @@ class Outgoing:
         lost = [what for what, _ in self._sent.values()]
         self._sent.clear()
         self._bulk_sent = 0
-        self._control.extendleft(what for what in reversed(lost) if isinstance(what, Control))
+        messages = [*(what for what in lost if isinstance(what, Control)), *self._control]
+        self._control = deque(message for message in messages if not message.transient)
         pieces = [what for what in lost if isinstance(what, Piece) and not what.blob.forgotten]
         for piece in pieces:
             piece.blob.on_the_way = RangeSet()

@@ -39,9 +39,9 @@ class RateMeter:
         self._seconds_per_byte = measured if before is None else (before + measured) / 2
 
     def chunk_bytes(self, most: int = DEFAULT_CHUNK_BYTES) -> int:
-        """Payload of the next chunk: what the link carries in `CHUNK_SECONDS`, in whole KiB, 1 KiB to `most`."""
+        """Payload of the next chunk: what the link carries in `CHUNK_SECONDS`, 1 KiB to `most`."""
         wanted = FIRST_CHUNK_BYTES if self.rate is None else int(self.rate * CHUNK_SECONDS)
-        return max(min(MIN_CHUNK_BYTES, most), min(wanted // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES, most))
+        return min(max(wanted, MIN_CHUNK_BYTES), most)
 
     def window_bytes(self, seconds: float = WINDOW_SECONDS, most: int = MAX_WINDOW_BYTES) -> int:
         """What may be on the way at once: what the link carries in so many seconds, at least two chunks."""

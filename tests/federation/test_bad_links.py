@@ -1,0 +1,120 @@
+"""Whole federations over bad links: real processes, a real mosquitto, and a proxy that is as bad as a mobile link."""
+
+from __future__ import annotations
+
+import tomllib
+
+import numpy as np
+import pytest
+import tomli_w
+
+from edgetrain.coordinator.broker import find_mosquitto
+from support import tiny_bundle as tiny
+from support.federation import Federation
+from support.proxy import FaultProxy
+
+pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+
+# Of the bytes of blobs, in either direction.
+MOST_RETRANSMITTED = 0.03
+
+
+@pytest.fixture
+def wide_bundle(monkeypatch, tmp_path):
+    """(path, bytes of its largest file): 25,005 parameters, so that a dense float32 update has 100 kB."""
+    hidden = 2778
+    monkeypatch.setattr(tiny, "HIDDEN", hidden)
+    shapes = {"first.weight": (hidden, 5), "first.bias": (hidden,), "second.weight": (3, hidden), "second.bias": (3,)}
+    monkeypatch.setattr(tiny, "SHAPES", shapes)
+    monkeypatch.setattr(tiny, "NUM_PARAMETERS", sum(int(np.prod(shape)) for shape in shapes.values()))
+
+    def make(size):
+        return tiny.write_tiny_bundle(tmp_path / "wide", padding=size, runtimes=("onnxruntime",))
+
+    return make
+
+
+@pytest.fixture
+def federate(processes, tmp_path):
+    made = []
+
+    def make(bundle, **options):
+        federation = Federation(processes, tmp_path, bundle, **options)
+        made.append(federation)
+        return federation
+
+    yield make
+    processes.end_all()
+    for federation in made:
+        federation.stop_broker()
+
+
+def through(federation, proxy):
+    """All clients reach the broker through the proxy."""
+    for name in federation.names:
+        path = federation.path / f"{name}.toml"
+        config = tomllib.loads(path.read_text())
+        config["broker"] |= {"port": proxy.port}
+        path.write_text(tomli_w.dumps(config))
+
+
+def transfer(federate, bundle, *, rate, cut_every, version, seconds):
+    """One client fetches the bundle, trains one round, and sends its update."""
+    federation = federate(
+        bundle, broker=version, clients=1, codec="dense|float32",
+        rounds={"total": 1, "goal": 1, "minimum": 1, "deadline_seconds": 600.0, "gather_seconds": 600.0,
+                "idle_timeout_seconds": 600.0},
+    )  # fmt: skip
+    with FaultProxy(federation.port, rate=rate, cut_every=cut_every) as proxy:
+        through(federation, proxy)
+        coordinator = federation.start_coordinator()
+        client = federation.start_client("client-1")
+        assert coordinator.wait(seconds) == 0, coordinator.output + client.output
+        assert client.wait(60) == 0, client.output
+    federation.check_nothing_lost_or_doubled(1)
+    print(vars(proxy.down.account)|{"_blobs":0}, vars(proxy.up.account)|{"_blobs":0}, proxy.down.account.blob_bytes-proxy.down.account.distinct)
+    print(f"{proxy.cuts} cuts; down {proxy.down.account.distinct} bytes, {proxy.down.account.retransmitted:.2%} in vain; "
+          f"up {proxy.up.account.distinct} bytes, {proxy.up.account.retransmitted:.2%} in vain")  # fmt: skip
+    return proxy
+
+
+def check(proxy, *, bundle_bytes, cuts):
+    down, up = proxy.down.account, proxy.up.account
+    assert proxy.cuts >= cuts
+    # The bundle and the parameters, 100 kB.
+    assert down.distinct > bundle_bytes + 100_000
+    assert 100_000 < up.distinct < 101_000
+    assert down.retransmitted <= MOST_RETRANSMITTED
+    assert up.retransmitted <= MOST_RETRANSMITTED
+
+
+@pytest.mark.parametrize("version", ["mosquitto", "mosquitto-3.1.1"])
+def test_a_link_that_is_cut_again_and_again_costs_little(federate, wide_bundle, version):
+    """As below at twice the rate, with a cut every 10 s and a bundle of 150 kB."""
+    bundle = wide_bundle(150_000)
+    proxy = transfer(federate, bundle, rate=16_000, cut_every=10, version=version, seconds=120)
+    check(proxy, bundle_bytes=150_000, cuts=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("version", ["mosquitto", "mosquitto-3.1.1"])
+def test_two_megabytes_at_64_kbit_with_a_cut_every_30_seconds(federate, wide_bundle, version):
+    bundle = wide_bundle(2_000_000)
+    proxy = transfer(federate, bundle, rate=8_000, cut_every=30, version=version, seconds=800)
+    check(proxy, bundle_bytes=2_000_000, cuts=8)
+
+
+def test_packets_that_come_late_and_twice_change_nothing(federate, tiny_bundle):
+    federation = federate(tiny_bundle, rounds={"total": 8})
+    with FaultProxy(federation.port, delay=0.05, double_every=2) as proxy:
+        through(federation, proxy)
+        clients = federation.start_clients()
+        coordinator = federation.start_coordinator()
+        assert coordinator.wait() == 0, coordinator.output
+        for client in clients.values():
+            assert client.wait() == 0, client.output
+        assert proxy.doubled > 50
+    federation.check_nothing_lost_or_doubled(8)
+
+
