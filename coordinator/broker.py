@@ -96,7 +96,7 @@ class Mosquitto:
         log = Path(self._directory.name) / "mosquitto.log"
         config.write_text(
             f"listener {port} {HOST}\nallow_anonymous true\npersistence false\n"
-            f"max_queued_messages 0\nmax_inflight_messages 0\nset_tcp_nodelay true\n{settings}",
+            f"max_queued_messages 0\nmax_inflight_messages 64\nset_tcp_nodelay true\n{settings}",
             encoding="ascii",
         )
         with log.open("wb") as output:
@@ -123,12 +123,17 @@ class EmbeddedBroker:
     """aMQTT in a thread of this process.
 
     It speaks MQTT 3.1.1 only and leaves an MQTT 5 CONNECT unanswered, so say so to those who connect.
+
+    Args:
+        port: to listen on, on the loopback interface.
+        websocket_port: to listen on for MQTT over WebSockets; 0 for none.
     """
 
     mqtt_version: Literal["auto", "3.1.1"] = "3.1.1"
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, websocket_port: int = 0) -> None:
         self.port = port
+        self._websocket_port = websocket_port
         self._loop = asyncio.SelectorEventLoop()
         self._failure: BaseException | None = None
         self._end = asyncio.Event()
@@ -163,12 +168,15 @@ class EmbeddedBroker:
             from edgetrain.coordinator.amqtt_broker import Broker  # noqa: PLC0415
         except ImportError as error:
             raise BrokerError("the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'") from error
-        for name in ("amqtt", "transitions"):
+        for name in ("amqtt", "transitions", "websockets"):
             # It calls it an error when a client just goes away.
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        listeners = {"default": {"type": "tcp", "bind": f"{HOST}:{self.port}"}}
+        if self._websocket_port:
+            listeners["websocket"] = {"type": "ws", "bind": f"{HOST}:{self._websocket_port}"}
         broker = Broker(
             {
-                "listeners": {"default": {"type": "tcp", "bind": f"{HOST}:{self.port}"}},
+                "listeners": listeners,
                 "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
             }
         )

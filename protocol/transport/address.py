@@ -24,6 +24,13 @@ class BrokerAddress:
     path: str = "/mqtt"
     tls: bool = False
 
+    def settings(self) -> list[tuple[str, str | int]]:
+        """(name, value) of what it says about a `BrokerConfig`; the rest stays as configured."""
+        settings: list[tuple[str, str | int]] = [("host", self.host), ("port", self.port)]
+        if self.transport == "websockets":
+            settings += [("transport", self.transport), ("path", self.path)]
+        return [*settings, ("tls_ca", "system")] if self.tls else settings
+
 
 def parse_address(address: str) -> BrokerAddress:
     """The broker at "HOST[:PORT]" or "SCHEME://HOST[:PORT][/PATH]", SCHEME being mqtt, mqtts, ws or wss.

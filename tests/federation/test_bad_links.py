@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import tomllib
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import tomli_w
 
 from edgetrain.coordinator.broker import find_mosquitto
+from edgetrain.coordinator.requests import write_request
 from support import tiny_bundle as tiny
 from support.federation import Federation
+from support.mqtt_frames import kind_of
 from support.proxy import FaultProxy
 
 pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
@@ -49,9 +52,9 @@ def federate(processes, tmp_path):
         federation.stop_broker()
 
 
-def through(federation, proxy):
-    """All clients reach the broker through the proxy."""
-    for name in federation.names:
+def through(federation, proxy, *names):
+    """Clients reach the broker through the proxy; all of them, if none is named."""
+    for name in names or federation.names:
         path = federation.path / f"{name}.toml"
         config = tomllib.loads(path.read_text())
         config["broker"] |= {"port": proxy.port}
@@ -72,7 +75,6 @@ def transfer(federate, bundle, *, rate, cut_every, version, seconds):
         assert coordinator.wait(seconds) == 0, coordinator.output + client.output
         assert client.wait(60) == 0, client.output
     federation.check_nothing_lost_or_doubled(1)
-    print(vars(proxy.down.account)|{"_blobs":0}, vars(proxy.up.account)|{"_blobs":0}, proxy.down.account.blob_bytes-proxy.down.account.distinct)
     print(f"{proxy.cuts} cuts; down {proxy.down.account.distinct} bytes, {proxy.down.account.retransmitted:.2%} in vain; "
           f"up {proxy.up.account.distinct} bytes, {proxy.up.account.retransmitted:.2%} in vain")  # fmt: skip
     return proxy
@@ -88,12 +90,11 @@ def check(proxy, *, bundle_bytes, cuts):
     assert up.retransmitted <= MOST_RETRANSMITTED
 
 
-@pytest.mark.parametrize("version", ["mosquitto", "mosquitto-3.1.1"])
-def test_a_link_that_is_cut_again_and_again_costs_little(federate, wide_bundle, version):
-    """As below at twice the rate, with a cut every 10 s and a bundle of 150 kB."""
-    bundle = wide_bundle(150_000)
-    proxy = transfer(federate, bundle, rate=16_000, cut_every=10, version=version, seconds=120)
-    check(proxy, bundle_bytes=150_000, cuts=2)
+def test_a_link_that_is_cut_again_and_again_costs_little(federate, wide_bundle):
+    """As below, but everything is three times as quick and the bundle small."""
+    bundle = wide_bundle(30_000)
+    proxy = transfer(federate, bundle, rate=12_000, cut_every=10, version="mosquitto-3.1.1", seconds=120)
+    check(proxy, bundle_bytes=30_000, cuts=2)
 
 
 @pytest.mark.slow
@@ -118,3 +119,80 @@ def test_packets_that_come_late_and_twice_change_nothing(federate, tiny_bundle):
     federation.check_nothing_lost_or_doubled(8)
 
 
+# Every message and every chunk of a client's life. Just before it passes, the fault strikes.
+PHASES = [
+    ("down", "plan"), ("up", "want"), ("down", "chunk"), ("up", "offer"), ("up", "chunk"), ("down", "verdict"),
+    ("down", "closed"), ("up", "hello"), ("down", "welcome"), ("up", "ready"),
+]  # fmt: skip
+
+
+class Ambush:
+    """Waits for a packet and strikes; once each time it is laid."""
+
+    def __init__(self):
+        self.strike = lambda: None
+        self._waits_for = None
+        self.struck = threading.Event()
+
+    def lay(self, way, kind):
+        self.struck.clear()
+        self._waits_for = (way, kind)
+
+    def __call__(self, way, packet):
+        if self._waits_for == (way, kind_of(packet)):
+            self._waits_for = None
+            self.strike()
+            self.struck.set()
+
+
+def endure(federation, coordinator, ambush, recover):
+    """Goes through all phases; the run must go on after each."""
+    for way, kind in PHASES:
+        done = federation.rounds_done()
+        federation.wait_for_rounds(done + 2, coordinator)
+        if kind in {"hello", "welcome", "ready"}:
+            # Said by those who come back: from the second strike on.
+            ambush.lay("down", "plan")
+            assert ambush.struck.wait(30), "plan"
+            ambush.lay(way, kind)
+            recover()
+        else:
+            ambush.lay(way, kind)
+        assert ambush.struck.wait(30), f"{way} {kind}\n{coordinator.output[-500:]}"
+        done = federation.rounds_done()
+        recover()
+        federation.wait_for_rounds(done + 2, coordinator)
+    write_request(federation.run, "stop")
+    assert coordinator.wait() == 0, coordinator.output
+
+
+FOR_EVER = {"rounds": {"total": 100_000, "goal": 2, "minimum": 2, "deadline_seconds": 30.0}}
+
+
+def test_a_client_killed_in_every_phase_of_a_round(federate, tiny_bundle):
+    federation = federate(tiny_bundle, clients=2, **FOR_EVER)
+    ambush = Ambush()
+    with FaultProxy(federation.port, watch=ambush) as proxy:
+        through(federation, proxy, "client-1")
+        clients = federation.start_clients()
+        coordinator = federation.start_coordinator()
+        ambush.strike = lambda: clients["client-1"].kill()
+        federation.wait_for_rounds(2, coordinator)
+        endure(federation, coordinator, ambush,
+               lambda: clients.update({"client-1": federation.start_client("client-1")}))  # fmt: skip
+        assert [client.wait() for client in clients.values()] == [0, 0]
+    federation.check_nothing_lost_or_doubled(federation.rounds_done(), clients_killed=2 * len(PHASES), finished=False)
+
+
+@pytest.mark.parametrize("version", ["mosquitto", pytest.param("mosquitto-3.1.1", marks=pytest.mark.slow)])
+def test_a_broker_killed_in_every_phase_of_a_round(federate, tiny_bundle, version):
+    federation = federate(tiny_bundle, clients=2, broker=version, **FOR_EVER)
+    ambush = Ambush()
+    with FaultProxy(federation.port, watch=ambush) as proxy:
+        through(federation, proxy, "client-1")
+        clients = federation.start_clients()
+        coordinator = federation.start_coordinator()
+        ambush.strike = federation.kill_broker
+        endure(federation, coordinator, ambush, federation.start_broker)
+        assert [client.wait() for client in clients.values()] == [0, 0]
+    federation.check_nothing_lost_or_doubled(federation.rounds_done(), finished=False)

@@ -36,6 +36,16 @@ def _length(data: bytes) -> int | None:
     return None
 
 
+def kind_of(packet: bytes) -> str:
+    """ "chunk", or the type of the message in a packet, or "" for any other packet."""
+    if packet[0] >> 4 != PUBLISH:
+        return ""
+    if _CHUNK in packet:
+        return "chunk"
+    at = packet.find(b"\xa4type") + 5
+    return packet[at + 1 : at + 1 + (packet[at] & 0x1F)].decode() if at >= 5 else ""
+
+
 class Account:
     """What crossed a link in one direction."""
 

@@ -41,11 +41,20 @@ class FaultProxy:
         delay: seconds that every piece takes longer.
         cut_every: cuts all connections so often, in seconds; 0 for never.
         double_every: sends every n-th PUBLISH of QoS 1 twice; 0 for none.
+        watch: is called with ("up" or "down", packet) before a packet is passed on; may take its time.
     """
 
     def __init__(
-        self, port: int, *, rate: float = 0, delay: float = 0, cut_every: float = 0, double_every: int = 0
+        self,
+        port: int,
+        *,
+        rate: float = 0,
+        delay: float = 0,
+        cut_every: float = 0,
+        double_every: int = 0,
+        watch: Callable[[str, bytes], None] = lambda _way, _packet: None,
     ) -> None:
+        self._watch = watch
         self._upstream = port
         self._delay = delay
         self._cut_every = cut_every
@@ -160,6 +169,7 @@ class FaultProxy:
                 packets = list(frames.feed(data))
                 for packet in packets:
                     account.packet(packet)
+                    self._watch("up" if direction is self.up else "down", packet)
                 if self._double_every:
                     data = b"".join(self._doubled(packet) for packet in packets)
                 await self._loop.sock_sendall(target, data)
