@@ -80,7 +80,7 @@ def mobilenet_task(quick: bool) -> Task:
     torch.manual_seed(SEED)
     module = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.GroupNorm(8, 16), nn.ReLU6(),
-        Inverted(16, 24, 1), Inverted(24, 24, 1), Inverted(24, 40, 2), Inverted(40, 40, 1),
+        Inverted(16, 24, 2), Inverted(24, 24, 1), Inverted(24, 40, 2), Inverted(40, 40, 1),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 10),
     )  # fmt: skip
     train, test = digits()
@@ -99,7 +99,7 @@ def mobilenet_task(quick: bool) -> Task:
         export(module, loss, batch),
         shards,
         Dataset(test.inputs, test.targets),
-        rounds=10 if quick else 60,
+        rounds=10 if quick else 100,
         clients_per_round=8,
         training=TrainingConfig(epochs=2, batch_size=16, learning_rate=0.1, momentum=0.5, max_grad_norm=5.0),
     )
@@ -141,7 +141,7 @@ def export(module, loss, batch) -> Bundle:
 
 
 def run(task: Task) -> list[dict[str, object]]:
-    session = open_session(task.bundle, threads=2)
+    session = open_session(task.bundle, threads=1)
     rows = []
     for codec in CODECS:
         for feedback in (True, False):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,9 +22,20 @@ from edgetrain.export import export_bundle, load_source
 from edgetrain.protocol import EdgetrainError
 from edgetrain.protocol.bundle import Bundle
 
+# A neighbour has the name of the package executorch: from here on only the package is found.
+sys.path.remove(str(Path(__file__).resolve().parent))
+
 OUT = Path(__file__).parent.parent / "docs" / "model-table.md"
 MODELS = ("digits-cnn", "ds-cnn", "resnet-8", "mobilenet-v2", "char-lm", "bert-tiny", "vit-tiny", "seq2seq")
-SELECTIONS = ("all", "last:2", "bias", "head", "lora:r=4,alpha=8,target=.*")
+SELECTIONS = (
+    "all",
+    "last:2",
+    "bias",
+    "norm",
+    "head",
+    "lora:r=4,alpha=8,target=.*",
+    "sparse:fraction=0.5,dim=out,target=.*",
+)
 BATCH = 4
 
 

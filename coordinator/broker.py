@@ -58,7 +58,7 @@ def start_broker(kind: BrokerKind | None = None, *, port: int = 0) -> LocalBroke
     if kind is None:
         kind = "mosquitto" if find_mosquitto() else "embedded"
     if port:
-        _check_free(port)
+        check_free(port)
     return Mosquitto(port or free_port()) if kind == "mosquitto" else EmbeddedBroker(port or free_port())
 
 
@@ -102,7 +102,7 @@ class Mosquitto:
         with log.open("wb") as output:
             self._process = spawn([program, "-c", str(config)], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         try:
-            _wait_until_open(port, alive=lambda: self._process.poll() is None)
+            wait_until_open(port, alive=lambda: self._process.poll() is None)
         except BrokerError as error:
             text = log.read_text(errors="replace").strip()
             self.stop()
@@ -185,16 +185,16 @@ class EmbeddedBroker:
         try:
             await self._end.wait()
         finally:
-            listeners = [server.instance for server in broker._servers.values() if server.instance]  # noqa: SLF001
+            servers = [server.instance for server in broker._servers.values() if server.instance]  # noqa: SLF001
             # asyncio loses the socket of a connection whose listener is closed within two steps of accepting it.
-            for listener in listeners:
-                for listening in listener.sockets:
+            for server in servers:
+                for listening in server.sockets:
                     self._loop.remove_reader(listening.fileno())
             for _ in range(3):
                 await asyncio.sleep(0)
             # The broker would do so last, and wait for acknowledgements before, if need be for ever.
-            for listener in listeners:
-                listener.close()
+            for server in servers:
+                server.close()
             await asyncio.wait({asyncio.create_task(broker.shutdown())}, timeout=STOP_SECONDS)
             await self._let_go()
 
@@ -223,7 +223,12 @@ class EmbeddedBroker:
                 await asyncio.wait(left, timeout=0.1)
 
 
-def _check_free(port: int) -> None:
+def check_free(port: int) -> None:
+    """Returns if nobody listens on a port of the loopback interface.
+
+    Raises:
+        BrokerError: somebody does.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -234,7 +239,12 @@ def _check_free(port: int) -> None:
             ) from error
 
 
-def _wait_until_open(port: int, *, alive: Callable[[], bool]) -> None:
+def wait_until_open(port: int, *, alive: Callable[[], bool]) -> None:
+    """Returns when a broker listens on a port of the loopback interface.
+
+    Raises:
+        BrokerError: it has ended, or takes too long.
+    """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         with socket.socket() as probe:

@@ -43,8 +43,8 @@ class BufferedCoordinator(Coordinator):
         self._blobs_of[number] = current.blobs
         if self._last:
             current.take_over(self._last)
-        if not self._gathered:
-            self._gather(current)
+        if not self._gathering.done_before:
+            self._gathering.wait(current)
         state = current.state
         current.invited_at = started = self._clock()
         state.deadline_at = started + rounds.deadline_seconds
@@ -60,7 +60,7 @@ class BufferedCoordinator(Coordinator):
                 raise RoundFailed(f"buffer {number}: {accepted} of {rounds.goal} updates after {now - started:.0f} s")
             return False
 
-        self._pump(closed)
+        self._pump.until(closed)
         self._last = current
         self._close_round(current)
 
@@ -83,7 +83,7 @@ class BufferedCoordinator(Coordinator):
             current.state.invite(name)
             current.invited[name] = now
             self._working[name] = (current.state.number, now + self._config.rounds.deadline_seconds)
-            self._post.send(name, self._invitations.plan(current, name))
+            self._send_plan(current, name)
 
     def _give_up_on_late(self, current: OpenRound) -> None:
         now = self._clock()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,12 +38,21 @@ class ClientRecord:
     bytes_up: int = 0
     counted_up: int = 0
     counted_down: int = 0
+    # On the coordinator's clock: not listened to until then.
+    banned_until: float = 0.0
+    # Ids of its connections before this one, newest last: what comes from one of them again is a copy.
+    earlier_connections: deque[bytes] = field(default_factory=lambda: deque(maxlen=64))
 
 
 class Roster:
-    """All known clients, by name."""
+    """All known clients, by name.
 
-    def __init__(self) -> None:
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._clients: dict[str, ClientRecord] = {}
 
     def __len__(self) -> int:
@@ -63,7 +75,8 @@ class Roster:
 
     def eligible(self) -> list[str]:
         """Names of those who can be invited now, sorted: selection must not depend on who came first."""
-        return [record.name for record in self.all() if record.online and record.ready]
+        now = self._clock()
+        return [record.name for record in self.all() if record.online and record.ready and record.banned_until <= now]
 
 
 def select_random(eligible: list[str], count: int, *, seed: int, round_number: int, attempt: int) -> list[str]:

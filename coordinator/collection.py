@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgetrain.coordinator.errors import RunError, UpdateRefused
-from edgetrain.coordinator.journal import Invited, Journal, RoundOpened, UpdateAccepted, read_journal
+from edgetrain.coordinator.journal import Invited, Journal, RoundOpened, UpdateAccepted
+from edgetrain.coordinator.journal_reading import JournalReader
 from edgetrain.coordinator.records import ClientRow
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Contribution, ServerState, Strategy
@@ -16,6 +17,9 @@ from edgetrain.protocol.codecs import Limits, SparseOrDense, decode
 from edgetrain.protocol.messages import Offer, decode_from_client, split_update
 from edgetrain.protocol.signing import unseal
 from edgetrain.protocol.training import TrainingConfig, count_steps
+
+# A journal in which nothing is whole is the torn beginning of one if it is no longer than this.
+_LARGEST_FIRST = 4096
 
 
 class Collection:
@@ -43,6 +47,8 @@ class Collection:
         self.digests: dict[str, bytes] = {}
         # Those whom an earlier process has invited.
         self.invited: set[str] = set()
+        # Whether an earlier process has invited anybody, or nobody on purpose.
+        self.was_invited = False
         self.rows: list[ClientRow] = []
         self.update_bytes = 0
 
@@ -50,44 +56,59 @@ class Collection:
         """Opens the round's journal; if an earlier process has left one, takes back what it accepted.
 
         Returns:
-            The record that opened the round: `opened`, or the one in the journal, whose nonce counts.
+            How the round was opened: `opened`, or what an earlier process has noted, whose nonce counts.
 
         Raises:
             RunError: the journal is of another run or cannot be read or written.
         """
+        self._round = opened.round
         path = directory.journal_path(opened.round)
+        noted = directory.opened_round(opened.round)
+        reader = JournalReader(path, noted)
         try:
-            entries = list(read_journal(path)) if path.exists() else []
+            first = self._take_back(reader, opened, noted) if path.exists() else None
         except OSError as error:
             raise RunError(f"{path}: cannot read the journal: {error}") from error
-        self._round = opened.round
-        if not entries:
-            self._journal = directory.open_journal(opened.round)
-            self._journal.append(opened)
+        if first is None:
+            # Noted, but not yet in the journal: nobody has been invited to it.
+            first = noted if noted and _is_same(noted, opened) else opened
+        if first != noted:
+            directory.note_opened(first)
+        if reader.length == 0 and reader.size > _LARGEST_FIRST:
+            raise RunError(
+                f"{path}: nothing in its {reader.size} bytes is whole; restore it from a copy, or move it away"
+            )
+        self._journal = Journal(path, length=reader.length, salt=first.salt)
+        if reader.length == 0:
+            self._journal.append(first)
             self._journal.commit()
-            return opened
-        first = entries[0][0]
-        if not isinstance(first, RoundOpened) or (first.run, first.round, first.parameters) != (
-            opened.run,
-            opened.round,
-            opened.parameters,
-        ):
-            raise RunError(f"{path}: is not the journal of this run's round {opened.round}; move it away")
-        for meta, payload in entries[1:]:
+        return first
+
+    def _take_back(self, reader: JournalReader, opened: RoundOpened, noted: RoundOpened | None) -> RoundOpened | None:
+        """What an earlier process has accepted; how it opened the round, if it got so far."""
+        first: RoundOpened | None = None
+        for meta, payload in reader:
+            if first is None:
+                # The first record may be damaged; then the note beside the journal stands for it.
+                first = meta if isinstance(meta, RoundOpened) else noted
+                if first is None or not _is_same(first, opened):
+                    raise RunError(
+                        f"{reader.path}: is not the journal of this run's round {opened.round}; move it away"
+                    )
+            elif isinstance(meta, RoundOpened):
+                raise RunError(f"{reader.path}: opens twice; restore it from a copy, or move it away")
             match meta:
                 case Invited():
                     self.invited.update(meta.clients)
+                    self.was_invited = True
                 case UpdateAccepted():
                     try:
                         self._replay(meta, payload)
                     except (MessageError, UpdateRefused) as error:
                         raise RunError(
-                            f"{path}: the update of {meta.client} cannot be taken back: {error}. Go on with the "
-                            "settings and the version of edgetrain that accepted it."
+                            f"{reader.path}: the update of {meta.client} cannot be taken back: {error}. Go on with "
+                            "the settings and the version of edgetrain that accepted it."
                         ) from error
-                case RoundOpened():
-                    raise RunError(f"{path}: opens twice; restore it from a copy, or move it away")
-        self._journal = directory.open_journal(opened.round)
         return first
 
     def _replay(self, meta: UpdateAccepted, update: bytes) -> None:
@@ -151,6 +172,7 @@ class Collection:
             training=training,
             staleness=self._round - offer.round,
             control=self._decode(control, "control variate") if control else None,
+            unclipped=offer.unclipped,
         )
         self.partial = self._strategy.fold(self.partial, contribution)
         self.digests[client] = offer.update.digest
@@ -185,3 +207,7 @@ class Collection:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def _is_same(first: RoundOpened, opened: RoundOpened) -> bool:
+    return (first.run, first.round, first.parameters) == (opened.run, opened.round, opened.parameters)

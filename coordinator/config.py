@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from edgetrain.coordinator.adaptation import DeviceRule
 from edgetrain.coordinator.observability.config import ObservabilityConfig
+from edgetrain.coordinator.privacy.config import PrivacyConfig
 from edgetrain.coordinator.selection import SelectionConfig
 from edgetrain.coordinator.strategies import StrategyTable
 from edgetrain.protocol.training import TrainingConfig
@@ -83,6 +84,16 @@ class EvaluationConfig(Section, frozen=True, kw_only=True):
     threads: Annotated[int, Meta(ge=0)] = 1
 
 
+class BansConfig(Section, frozen=True, kw_only=True):
+    """[limits.bans]: repeated offenders are not listened to for a while."""
+
+    # So many offences within the window; 0 for no bans. A late update is none.
+    after: Annotated[int, Meta(ge=0)] = 10
+    window_seconds: Annotated[float, Meta(gt=0)] = 60.0
+    # The first ban; it doubles every time, up to a day.
+    seconds: Annotated[float, Meta(gt=0)] = 300.0
+
+
 class LimitsConfig(Section, frozen=True, kw_only=True):
     """[limits]: what a client may claim."""
 
@@ -91,6 +102,7 @@ class LimitsConfig(Section, frozen=True, kw_only=True):
     # Bytes of one update; 0 means what the dense float32 update takes, and a little.
     max_update_bytes: Annotated[int, Meta(ge=0)] = 0
     chunk_bytes: Annotated[int, Meta(ge=1024)] = 60 << 10
+    bans: BansConfig = BansConfig()
 
 
 class FederationConfig(Section, frozen=True, kw_only=True):
@@ -105,6 +117,9 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     # Signing key, made if it is not there. Devices remember it, so it should outlive a run: by default it is
     # coordinator.key beside the run directory.
     key: str = ""
+    # Federation directory made by `edgetrain init`: only clients enrolled there may take part. Empty: whoever
+    # reaches the broker may, and a name belongs to the first key that used it.
+    enrolments: str = ""
     # Start a broker on the address in [broker]: "mosquitto" or "embedded"; empty: one is running there.
     start_broker: Literal["", "mosquitto", "embedded"] = ""
     broker: BrokerConfig = BrokerConfig()
@@ -126,5 +141,6 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     evaluation: EvaluationConfig = EvaluationConfig()
     limits: LimitsConfig = LimitsConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     # What changes for devices of some kind; the first that fits counts.
     devices: tuple[DeviceRule, ...] = ()

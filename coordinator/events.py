@@ -58,6 +58,8 @@ class Refused:
 
     client: str
     reason: str
+    # One of `refusals.Kind`.
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

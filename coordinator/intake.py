@@ -12,13 +12,17 @@ from pathlib import Path
 
 from edgetrain import __version__
 from edgetrain.coordinator import events
+from edgetrain.coordinator.audit import AuditLog, records
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients import ClientRecord, Roster
+from edgetrain.coordinator.enrolments import Enrolments
 from edgetrain.coordinator.errors import RunError, UpdateRefused
 from edgetrain.coordinator.open_round import OpenRound, Upload
 from edgetrain.coordinator.post import Post
+from edgetrain.coordinator.records import ClientRow
+from edgetrain.coordinator.refusals import Kind, Refusals
 from edgetrain.coordinator.rounds import Part
-from edgetrain.protocol import BlobError, MessageError
+from edgetrain.protocol import BlobError, MessageError, SignatureError
 from edgetrain.protocol.blobs import parse_chunk
 from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.messages import (
@@ -37,7 +41,7 @@ from edgetrain.protocol.messages import (
 )
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.partial import assemble, forget_partial_blobs
-from edgetrain.protocol.signing import PROTOCOL_VERSION, VersionError, unseal, verify
+from edgetrain.protocol.signing import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, VersionError, unseal, verify
 from edgetrain.protocol.transport import Received
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,8 @@ logger = logging.getLogger(__name__)
 STALL_SECONDS = 3.0
 MAX_STALL_SECONDS = 60.0
 MAX_RANGES = 512
+# Brokers that carry larger messages are rare, and clients that send them rarer.
+MAX_CHUNK_BYTES = 1 << 20
 # What a codec can always be negotiated down to.
 EVERYONES_STAGES = CodecSpec().stages
 
@@ -64,6 +70,9 @@ class Intake:
         max_update_bytes: of one update.
         uploads: directory for updates on their way in; what is there is taken up when its client offers it again.
         observe: is told what happens.
+        audit: the run's log.
+        refusals: keeps the books on who was refused.
+        enrolments: who may take part, or None for everybody.
         clock: monotonic seconds.
     """
 
@@ -80,6 +89,9 @@ class Intake:
         max_update_bytes: int,
         uploads: Path,
         observe: events.Observer,
+        audit: AuditLog,
+        refusals: Refusals,
+        enrolments: Enrolments | None,
         clock: Callable[[], float],
     ) -> None:
         self._topics = topics
@@ -92,6 +104,9 @@ class Intake:
         self._max_update_bytes = max_update_bytes
         self._uploads = uploads
         self._observe = observe
+        self._audit = audit
+        self.refusals = refusals
+        self._enrolments = enrolments
         self._clock = clock
         # The round that is open, if one is.
         self.current: OpenRound | None = None
@@ -115,20 +130,27 @@ class Intake:
         client, kind = sender
         if record := self._roster.get(client):
             record.bytes_up += len(event.payload)
+        if self.refusals.banned(client):
+            return
         try:
             if kind == "blob":
                 self._on_chunk(client, event.payload)
             elif kind == "message":
                 self._on_message(client, event.payload)
         except VersionError as error:
-            self._refuse(
+            self.refusals.message(
                 client,
+                "version",
                 f"this client speaks protocol version {error.version}, the coordinator {PROTOCOL_VERSION}: "
                 "install the same version of edgetrain on both",
             )
             self._post.send(client, Refusal(reason=f"the coordinator runs edgetrain {__version__}: {error}"))
+        except SignatureError as error:
+            self.refusals.message(client, "forged", str(error))
         except (MessageError, BlobError) as error:
-            self._refuse(client, str(error))
+            self.refusals.message(client, _kind(event.payload, kind), str(error))
+        if self.current:
+            self.refusals.drop_banned(self.current)
 
     def send_verdicts(self) -> None:
         """Syncs the journal once, then tells all whose updates that covers.
@@ -168,13 +190,17 @@ class Intake:
     def _on_message(self, client: str, payload: bytes) -> None:
         envelope = unseal(payload)
         if envelope.sender != client:
-            raise MessageError(f"claims to be from {envelope.sender!r}")
+            self.refusals.message(client, "foreign_id", f"claims to be from {envelope.sender!r}")
+            return
         message = decode_from_client(envelope.body)
         if isinstance(message, Hello):
             verify(envelope, self._topics.federation, message.public_key)
             self._on_hello(client, message)
             return
         record = self._roster.get(client)
+        if record and self._enrolments and (objection := self._enrolments.objection(client)):
+            self.refusals.message(client, *objection)
+            return
         if record is None:
             # It was here before we were: an announcement lets it introduce itself again.
             self._post.announce("open", client=client)
@@ -196,22 +222,29 @@ class Intake:
 
     def _on_hello(self, client: str, hello: Hello) -> None:
         record = self._roster.get(client)
-        reason = None
-        if record and record.public_key != hello.public_key:
-            reason = f"the name {client!r} belongs to another key in this run: choose another name"
-        elif missing := EVERYONES_STAGES - set(hello.stages):
-            reason = f"lacks codec stages that everyone has: {', '.join(sorted(missing))}"
-        if reason is not None:
-            self._refuse(client, reason)
+        if objection := self._objection_to_hello(client, record, hello):
+            kind, reason = objection
+            # It signed with the key that it shows, which need not be the one that the name belongs to.
+            self.refusals.message(client, kind, reason)
             self._post.send(client, Refusal(reason=reason, connection=hello.connection))
+            return
+        if record and hello.connection in record.earlier_connections:
+            self.refusals.message(client, "replay", "a copy of the Hello of an earlier connection")
             return
         if record is None:
             record = ClientRecord(client, hello.public_key)
             self._roster.add(record)
+            if not self._enrolments:
+                key = hello.public_key.hex()
+                self._audit.append(records.Enrolled(client=client, public_key=key, by="first use"))
+        # Enrolled anew, it has another key.
+        record.public_key = hello.public_key
         if record.connection != hello.connection:
             # A new process, or its first Hello; a copy of the Hello of this connection changes nothing.
             if record.ready:
                 self._observe(events.ClientLeft(client, "came back anew"))
+            if record.connection:
+                record.earlier_connections.append(record.connection)
             record.ready = False
         record.connection = hello.connection
         record.device = hello.device
@@ -219,9 +252,37 @@ class Intake:
         record.online = True
         self._post.send(client, Welcome(run=self._run))
 
+    def _objection_to_hello(self, client: str, record: ClientRecord | None, hello: Hello) -> tuple[Kind, str] | None:
+        if self._enrolments and (objection := self._enrolments.objection(client, hello.public_key)):
+            return objection
+        if not self._enrolments and record and record.public_key != hello.public_key:
+            return "not_enrolled", f"the name {client!r} belongs to another key in this run: choose another name"
+        if missing := EVERYONES_STAGES - set(hello.stages):
+            return "unfit", f"lacks codec stages that everyone has: {', '.join(sorted(missing))}"
+        return None
+
+    def dismiss(self, client: str, reason: str) -> None:
+        """Sends a client away that may not take part any more; the round does not wait for it."""
+        record = self._roster.get(client)
+        if record is None:
+            return
+        was_ready = record.ready
+        record.online = record.ready = False
+        if self.current:
+            self.current.uploads.pop(client, None)
+            if self.current.state.waits_for(client):
+                self.current.state.advance(client, Part.LOST)
+        self._post.send(client, Refusal(reason=reason, connection=record.connection))
+        if was_ready:
+            self._observe(events.ClientLeft(client, reason))
+
     def _on_ready(self, record: ClientRecord, ready: Ready) -> None:
+        if ready.connection is not None and ready.connection != record.connection:
+            self.refusals.message(record.name, "replay", "a Ready of an earlier connection", signed=True)
+            return
         if ready.bundle != self._bundle:
             reason = "has another bundle than this run trains"
+            self.refusals.message(record.name, "unfit", reason)
             self._post.send(record.name, Refusal(reason=reason, connection=record.connection))
             return
         if not record.ready:
@@ -255,7 +316,8 @@ class Intake:
         if not self.evaluation_plan or report.nonce != self.evaluation_plan.nonce:
             return
         if not all(math.isfinite(value) for value in report.metrics.values()):
-            self._refuse(record.name, "its report holds numbers that are not finite")
+            reason = "its report holds numbers that are not finite"
+            self.refusals.message(record.name, "bad_report", reason, signed=True)
             return
         self.reports[record.name] = report
         record.resources = report.resources
@@ -278,12 +340,17 @@ class Intake:
         if offer.update.digest == in_round or record.last_accepted == (offer.round, offer.update.digest):
             # A duplicate of what is already in: say so once more.
             self._verdicts.append((client, _accepted(offer, self.come_back(client))))
-        elif not current or offer.run != self._run or not current.admits(offer.round, offer.nonce):
-            self._reject(client, offer, f"round {offer.round} is closed: too late")
-        elif reason := self._objection(client, offer, current):
-            current.state.advance(client, Part.REFUSED)
+        elif offer.run != self._run:
+            self._reject(client, offer, "replay", "is of another run")
+        elif current and offer.round == current.state.number and offer.nonce != current.state.nonce:
+            self._reject(client, offer, "replay", f"round {offer.round} has another nonce")
+        elif not current or not current.admits(offer.round, offer.nonce):
+            self._reject(client, offer, "stale_round", f"round {offer.round} is closed: too late")
+        elif objection := self._objection(client, offer, current):
+            if objection[0] != "not_invited":
+                current.state.advance(client, Part.REFUSED)
             current.uploads.pop(client, None)
-            self._reject(client, offer, reason)
+            self._reject(client, offer, *objection)
         else:
             known = current.uploads.get(client)
             if known is not None and known.offer.update == offer.update:
@@ -305,13 +372,13 @@ class Intake:
             raise RunError(f"{self._uploads}: cannot be used: {error}") from error
         return Upload(offer, envelope, assembler, self._clock())
 
-    def _objection(self, client: str, offer: Offer, current: OpenRound) -> str | None:
+    def _objection(self, client: str, offer: Offer, current: OpenRound) -> tuple[Kind, str] | None:
         if client in current.collection.digests:
-            return "an update of this client is already in the round"
+            return "replay", "an update of this client is already in the round"
         if client not in current.state.parts:
-            return "not invited to this round"
+            return "not_invited", "not invited to this round"
         if not 0 < offer.update.size <= self._max_update_bytes:
-            return f"the update has {offer.update.size} bytes, allowed are 1 to {self._max_update_bytes}"
+            return "oversize", f"the update has {offer.update.size} bytes, allowed are 1 to {self._max_update_bytes}"
         return None
 
     def _on_chunk(self, client: str, payload: bytes) -> None:
@@ -319,6 +386,8 @@ class Intake:
         upload = current.uploads.get(client) if current else None
         if current is None or upload is None:
             return  # late, or ahead of its offer: it will be asked for if it is needed
+        if len(payload) > MAX_CHUNK_BYTES:
+            raise BlobError(f"a chunk of {len(payload)} bytes exceeds the limit of {MAX_CHUNK_BYTES}")
         chunk = parse_chunk(payload)
         if chunk.digest != upload.offer.update.digest:
             return
@@ -340,7 +409,7 @@ class Intake:
             current.collection.accept(client, offer, upload.envelope, upload.assembler.finish(), training)
         except (UpdateRefused, BlobError) as error:
             current.state.advance(client, Part.REFUSED)
-            self._reject(client, offer, str(error))
+            self._reject(client, offer, "bad_update", str(error))
             return
         record = self._roster[client]
         record.last_accepted = (offer.round, offer.update.digest)
@@ -348,20 +417,34 @@ class Intake:
         current.durations[client] = self._clock() - current.invited.get(client, self._clock())
         current.state.advance(client, Part.ACCEPTED)
         self._verdicts.append((client, _accepted(offer, self.come_back(client))))
+        self._audit.append(accepted_record(current.collection.rows[-1], offer.update.digest))
         accepted = current.state.count(Part.ACCEPTED)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
 
-    def _reject(self, client: str, offer: Offer, reason: str) -> None:
+    def _reject(self, client: str, offer: Offer, kind: Kind, reason: str) -> None:
         if self.current:
             self.current.refused += 1
             self.current.reasons[client] = reason
-        self._refuse(client, reason)
+        self.refusals.update(client, kind, reason, offer)
         verdict = Verdict(round=offer.round, digest=offer.update.digest, accepted=False, reason=reason[:1000])
         self._post.send(client, verdict)
 
-    def _refuse(self, client: str, reason: str) -> None:
-        logger.warning("refused from %s: %s", client, reason)
-        self._observe(events.Refused(client, reason))
+
+def accepted_record(row: ClientRow, digest: bytes, *, from_journal: bool = False) -> records.Accepted:
+    """What the audit log says of an update that is in the sum."""
+    return records.Accepted(
+        client=row.client,
+        round=row.round - row.staleness,
+        digest=digest.hex(),
+        bytes=row.update_bytes,
+        num_examples=row.num_examples,
+        from_journal=from_journal,
+    )
+
+
+def _kind(payload: bytes, kind: str) -> Kind:
+    limit = MAX_MESSAGE_BYTES if kind == "message" else MAX_CHUNK_BYTES
+    return "oversize" if len(payload) > limit else "malformed"
 
 
 def _accepted(offer: Offer, come_back: float) -> Verdict:

@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from edgetrain.coordinator.adaptation import adapted_setting, rule_for
 from edgetrain.coordinator.clients import Roster
 from edgetrain.coordinator.config import FederationConfig
@@ -107,6 +109,9 @@ class Invitations:
         if record:
             codec = negotiate(codec, record.stages)
         training = current.trainings[client] = self._strategy.training(rule.adapt(self._config.training))
+        if current.clip_norm:
+            training = msgspec.structs.replace(training, max_delta_norm=current.clip_norm)
+            current.trainings[client] = training
         reads_patches = record is not None and self._downlink_codec.stages <= record.stages
         left = max(0.0, current.state.deadline_at - self._clock())
         return Plan(

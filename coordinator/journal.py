@@ -2,19 +2,18 @@
 
 A file per round. Each record, little-endian:
 
-    "EJ" | version 1 | reserved 0 | length of meta, u32 | length of payload, u64 | CRC-32 of meta + payload, u32
-    | meta, msgpack | payload
+    "EJ" | version 1 | reserved 0 | length of meta, u32 | length of payload, u64 | CRC-32, u32 | meta, msgpack | payload
 
-The first record opens the round. What follows a torn or damaged record was never acknowledged and is cut off.
+The CRC is of meta + payload, in the first record; in the others of salt + meta + payload, where the salt is in the
+first record and nobody else knows it: so that nothing a client sends can be taken for a record when a damaged journal
+is searched for whole ones (`journal_reading`).
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -23,10 +22,8 @@ from edgetrain.coordinator.errors import RunError
 from edgetrain.protocol.files import sync_directory
 from edgetrain.protocol.training import TrainingConfig
 
-logger = logging.getLogger(__name__)
-
-_HEADER = struct.Struct("<2sBBIQI")
-_MAGIC, _VERSION = b"EJ", 1
+HEADER = struct.Struct("<2sBBIQI")
+MAGIC, VERSION = b"EJ", 1
 
 
 class RoundOpened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
@@ -37,6 +34,8 @@ class RoundOpened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
     nonce: bytes
     # SHA-256 of the vector that clients start from.
     parameters: bytes
+    # Random; goes into the later records' checksums.
+    salt: bytes = b""
 
 
 class Invited(msgspec.Struct, frozen=True, kw_only=True, tag="invited"):
@@ -62,26 +61,27 @@ class Journal:
     """The journal of one round, open for appending.
 
     Args:
-        path: the file; made if it is not there, cut to its last whole record if it is.
+        path: the file; made if it is not there.
+        length: of what is whole in it; the rest is cut off.
+        salt: of its first record.
 
     Raises:
         RunError: cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, length: int = 0, salt: bytes = b"") -> None:
         self.path = path
+        self._length = length
+        self._salt = salt
         try:
             fresh = not path.exists()
-            good = 0 if fresh else _good_length(path)
             self._file = path.open("ab", buffering=0)
-            if not fresh and path.stat().st_size > good:
-                logger.warning("%s: cutting %d bytes of a torn record", path, path.stat().st_size - good)
-                self._file.truncate(good)
+            if path.stat().st_size > length:
+                self._file.truncate(length)
             if fresh:
                 sync_directory(path.parent)
         except OSError as error:
             raise RunError(f"{path}: cannot open the journal: {error}") from error
-        self._length = good
 
     def append(self, meta: Meta, payload: bytes = b"") -> None:
         """Writes a record; it counts only after `commit`.
@@ -90,8 +90,9 @@ class Journal:
             RunError: disk full or read-only. The journal is as before.
         """
         encoded = msgspec.msgpack.encode(meta)
-        crc = zlib.crc32(payload, zlib.crc32(encoded))
-        record = _HEADER.pack(_MAGIC, _VERSION, 0, len(encoded), len(payload), crc) + encoded + payload
+        salt = b"" if isinstance(meta, RoundOpened) else self._salt
+        header = HEADER.pack(MAGIC, VERSION, 0, len(encoded), len(payload), checksum(salt, encoded, payload))
+        record = header + encoded + payload
         try:
             written = 0
             while written < len(record):
@@ -117,31 +118,6 @@ class Journal:
         self._file.close()
 
 
-def read_journal(path: Path) -> Iterator[tuple[Meta, bytes]]:
-    """The whole records of a journal, in order, up to the first that is torn or damaged."""
-    for meta, payload, _end in _records(path):
-        yield meta, payload
-
-
-def _good_length(path: Path) -> int:
-    return max((end for _meta, _payload, end in _records(path)), default=0)
-
-
-def _records(path: Path) -> Iterator[tuple[Meta, bytes, int]]:
-    decoder = msgspec.msgpack.Decoder(Meta)
-    end = 0
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        while len(header := file.read(_HEADER.size)) == _HEADER.size:
-            magic, version, _, meta_length, payload_length, crc = _HEADER.unpack(header)
-            if magic != _MAGIC or version != _VERSION or end + _HEADER.size + meta_length + payload_length > size:
-                return
-            encoded, payload = file.read(meta_length), file.read(payload_length)
-            if zlib.crc32(payload, zlib.crc32(encoded)) != crc:
-                return
-            try:
-                meta: Meta = decoder.decode(encoded)
-            except msgspec.DecodeError:
-                return
-            end += _HEADER.size + meta_length + payload_length
-            yield meta, payload, end
+def checksum(salt: bytes, meta: bytes, payload: bytes) -> int:
+    """CRC-32 of a record."""
+    return zlib.crc32(payload, zlib.crc32(meta, zlib.crc32(salt)))

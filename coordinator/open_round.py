@@ -50,6 +50,10 @@ class OpenRound:
     # When each was invited, and how long it then took.
     invited: dict[str, float] = field(default_factory=dict)
     durations: dict[str, float] = field(default_factory=dict)
+    # Those whom chance chose, where privacy counts on it; None before it has.
+    drawn: frozenset[str] | None = None
+    # The norm that clients clip their updates to; 0 for none.
+    clip_norm: float = 0.0
     # How often clients were chosen.
     invitations: int = 0
     # Of earlier rounds whose updates still count, by number; none in synchronous rounds.
@@ -81,3 +85,8 @@ class OpenRound:
         """What clients fetch for this round."""
         blobs = [self.parameters, *(patch.blob for patch in self.patches)]
         return [*blobs, self.control] if self.control else blobs
+
+    def said(self) -> str:
+        """What clients gave as reasons, for an error message."""
+        said = [f"{client}: {reason}" for client, reason in sorted(self.reasons.items())]
+        return f" ({'; '.join(said[:3])}{'; …' if len(said) > 3 else ''})" if said else ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from edgetrain import __version__
-from edgetrain.protocol.messages import Announce, BlobRef, Message, encode_message
+from edgetrain.protocol.messages import Announce, BlobRef, Checkpoint, LogPoint, Message, encode_message
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import SigningKey, seal
 from edgetrain.protocol.transport import Transport
@@ -23,14 +24,25 @@ class Post:
         key: the coordinator's.
         run: id of the run.
         bundle: the manifest to announce.
+        serials: numbers that grow, also across restarts.
     """
 
-    def __init__(self, transport: Transport, topics: Topics, key: SigningKey, *, run: bytes, bundle: BlobRef) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        topics: Topics,
+        key: SigningKey,
+        *,
+        run: bytes,
+        bundle: BlobRef,
+        serials: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
         self._transport = transport
         self._topics = topics
         self._key = key
         self._run = run
         self._bundle = bundle
+        self._serials = serials
 
     def send(self, client: str, message: Message) -> None:
         """To one client."""
@@ -51,13 +63,18 @@ class Post:
             bundle=self._bundle,
             status=status,
             reason=reason[:1000],
-            # Must grow across restarts, too.
-            serial=time.time_ns() // 1_000_000,
+            serial=self._serials(),
         )
         if client is None:
             self._transport.publish(self._topics.announce, self._seal(message), retain=True)
         else:
             self.send(client, message)
+
+    def publish_checkpoints(self, points: Sequence[LogPoint]) -> None:
+        """States of the audit log, oldest first, to everyone and to those who come later."""
+        *earlier, newest = points
+        message = Checkpoint(run=self._run, newest=newest, earlier=tuple(earlier), serial=self._serials())
+        self._transport.publish(self._topics.checkpoint, self._seal(message), retain=True)
 
     def _seal(self, message: Message) -> bytes:
         return seal(self._key, self._topics.federation, COORDINATOR, encode_message(message))

@@ -29,6 +29,8 @@ class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     bytes_up_float32: int = 0
     # All payload bytes that clients say they received since the round before.
     bytes_down: int = 0
+    # Spent of the privacy budget after the round, where there is one.
+    epsilon: float | None = None
     # SHA-256 of the float32 vector after the round, little-endian.
     parameters_sha256: str
     # SHA-256 of the file with what the strategy remembers; empty if that is nothing.
@@ -79,5 +81,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     # The largest peak RSS that any client reported, in MB.
     client_peak_mb: float
     accuracy_by_client: dict[str, float]
+    # Spent of the privacy budget in all, by this run and those that share its ledger; None where there is none.
+    epsilon: float | None = None
+    delta: float | None = None
     # The round whose parameters are in best.safetensors.
     best_round: int | None = None

@@ -26,6 +26,7 @@ def round_record(
     accuracy: float | None,
     bytes_up: int,
     bytes_down: int,
+    epsilon: float | None = None,
 ) -> RoundRecord:
     """The record of a round that closes with these parameters."""
     state, collection = current.state, current.collection
@@ -49,6 +50,7 @@ def round_record(
         update_bytes=collection.update_bytes,
         bytes_up_float32=4 * len(parameters) * accepted,
         bytes_down=bytes_down,
+        epsilon=epsilon,
         parameters_sha256=vector_sha256(parameters),
     )
 
@@ -75,6 +77,8 @@ def summarize(
     reason: str,
     seconds: float,
     best_round: int | None = None,
+    epsilon: float | None = None,
+    delta: float | None = None,
 ) -> Summary:
     """The summary of a run; `seconds` is the time of this process."""
     last = records[-1] if records else None
@@ -100,6 +104,8 @@ def summarize(
         seconds_per_round=round(sum(record.seconds for record in records) / len(records), 4) if records else 0.0,
         client_peak_mb=max((record.resources.peak_memory_mb for record in clients), default=0.0),
         best_round=best_round,
+        epsilon=epsilon,
+        delta=delta,
         accuracy_by_client={
             name: report.metrics["accuracy"] for name, report in sorted(reports.items()) if "accuracy" in report.metrics
         },

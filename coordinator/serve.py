@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from edgetrain.coordinator.authority.broker import FederationBroker
 from edgetrain.coordinator.broker import start_broker
 from edgetrain.coordinator.buffered import BufferedCoordinator
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.coordinator import Coordinator, Evaluation
+from edgetrain.coordinator.coordinator import Coordinator
+from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.events import Observer
 from edgetrain.coordinator.observability import observers
 from edgetrain.coordinator.records import Summary
@@ -23,6 +28,8 @@ from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.names import check_name
 from edgetrain.protocol.transport.mqtt import MqttTransport
+
+logger = logging.getLogger(__name__)
 
 
 def serve(config: FederationConfig, observe: Observer) -> Summary:
@@ -40,7 +47,12 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
     with contextlib.ExitStack() as stack:
         directory = RunDirectory(config, bundle.manifest, bundle.digest)
         stack.callback(directory.close)
-        if config.start_broker:
+        reload_broker: Callable[[], None] = _tell_to_reload
+        if config.start_broker == "mosquitto" and config.enrolments:
+            broker = FederationBroker(Path(config.enrolments), config.broker.port)
+            stack.callback(broker.stop)
+            reload_broker = broker.reload
+        elif config.start_broker:
             stack.callback(start_broker(config.start_broker, port=config.broker.port).stop)
         # One coordinator per run directory: the broker's session is the run's.
         client_id = f"edgetrain/{config.federation}/coordinator/{directory.run.hex()[:8]}"
@@ -56,7 +68,12 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
             directory=directory,
             evaluate=evaluator,
             observe=told,
+            reload_broker=reload_broker,
         ).run()
+
+
+def _tell_to_reload() -> None:
+    logger.warning("the enrolments have changed: let the broker read its files again (kill -HUP of mosquitto)")
 
 
 def coordinator_kind(config: FederationConfig) -> type[Coordinator]:

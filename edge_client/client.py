@@ -28,6 +28,7 @@ from edgetrain.edge_client.held_parameters import HeldParameters
 from edgetrain.edge_client.installation import Fetch, install_bundle
 from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Abandoned, Mailbox, RunOver
 from edgetrain.edge_client.personal import PersonalParameters
+from edgetrain.edge_client.privacy_budget import DeviceBudget
 from edgetrain.edge_client.runtimes import available_runtimes
 from edgetrain.edge_client.runtimes.base import Session, Vector
 from edgetrain.edge_client.state import ClientState
@@ -51,6 +52,7 @@ from edgetrain.protocol.messages import (
     split_update,
 )
 from edgetrain.protocol.names import Topics
+from edgetrain.protocol.privacy.errors import PrivacyError
 from edgetrain.protocol.signing import seal
 from edgetrain.protocol.transport import Transport
 
@@ -118,6 +120,7 @@ class Client:
             clock=clock,
         )
         self._mail.introduce = self._introduce
+        self._budget = DeviceBudget(state.path / "privacy.json", config.name, config.privacy)
         # Training plans that are finished, with the reason why not again; "" if the update was accepted.
         self._done: dict[bytes, str] = {}
         self._bundle: bytes | None = None
@@ -162,6 +165,7 @@ class Client:
             reason = "interrupted"
             raise
         finally:
+            self._budget.close()
             self._mail.send(Goodbye(reason=reason, connection=self._connection))
             self._transport.close()
         return None
@@ -251,6 +255,7 @@ class Client:
                 runtime=self._session.runtime,
                 num_examples=len(self._training_data),
                 state=self._told,
+                connection=self._connection,
             )
         )
 
@@ -281,7 +286,7 @@ class Client:
                     self._evaluate_round(plan)
             except Abandoned:
                 logger.info("round %d: over before its parameters came", plan.round)
-            except (TrainingError, CodecError, BlobError, ConfigError) as error:
+            except (TrainingError, CodecError, BlobError, ConfigError, PrivacyError) as error:
                 logger.warning("round %d: %s", plan.round, error)
                 self._finish(plan.nonce, str(error)[:1000])
                 self._decline(plan, str(error)[:1000])
@@ -296,6 +301,7 @@ class Client:
         assert self._held, "joined"
         assert self._feedback, "joined"
         assert self._training_data, "joined"
+        self._budget.check(plan.training, len(self._training_data))
         parameters = self._personalized(plan, self._held.advance(plan, self._fetch_for(plan)))
         server_control = self._server_control(plan)
         started = self._clock()
@@ -311,12 +317,14 @@ class Client:
         if result.stopped is not None:
             logger.info("round %d: training stopped: %s", plan.round, result.stopped)
             return
+        self._budget.charge(plan.training, len(self._training_data))
         offsets = tuple(entry.offset for entry in self._session.manifest.parameters)
         update = self._feedback.prepare(
             self._shared(result.parameters - parameters),
             plan.codec,
             seed=_mix_seed(plan.seed, self._config.name + "/codec", plan.round),
             offsets=offsets,
+            max_norm=plan.training.max_delta_norm,
         )
         control = b""
         if server_control is not None:
@@ -338,7 +346,8 @@ class Client:
                 num_examples=result.num_examples,
                 steps=result.steps,
                 control_bytes=len(control),
-                metrics=_scalars(result.loss, result.metrics),
+                unclipped=self._feedback.unclipped,
+                metrics=self._sayable(result.loss, result.metrics),
                 resources=self._resources(self._clock() - started),
                 state=device_state(),
             ),
@@ -360,7 +369,7 @@ class Client:
                 round=plan.round,
                 nonce=plan.nonce,
                 num_examples=summary.num_examples,
-                metrics=_scalars(summary.loss, summary.metrics),
+                metrics=self._sayable(summary.loss, summary.metrics),
                 resources=self._resources(self._clock() - started),
             )
         )
@@ -452,6 +461,10 @@ class Client:
     def _may_continue(self, plan: Plan) -> bool | str:
         self._mail.pump(0)
         return "the round has closed" if plan.nonce in self._mail.closed else True
+
+    def _sayable(self, loss: float, metrics: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
+        """The metrics that may leave the device."""
+        return {} if self._budget.withholds_metrics else _scalars(loss, metrics)
 
     def _decline(self, plan: Plan, reason: str) -> None:
         self._mail.send(Decline(round=plan.round, nonce=plan.nonce, reason=reason))

@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from edgetrain.edge_client.privacy_budget import DevicePrivacy
 from edgetrain.protocol.transport.mqtt import BrokerConfig
 
 
@@ -32,9 +33,21 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="the coordinator's public key in hex; without it the first one seen is trusted and remembered"
         ),
     ] = ""
+    signing_key: Annotated[
+        str,
+        Meta(
+            description="file with the key that signs this client's messages; a device file holds the key itself "
+            "[default: one made in the state directory]"
+        ),
+    ] = ""
     exit_when_done: Annotated[bool, Meta(description="leave when the run ends, instead of waiting for the next")] = True
     leave_when_idle: Annotated[
         bool, Meta(description="disconnect when the coordinator says that it needs nothing for a while")
     ] = True
     max_bundle_bytes: Annotated[int, Meta(description="refuse bundles that need more bytes", ge=1)] = 1 << 30
+    privacy: DevicePrivacy = DevicePrivacy()
     broker: BrokerConfig = BrokerConfig()
+
+    def __repr__(self) -> str:
+        """Without keys: this may end in a log."""
+        return f"ClientConfig(name={self.name!r}, federation={self.federation!r}, broker={self.broker!r})"

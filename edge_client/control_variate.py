@@ -6,30 +6,24 @@ What the coordinator decodes of that change is what is added to `own`, when it h
 coordinator's variate stays the mean of the clients', whatever the codec, and what the codec left out is part
 of the next change.
 
-The file: "EC" | version 1 | reserved 0 | length of the header, u32 | CRC-32 of all that follows, u32
-| header, msgpack | vector, little-endian float32
+The file (`checked_file.py`, "EC"): the body is the vector, little-endian float32.
 """
 
 from __future__ import annotations
 
 import logging
-import struct
-import zlib
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from edgetrain.edge_client.errors import StateError
+from edgetrain.edge_client.checked_file import CheckedFile
 from edgetrain.edge_client.runtimes.base import Vector
 from edgetrain.edge_client.schedules import learning_rate_factor
 from edgetrain.protocol.codecs import SparseOrDense
-from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
-
-_PREFIX = struct.Struct("<2sBBII")
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +43,7 @@ class ControlVariate:
     """
 
     def __init__(self, path: Path, *, run: bytes, num_parameters: int) -> None:
-        self._path = path
+        self._file = CheckedFile(path, b"EC", "the control variate")
         self.run = run
         self.vector: Vector = np.zeros(num_parameters, np.float32)
         self._applied = b""
@@ -70,34 +64,19 @@ class ControlVariate:
             return
         vector = self.vector.copy()
         change.add_to(vector)
-        header = msgspec.msgpack.encode(_Header(run=self.run, num_parameters=len(vector), applied=update))
-        body = header + vector.astype("<f4").tobytes()
-        try:
-            write_atomically(self._path, _PREFIX.pack(b"EC", 1, 0, len(header), zlib.crc32(body)) + body)
-        except OSError as error:
-            raise StateError(f"{self._path}: cannot store the control variate: {error}") from error
+        header = _Header(run=self.run, num_parameters=len(vector), applied=update)
+        self._file.write(header, vector.astype("<f4").tobytes())
         self.vector, self._applied = vector, update
 
     def _load(self) -> None:
-        try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
+        found = self._file.read(_Header)
+        if found is None:
             return
-        except OSError as error:
-            raise StateError(f"{self._path}: cannot read the control variate: {error}") from error
-        try:
-            magic, version, _, header_bytes, crc = _PREFIX.unpack_from(data)
-            body = data[_PREFIX.size :]
-            if magic != b"EC" or version != 1 or zlib.crc32(body) != crc:
-                raise StateError("wrong magic, version or checksum")
-            header = msgspec.msgpack.decode(body[:header_bytes], type=_Header)
-        except (struct.error, msgspec.DecodeError, StateError) as error:
-            logger.warning("%s is damaged (%s): starting without a control variate", self._path, error)
-            return
+        header, body = found
         if (header.run, header.num_parameters) != (self.run, len(self.vector)):
-            logger.info("the control variate in %s is of another run: dropped", self._path)
+            logger.info("the control variate in %s is of another run: dropped", self._file.path)
             return
-        self.vector = np.frombuffer(body[header_bytes:], dtype="<f4").astype(np.float32)
+        self.vector = np.frombuffer(body, dtype="<f4").astype(np.float32)
         self._applied = header.applied
 
 

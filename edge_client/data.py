@@ -191,14 +191,20 @@ def _call(path: Path, function: str) -> Dataset:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         # The file may import its neighbours.
-        sys.path.insert(0, str(path.parent.resolve()))
+        folder = path.parent.resolve()
+        sys.path.insert(0, str(folder))
+        known = set(sys.modules)
         try:
             spec.loader.exec_module(module)
             if not callable(getattr(module, function, None)):
                 raise DataError(f"{path}: defines no function {function!r}")
             result = getattr(module, function)()
         finally:
-            sys.path.remove(str(path.parent.resolve()))
+            sys.path.remove(str(folder))
+            # Another file's neighbour of the same name is another module.
+            for name in set(sys.modules) - known:
+                if (origin := getattr(sys.modules[name], "__file__", None)) and Path(origin).is_relative_to(folder):
+                    del sys.modules[name]
     except DataError:
         raise
     except Exception as error:

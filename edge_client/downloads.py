@@ -119,9 +119,7 @@ class Download:
             wanted = RangeSet(list(wanted.first(room))[:MAX_RANGES])
             if not wanted:
                 return
-            self._ask(
-                Want(digest=self._blob.ref.digest, ranges=tuple(wanted), chunk_bytes=self._link.chunk_bytes())
-            )
+            self._ask(Want(digest=self._blob.ref.digest, ranges=tuple(wanted), chunk_bytes=self._link.chunk_bytes()))
         for start, stop in wanted:
             self._expected.add(start, stop)
         if self._cap:

@@ -13,26 +13,21 @@ target and the bytes that were sent, and the coordinator is asked again what bec
 from __future__ import annotations
 
 import logging
-import struct
-import zlib
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.errors import StateError
+from edgetrain.edge_client.checked_file import CheckedFile
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import encode, residual
-from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.messages import Offer, split_update
+from edgetrain.protocol.privacy.clipping import clip
 
 logger = logging.getLogger(__name__)
 
 Vector = npt.NDArray[np.float32]
-
-# "ER" | version 1 | reserved 0 | length of the header, u32 | CRC-32 of all that follows, u32
-_PREFIX = struct.Struct("<2sBBII")
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,19 +50,37 @@ class ErrorFeedback:
     """
 
     def __init__(self, path: Path, *, bundle: bytes, run: bytes, num_parameters: int) -> None:
-        self._path = path
+        self._file = CheckedFile(path, b"ER", "the residual")
         self._bundle = bundle
         self.run = run
         self.residual: Vector = np.zeros(num_parameters, np.float32)
         # What was offered and not yet answered.
         self.offer: Offer | None = None
         self.update = b""
+        # Whether what was prepared was within the norm; None if there was none.
+        self.unclipped: bool | None = None
         self._load()
 
-    def prepare(self, delta: Vector, codec: str, *, seed: int, offsets: tuple[int, ...] | None = None) -> bytes:
-        """Encodes `residual + delta`. Nothing is stored yet: `commit` follows with the offer."""
+    def prepare(
+        self,
+        delta: Vector,
+        codec: str,
+        *,
+        seed: int,
+        offsets: tuple[int, ...] | None = None,
+        max_norm: float = 0.0,
+    ) -> bytes:
+        """Encodes `residual + delta`. Nothing is stored yet: `commit` follows with the offer.
+
+        With a `max_norm` above 0, their sum is clipped to it first. What clipping takes away does not come back
+        later.
+        """
         assert self.offer is None, "settle the pending update first"
         target = self.residual + delta
+        self.unclipped = None
+        if max_norm:
+            clipped, norm = clip(target, max_norm)
+            target, self.unclipped = clipped.astype(np.float32), norm <= max_norm
         self.update = encode(target, codec, seed=seed, offsets=offsets)
         self.residual = target
         return self.update
@@ -96,41 +109,24 @@ class ErrorFeedback:
         self._save()
 
     def _save(self) -> None:
-        header = msgspec.msgpack.encode(
-            _Header(
-                bundle=self._bundle,
-                run=self.run,
-                num_parameters=len(self.residual),
-                offer=self.offer,
-                update_bytes=len(self.update),
-            )
+        header = _Header(
+            bundle=self._bundle,
+            run=self.run,
+            num_parameters=len(self.residual),
+            offer=self.offer,
+            update_bytes=len(self.update),
         )
-        body = header + self.residual.astype("<f4").tobytes() + self.update
-        try:
-            write_atomically(self._path, _PREFIX.pack(b"ER", 1, 0, len(header), zlib.crc32(body)) + body)
-        except OSError as error:
-            raise StateError(f"{self._path}: cannot store the residual: {error}") from error
+        self._file.write(header, self.residual.astype("<f4").tobytes() + self.update)
 
     def _load(self) -> None:
-        try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
+        found = self._file.read(_Header)
+        if found is None:
             return
-        except OSError as error:
-            raise StateError(f"{self._path}: cannot read the residual: {error}") from error
-        try:
-            magic, version, _, header_bytes, crc = _PREFIX.unpack_from(data)
-            body = data[_PREFIX.size :]
-            if magic != b"ER" or version != 1 or zlib.crc32(body) != crc:
-                raise StateError("wrong magic, version or checksum")
-            header = msgspec.msgpack.decode(body[:header_bytes], type=_Header)
-        except (struct.error, msgspec.DecodeError, StateError) as error:
-            logger.warning("%s is damaged (%s): starting without a residual", self._path, error)
-            return
+        header, body = found
         if (header.bundle, header.run, header.num_parameters) != (self._bundle, self.run, len(self.residual)):
-            logger.info("the residual in %s is of another run: dropped", self._path)
+            logger.info("the residual in %s is of another run: dropped", self._file.path)
             return
-        stop = header_bytes + 4 * header.num_parameters
-        self.residual = np.frombuffer(body[header_bytes:stop], dtype="<f4").astype(np.float32)
+        stop = 4 * header.num_parameters
+        self.residual = np.frombuffer(body[:stop], dtype="<f4").astype(np.float32)
         self.update = body[stop : stop + header.update_bytes]
         self.offer = header.offer

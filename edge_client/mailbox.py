@@ -22,6 +22,7 @@ from edgetrain.protocol.blobs import Assembler, parse_chunk
 from edgetrain.protocol.messages import (
     Announce,
     BlobRef,
+    Checkpoint,
     Message,
     Plan,
     Refusal,
@@ -53,6 +54,8 @@ POLL_SECONDS = 0.5
 MAX_DAMAGED = 5
 # Plans come one after the other; a copy of an older one than this does not come any more.
 REMEMBERED_PLANS = 64
+# Different warnings of a kind that anybody can provoke.
+MAX_WARNINGS = 20
 
 
 class RunOver(Exception):
@@ -94,8 +97,10 @@ class Mailbox:
         self._state = state
         self._transport = transport
         self._connection = connection
-        self._configured_key = coordinator_key
-        self._coordinator_key: bytes | None = None
+        # What it signs counts; until there is one, the first announcement decides.
+        self._coordinator_key = state.trusted_coordinator(coordinator_key)
+        self._key_source = "the configured coordinator_key" if coordinator_key else str(state.path / "coordinator.pub")
+        self._warned: set[str] = set()
         self._clock = clock
         # The state of the run as announced last.
         self.announce: Announce | None = None
@@ -124,6 +129,7 @@ class Mailbox:
         self._transport.subscribe(self._topics.to_client(self._name, "blob"), qos=0)
         self._transport.subscribe(self._topics.round)
         self._transport.subscribe(self._topics.announce)
+        self._transport.subscribe(self._topics.checkpoint)
 
     # --- out -----------------------------------------------------------------------------------------
 
@@ -246,6 +252,10 @@ class Mailbox:
             else:
                 self._on_message(event.payload)
         except VersionError as error:
+            if self._coordinator_key is not None:
+                # Nobody has signed it that we know: it is no reason to leave.
+                self._warn_once(f"ignored: {error}. If that is the coordinator, install the same version on both")
+                return
             raise RefusedError(
                 f"the coordinator speaks protocol version {error.version}, another one than this client: "
                 "install the same version of edgetrain on both"
@@ -256,14 +266,27 @@ class Mailbox:
     def _on_message(self, payload: bytes) -> None:
         envelope = unseal(payload)
         message = decode_from_coordinator(envelope.body)
-        if isinstance(message, Announce):
-            verify(envelope, self._topics.federation, message.public_key)
-            self._on_announce(message)
-            return
         if self._coordinator_key is None:
+            if isinstance(message, Announce):
+                verify(envelope, self._topics.federation, message.public_key)
+                self._state.pin_coordinator(message.public_key)
+                self._coordinator_key = message.public_key
+                self._on_announce(message)
+            return
+        if isinstance(message, Announce) and message.public_key != self._coordinator_key:
+            # Whoever can write there could send all clients home otherwise.
+            self._warn_once(
+                f"ignored an announcement with key {message.public_key.hex()[:16]}…, which is not "
+                f"{self._key_source} ({self._coordinator_key.hex()[:16]}…). If the coordinator was set up anew on "
+                "purpose, change or remove that"
+            )
             return
         verify(envelope, self._topics.federation, self._coordinator_key)
         match message:
+            case Announce():
+                self._on_announce(message)
+            case Checkpoint():
+                self._on_checkpoint(message)
             case Welcome():
                 self.welcomed = message.run == self.joined
             case Refusal() if message.connection == self._connection:
@@ -283,8 +306,6 @@ class Mailbox:
         before = self.announce
         if before and before.run == message.run and message.serial < before.serial:
             return
-        self._state.pin_coordinator(message.public_key, configured=self._configured_key)
-        self._coordinator_key = message.public_key
         self.announce = message
         if self.joined is None:
             return
@@ -295,6 +316,25 @@ class Mailbox:
         if before and message.serial > before.serial:
             # The coordinator was started again: it does not know that we are here.
             self._introduce_again()
+
+    def _on_checkpoint(self, message: Checkpoint) -> None:
+        try:
+            reason = self._state.checkpoints.take(message)
+        except OSError as error:
+            logger.warning("cannot remember a checkpoint of the coordinator: %s", error)
+            return
+        if reason:
+            logger.error(
+                "the coordinator has rewritten the history of run %s: %s. What this client remembers is in %s",
+                message.run.hex(),
+                reason,
+                self._state.path / "checkpoints.jsonl",
+            )
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned and len(self._warned) < MAX_WARNINGS:
+            self._warned.add(text)
+            logger.warning("%s", text)
 
     def _introduce_again(self) -> None:
         if self.joined is not None:

@@ -1,18 +1,21 @@
 """The client's own directory: key, pinned coordinator, bundles, residual.
 
 identity.key         signing key, mode 0600
+checkpoints.jsonl    see `edgetrain.protocol.checkpoints`
 coordinator.pub      the coordinator's public key, pinned when it was first seen
 bundles/DIGEST/      bundles by the SHA-256 of their manifest
 partial/             blobs on their way in, see `protocol.partial`
 residual.bin         see `error_feedback`
 control.bin          see `control_variate`
 personal.bin         see `personal`
+privacy.json         see `privacy_budget`
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +23,11 @@ import numpy.typing as npt
 
 from edgetrain.edge_client.control_variate import ControlVariate
 from edgetrain.edge_client.error_feedback import ErrorFeedback
-from edgetrain.edge_client.errors import RefusedError, StateError
+from edgetrain.edge_client.errors import StateError
 from edgetrain.edge_client.garbage import forget_old_bundles
 from edgetrain.edge_client.personal import PersonalParameters
+from edgetrain.protocol.checkpoints import CheckpointMemory
+from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.manifest import MANIFEST_FILE, FileEntry
 from edgetrain.protocol.partial import forget_partial_blobs
@@ -32,11 +37,15 @@ from edgetrain.protocol.signing import SigningKey
 class ClientState:
     """The directory, locked: two clients cannot share it.
 
+    Args:
+        path: of the directory.
+        key: signs this client's messages; None for one that is made and kept here.
+
     Raises:
         StateError: in use, or not writable.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: SigningKey | None = None) -> None:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -45,7 +54,9 @@ class ClientState:
             raise StateError(f"{path}: cannot use the state directory: {error}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.key = SigningKey.load_or_create(path / "identity.key")
+            self.key = key or SigningKey.load_or_create(path / "identity.key")
+            # What the coordinator has said of its audit log.
+            self.checkpoints = CheckpointMemory(path)
         except BaseException as error:
             self._lock.close()
             if isinstance(error, BlockingIOError):
@@ -54,27 +65,34 @@ class ClientState:
                 raise StateError(f"{path}: cannot use the state directory: {error}") from error
             raise
 
-    def pin_coordinator(self, public_key: bytes, *, configured: str) -> None:
-        """Trusts the configured key only; without one, the first that is seen.
+    def trusted_coordinator(self, configured: str = "") -> bytes | None:
+        """The coordinator's public key: the configured one, else the pinned one, else None: the first that comes.
 
         Raises:
-            RefusedError: this is another key.
+            ConfigError: what is configured is no key.
+            StateError: the pinned key cannot be read.
         """
         path = self.path / "coordinator.pub"
         try:
             pinned = path.read_text(encoding="ascii", errors="replace").strip() if path.exists() else ""
         except OSError as error:
             raise StateError(f"{path}: cannot read the coordinator's key: {error}") from error
-        expected = configured.strip() or pinned
-        if not expected:
-            self._write(path, public_key.hex().encode() + b"\n")
-        elif expected.lower() != public_key.hex():
-            source = "the configured coordinator_key" if configured else str(path)
-            raise RefusedError(
-                f"the coordinator signs with key {public_key.hex()[:16]}…, which is not {source} "
-                f"({expected[:16]}…). If the coordinator was set up anew on purpose, "
-                f"{'change coordinator_key' if configured else f'remove {path}'}."
-            )
+        text = configured.strip() or pinned
+        if not text:
+            return None
+        if not re.fullmatch("[0-9a-fA-F]{64}", text):
+            if configured.strip():
+                raise ConfigError(f"coordinator_key {text[:80]!r} is not a public key of 64 hex digits")
+            raise StateError(f"{path}: is no key; remove it to trust the next coordinator that this client meets")
+        return bytes.fromhex(text)
+
+    def pin_coordinator(self, public_key: bytes) -> None:
+        """Trusts this key from now on.
+
+        Raises:
+            StateError: not writable.
+        """
+        self._write(self.path / "coordinator.pub", public_key.hex().encode() + b"\n")
 
     def bundle_directory(self, digest: bytes) -> Path:
         """Where a bundle is or will be."""

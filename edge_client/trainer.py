@@ -17,9 +17,11 @@ import numpy.typing as npt
 from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.optimizers import clip_by_global_norm, sgd
+from edgetrain.edge_client.private_steps import PrivateSteps
 from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult, Vector
 from edgetrain.edge_client.runtimes.staging import check_vector
 from edgetrain.edge_client.schedules import learning_rate_factor
+from edgetrain.protocol.privacy.randomness import RandomBytes
 from edgetrain.protocol.training import TrainingConfig, count_steps
 
 Metrics = dict[str, npt.NDArray[np.float64]]
@@ -75,6 +77,7 @@ def train(
     *,
     seed: int,
     gradient_correction: Vector | None = None,
+    random_bytes: RandomBytes | None = None,
     on_step: Callable[[StepProgress], None] | None = None,
     may_continue: Callable[[], bool | str] | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -93,6 +96,7 @@ def train(
         seed: of the shuffling; the same seed gives the same batches on every machine.
         gradient_correction: float32 [num_parameters], added to each step's mean gradient: c - c_i of
             SCAFFOLD (Karimireddy et al. 2020).
+        random_bytes: where `config.privacy` takes batches and noise from; left out, from the operating system.
         on_step: called after every optimizer step.
         may_continue: asked before every micro-batch; False, or a reason, ends the training after the last
             whole step.
@@ -114,24 +118,27 @@ def train(
     sums, means = _Sums(np.zeros(length, np.float32)), _Sums(None)
     stopped: str | None = None
     step = 0
-    for indices in batches(len(dataset), config, seed):
+    private = PrivateSteps(session, config, config.privacy, random_bytes=random_bytes) if config.privacy else None
+    for indices in private.batches(len(dataset)) if private else batches(len(dataset), config, seed):
         sums.clear()
         for start in range(0, len(indices), session.manifest.micro_batch):
             stopped = _stopped(may_continue)
             if stopped is not None:
                 break
             chunk = indices[start : start + session.manifest.micro_batch]
-            result = session.step(current, *dataset.take(chunk))
-            if not math.isfinite(result.loss_sum):
+            result = private.step(current, dataset, chunk) if private else session.step(current, *dataset.take(chunk))
+            # What one sample makes of the loss is its own affair where it is protected.
+            if not private and not math.isfinite(result.loss_sum):
                 raise TrainingError(_astray("loss", step, config, means))
             sums.add(result)
         if stopped is not None:
             break
-        if sums.weight_sum == 0:
+        if sums.weight_sum == 0 and not private:
             continue
-        gradient, norm = clip_by_global_norm(sums.mean_gradient(), config.max_grad_norm)
+        mean = private.mean_gradient(sums.gradient_sum(), len(dataset)) if private else sums.mean_gradient()
+        gradient, norm = clip_by_global_norm(mean, config.max_grad_norm)
         if not math.isfinite(norm):
-            raise TrainingError(_astray("gradient", step, config, means))
+            raise TrainingError(_astray("gradient", step, config, _Sums(None) if private else means))
         if gradient_correction is not None:
             gradient = gradient + gradient_correction
         if config.proximal_mu:
@@ -203,9 +210,12 @@ class _Sums:
         if self.gradient is not None and isinstance(result, StepResult):
             self.gradient += result.gradients
 
-    def mean_gradient(self) -> Vector:
+    def gradient_sum(self) -> Vector:
         assert self.gradient is not None
-        return self.gradient / np.float32(self.weight_sum)
+        return self.gradient
+
+    def mean_gradient(self) -> Vector:
+        return self.gradient_sum() / np.float32(self.weight_sum)
 
     def mean_loss(self) -> float:
         return self.loss_sum / self.weight_sum if self.weight_sum else math.nan

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from edgetrain.export.batch import ExampleBatch, Loss
 from edgetrain.export.errors import SourceError
+from edgetrain.export.quiet import quiet
 from edgetrain.export.user_code import user_code
 
 TASKS = {
@@ -80,8 +80,7 @@ def load_hf(
     if importlib.util.find_spec("transformers") is None:
         raise SourceError("hf: models need transformers: pip install 'edgetrain[hf]'")
     path, *overrides = source.split(",")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         with user_code(f"reading the configuration of hf:{source}"):
             config = _config(path)
             _override(config, source, overrides)

@@ -7,7 +7,6 @@ degenerate (zero-initialised layers, symmetric biases) and hide a wrong gradient
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edgetrain.export.batch import HalfBatch, flatten_outputs
-from edgetrain.export.errors import ExportError, ParityError
+from edgetrain.export.batch import flatten_outputs
+from edgetrain.export.errors import ParityError
 from edgetrain.export.joint import Problem, TracedGraph
 from edgetrain.export.lowering.base import Run
 from edgetrain.export.metrics import weighted_sum
@@ -33,13 +32,8 @@ TOLERANCE = 1e-4
 # A gradient that is mathematically zero (the key bias of attention) is rounding noise on both sides: errors
 # below this share of the largest gradient of the whole model do not count.
 FLOOR = 1e-6
-# Two computations that differ from the truth by rounding differ from each other by a small multiple of it.
-NOISE_FACTOR = 10.0
 # Size of the step to the neighbour, relative to the root mean square of each tensor.
 NUDGE = 0.05
-# An activation that is zero but for rounding lies on the kink of a relu, where no two machines need agree. What
-# eager torch's own gradient moves when all parameters move by this share is no error.
-JITTER = 1e-6
 
 
 @dataclass(frozen=True)
@@ -125,48 +119,10 @@ def expectations(problem: Problem, *, clipping: bool) -> tuple[Problem, Expected
     return replace(problem, clip_norm=clip_norm), Expected(initial, near, clipped)
 
 
-def rounding_noise(problem: Problem, point: Reference) -> dict[str, float]:
-    """How far eager's own float32 gradients are from float64 ones, by parameter; empty if it cannot be told.
-
-    Where a gradient is a difference of large numbers that nearly cancel, that distance is all its value.
-    """
-    try:
-        double = _in_double(problem)
-        exact = reference(double, [parameter.double() for parameter in point.parameters])
-    except (RuntimeError, TypeError, ValueError, ExportError):
-        return {}
-    return {
-        name: float(np.abs(gradient - exact.gradients[name]).max(initial=0))
-        for name, gradient in point.gradients.items()
-    }
-
-
-def kinks(problem: Problem, point: Reference) -> dict[str, float]:
-    """The largest change of eager's gradients when all parameters are off by `JITTER`, to either side."""
-    moves = dict.fromkeys(problem.names, 0.0)
-    for sign in (1, -1):
-        generator = torch.Generator().manual_seed(1)
-        moved = reference(problem, [_nudged(p, sign * JITTER, generator) for p in point.parameters])
-        for name, gradient in point.gradients.items():
-            change = float(np.abs(gradient - moved.gradients[name]).max(initial=0))
-            moves[name] = max(moves[name], change) if np.isfinite(change) else moves[name]
-    return moves
-
-
 def _nudged(parameter: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """A parameter and noise of that share of its root mean square."""
     scale = share * max(float(parameter.square().mean().sqrt()), 0.1)
     return parameter + scale * torch.randn(parameter.shape, generator=generator)
-
-
-def _in_double(problem: Problem) -> Problem:
-    def widen(half: HalfBatch) -> HalfBatch:
-        return replace(half, tensors=tuple(t.double() if t.is_floating_point() else t for t in half.tensors))
-
-    example = replace(problem.example, inputs=widen(problem.example.inputs), targets=widen(problem.example.targets))
-    module, base = (copy.deepcopy(part).double() for part in (problem.prepared.module, problem.prepared.base))
-    prepared = replace(problem.prepared, module=module, base=base)
-    return replace(problem, prepared=prepared, example=example, weights=problem.weights.double())
 
 
 def check_finite(problem: Problem, expected: Reference) -> None:
@@ -212,13 +168,6 @@ def _prove_gradients(runtime: str, problem: Problem, got: dict[str, Array], poin
             wrong[name] = difference
         if largest > floor / TOLERANCE:
             relative[name] = difference / largest
-    if wrong:
-        noise = rounding_noise(problem, point)
-        wrong = {n: d for n, d in wrong.items() if not d <= NOISE_FACTOR * noise.get(n, 0.0)}
-    if wrong:
-        moves = kinks(problem, point)
-        allowed = {n: TOLERANCE * float(np.abs(g).max(initial=0)) + floor for n, g in point.gradients.items()}
-        wrong = {n: d for n, d in wrong.items() if not d <= allowed[n] + moves[n]}
     if wrong:
         shares = {n: d / max(float(np.abs(point.gradients[n]).max(initial=0)), 1e-30) for n, d in wrong.items()}
         name = max(shares, key=lambda key: shares[key] if np.isfinite(shares[key]) else np.inf)

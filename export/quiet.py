@@ -16,6 +16,7 @@ _LOGGERS = (
     "torch.fx.experimental.symbolic_shapes",
     "onnxscript",
     "onnx_ir",
+    "torchao",
 )
 
 

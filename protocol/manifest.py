@@ -40,6 +40,9 @@ FORMAT = "edgetrain-bundle"
 FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
 MANIFEST_FILE = "manifest.json"
+# The graph for differential privacy, and its further input.
+STEP_CLIPPED = "step_per_sample_clipped"
+CLIP_NORM = "clip_norm"
 # No backslashes, which are separators elsewhere, and no control characters.
 _FILE_NAME = re.compile(r"[^\\\x00-\x1f\x7f]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -94,6 +94,8 @@ class Ready(Message, frozen=True, kw_only=True, tag="ready"):
     runtime: ShortText
     num_examples: Count
     state: DeviceState = DeviceState()
+    # As in the Hello before: a copy from an earlier connection does not count. None: an older edgetrain.
+    connection: Nonce | None = None
 
 
 class Decline(Message, frozen=True, kw_only=True, tag="decline"):
@@ -126,6 +128,8 @@ class Offer(Message, frozen=True, kw_only=True, tag="offer"):
     # The last so many bytes of `update` are the change of the client's control variate, encoded like the
     # update before it; 0 where the plan has no `control`.
     control_bytes: Count = 0
+    # Whether the update was within `training.max_delta_norm` before it was clipped; nil where the plan has none.
+    unclipped: bool | None = None
     # Means over the local training: "loss", "accuracy", …
     metrics: Numbers = {}
     resources: Resources = Resources()
@@ -239,8 +243,28 @@ class RoundClosed(Message, frozen=True, kw_only=True, tag="closed"):
     nonce: Nonce
 
 
+class LogPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A state of the coordinator's audit log."""
+
+    # Its lines so far.
+    records: Count
+    # The chain hash of the last of them.
+    head: Digest
+
+
+class Checkpoint(Message, frozen=True, kw_only=True, tag="checkpoint"):
+    """Retained: how far the run's audit log has come, for clients to remember and compare."""
+
+    run: Nonce
+    newest: LogPoint
+    # All checkpoints before it, or the last 63 of them, oldest first.
+    earlier: Annotated[tuple[LogPoint, ...], Meta(max_length=64)] = ()
+    # Grows, as that of Announce.
+    serial: Count = 0
+
+
 FromClient = Hello | Ready | Decline | Offer | Report | Goodbye | Want
-FromCoordinator = Announce | Welcome | Refusal | Plan | Verdict | RoundClosed | Want
+FromCoordinator = Announce | Welcome | Refusal | Plan | Verdict | RoundClosed | Checkpoint | Want
 
 _from_client = msgspec.msgpack.Decoder(FromClient)
 _from_coordinator = msgspec.msgpack.Decoder(FromCoordinator)

@@ -2,6 +2,7 @@
 
     edgetrain/FEDERATION/all/announce        coordinator -> everyone, retained: the state of the run
     edgetrain/FEDERATION/all/round           coordinator -> everyone: a round has closed
+    edgetrain/FEDERATION/all/checkpoint      coordinator -> everyone, retained: how far its audit log has come
     edgetrain/FEDERATION/all/blob/DIGEST     coordinator -> whoever asked: chunks, fanned out by the broker
     edgetrain/FEDERATION/to/CLIENT/message   coordinator -> one client
     edgetrain/FEDERATION/to/CLIENT/blob      coordinator -> one client: chunks
@@ -52,6 +53,11 @@ class Topics(msgspec.Struct, frozen=True):
     def round(self) -> str:
         """News for everyone about the current round."""
         return f"edgetrain/{self.federation}/all/round"
+
+    @property
+    def checkpoint(self) -> str:
+        """State of the audit log, retained."""
+        return f"edgetrain/{self.federation}/all/checkpoint"
 
     def broadcast_blob(self, digest: bytes) -> str:
         """Chunks of one blob for all who asked."""

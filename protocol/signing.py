@@ -13,6 +13,7 @@ Ed25519: RFC 8032.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import msgspec
@@ -78,6 +79,24 @@ class SigningKey:
         """
         write_atomically(path, self._seed, mode=0o600)
 
+    @classmethod
+    def from_setting(cls, setting: str) -> SigningKey:
+        """The key that a setting names: a file as of `load_or_create`, or 64 hex digits.
+
+        Raises:
+            ConfigError: neither.
+        """
+        if re.fullmatch("[0-9a-fA-F]{64}", setting):
+            return cls(bytes.fromhex(setting))
+        path = Path(setting)
+        if not path.exists():
+            raise ConfigError(f"signing key: {path} is no file, and no key of 64 hex digits")
+        return cls.load_or_create(path)
+
+    def secret(self) -> str:
+        """What `from_setting` reads: the private key itself, for a file of mode 0600 and nothing else."""
+        return self._seed.hex()
+
     def sign(self, data: bytes) -> bytes:
         """64 bytes."""
         return self._key.sign(data)
@@ -128,15 +147,20 @@ def unseal(data: bytes) -> Envelope:
         raise MessageError(f"not an edgetrain envelope: {error}") from error
 
 
+def is_signed(public_key: bytes, data: bytes, signature: bytes) -> bool:
+    """Whether the owner of `public_key` signed these bytes."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, data)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
 def verify(envelope: Envelope, federation: str, public_key: bytes) -> None:
     """Checks that the owner of `public_key` signed this envelope.
 
     Raises:
         SignatureError: it did not.
     """
-    try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(
-            envelope.signature, _signed_bytes(federation, envelope.sender, envelope.body)
-        )
-    except (InvalidSignature, ValueError) as error:
-        raise SignatureError(f"the signature of {envelope.sender!r} is not right: forged or damaged") from error
+    if not is_signed(public_key, _signed_bytes(federation, envelope.sender, envelope.body), envelope.signature):
+        raise SignatureError(f"the signature of {envelope.sender!r} is not right: forged or damaged")

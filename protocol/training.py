@@ -25,6 +25,15 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     total_steps: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
+class SamplePrivacy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[training.privacy]: DP-SGD on the device (Abadi et al. 2016), so that nobody else learns about one sample."""
+
+    # Largest L2 norm of a sample's gradient; longer ones are scaled down.
+    clip_norm: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    # Standard deviation of the noise in the sum of a step's gradients, in clip norms.
+    noise_multiplier: Annotated[float, msgspec.Meta(gt=0)]
+
+
 class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One local training."""
 
@@ -45,6 +54,10 @@ class TrainingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_grad_norm: NonNegative = 0.0
     # FedProx: adds mu * (parameters - received parameters) to the gradient; 0 for FedAvg.
     proximal_mu: NonNegative = 0.0
+    # Train with DP-SGD: batches are Poisson samples of `batch_size` expected. Needs a bundle with per-sample clipping.
+    privacy: SamplePrivacy | None = None
+    # Clip the whole update (delta and what is left of earlier ones) to this L2 norm; 0 for no clipping.
+    max_delta_norm: NonNegative = 0.0
 
 
 def count_steps(num_examples: int, config: TrainingConfig) -> int:

@@ -6,9 +6,11 @@ folding), without messages, processes and waiting: for experiments and benchmark
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -30,6 +32,7 @@ from edgetrain.edge_client.trainer import evaluate
 from edgetrain.protocol import CodecError
 from edgetrain.protocol.codecs import CodecSpec, Limits, SparseOrDense, decode
 from edgetrain.protocol.groups import elements_of
+from edgetrain.protocol.privacy.randomness import bernoulli
 from edgetrain.protocol.training import TrainingConfig
 from edgetrain.simulation.virtual_client import LocalResult, VirtualClient
 
@@ -115,14 +118,17 @@ def simulate(
     state: ServerState = {}
     downlink = Downlink(CodecSpec.parse(config.downlink_codec))
     training = strategy.training(config.training)
+    private = strategy.private
     for number in range(1, config.rounds + 1):
+        if private:
+            training = msgspec.structs.replace(training, max_delta_norm=private.clip_norm(state))
         release = downlink.release(parameters, seed=config.seed + number)
         sent = release.patches[-1].data if release.patches else release.whole
         control = None
         if strategy.control:
             data = downlink.encode(strategy.control(len(parameters), state), seed=number)
             control, sent = decode(data, Limits(max_parameters=len(parameters))).dense(), sent + data
-        chosen = select_random(sorted(clients), count, seed=config.seed, round_number=number, attempt=1)
+        chosen = _chosen(strategy, sorted(clients), count, config.seed, number)
         trained: dict[str, LocalResult] = {}
         declined: dict[str, str] = {}
         for name in chosen:
@@ -142,7 +148,7 @@ def simulate(
             except (CodecError, UpdateRefused) as error:
                 refused[name] = str(error)
             clients[name].settle(result, accepted=name not in refused)
-        if len(refused) < len(results):
+        if len(refused) < len(results) or private:
             before = parameters
             parameters, state = strategy.finish(partial, parameters, state)
             parameters[personal] = before[personal]
@@ -164,6 +170,15 @@ def simulate(
         )
 
 
+def _chosen(strategy: Strategy, names: list[str], count: int, seed: int, number: int) -> list[str]:
+    """The clients of a round; where privacy counts on chance, drawn as it says."""
+    release = strategy.private.release if strategy.private else None
+    if release and release.sampling == "poisson":
+        coins = bernoulli(os.urandom, release.sampling_rate, len(names))
+        return [name for name, coin in zip(names, coins, strict=True) if coin]
+    return select_random(names, count, seed=seed, round_number=number, attempt=1)
+
+
 def _contribution(
     strategy: Strategy, name: str, result: LocalResult, training: TrainingConfig, parameters: Vector
 ) -> Contribution:
@@ -174,6 +189,7 @@ def _contribution(
         _decoded(result.update, parameters),
         training=training,
         control=_decoded(result.control, parameters) if strategy.control else None,
+        unclipped=result.unclipped,
     )
 
 

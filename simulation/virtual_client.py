@@ -12,6 +12,7 @@ from edgetrain.edge_client.data import Dataset
 from edgetrain.edge_client.runtimes import Session
 from edgetrain.edge_client.trainer import train
 from edgetrain.protocol.codecs import CodecSpec, Limits, decode, encode, residual
+from edgetrain.protocol.privacy.clipping import clip
 from edgetrain.protocol.training import TrainingConfig
 
 Vector = npt.NDArray[np.float32]
@@ -30,6 +31,8 @@ class LocalResult:
     target: Vector
     # Encoded change of the control variate, or nothing.
     control: bytes = b""
+    # Whether the target was within the norm that it was clipped to; None if there was none.
+    unclipped: bool | None = None
 
 
 class VirtualClient:
@@ -88,6 +91,10 @@ class VirtualClient:
         target[self._mask] = 0
         if self._residual is not None:
             target += self._residual
+        unclipped = None
+        if training.max_delta_norm:
+            clipped, norm = clip(target, training.max_delta_norm)
+            target, unclipped = clipped.astype(np.float32), norm <= training.max_delta_norm
         encoded = b""
         if control is not None:
             change = control_change(control, start, result.parameters, training, result.steps)
@@ -95,7 +102,7 @@ class VirtualClient:
             encoded = encode(change, self._codec, seed=seed + 1, offsets=offsets)
         self._own = result.parameters[self._mask]
         update = encode(target, self._codec, seed=seed, offsets=offsets)
-        return LocalResult(result.num_examples, result.steps, result.loss, update, target, encoded)
+        return LocalResult(result.num_examples, result.steps, result.loss, update, target, encoded, unclipped)
 
     def settle(self, result: LocalResult, *, accepted: bool) -> None:
         """The coordinator's verdict on a result."""

@@ -2,6 +2,7 @@
 
 from edgetrain.coordinator.strategies.base import (
     Contribution,
+    Private,
     ServerState,
     Setting,
     Strategy,
@@ -14,6 +15,7 @@ from edgetrain.coordinator.strategies.make import STRATEGIES, StrategyTable, che
 __all__ = [
     "STRATEGIES",
     "Contribution",
+    "Private",
     "ServerState",
     "Setting",
     "Strategy",

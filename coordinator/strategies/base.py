@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.protocol.codecs import CodecSpec, SparseOrDense
+from edgetrain.protocol.privacy.release import Release
 from edgetrain.protocol.training import TrainingConfig
 
 Vector = npt.NDArray[np.float32]
@@ -38,6 +39,8 @@ class Contribution:
     staleness: int = 0
     # Change of the client's control variate, where the strategy asks for one.
     control: SparseOrDense | None = None
+    # Whether its norm was within what it was told to clip to; None if it does not say.
+    unclipped: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,18 @@ class Setting:
     goal: int = 1
     # Nobody sees a single update, only sums of them (secure aggregation).
     only_sums: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """What a differentially private strategy reveals."""
+
+    # In every round, about one client.
+    release: Release
+    # The L2 norm that clients clip their updates to, from the state.
+    clip_norm: Callable[[ServerState], float]
+    # Clients that could be drawn, where the release counts on sampling.
+    population: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +93,8 @@ class Strategy:
     # The server's control variate, float32 [num_parameters], from (num_parameters, state); clients then keep
     # their own and send its change along. None: no control variates.
     control: Callable[[int, ServerState], Vector] | None = None
+    # It adds noise: what a round reveals. None: everything.
+    private: Private | None = None
     # Why it cannot work there, or None.
     objection: Callable[[Setting], str | None] = lambda _setting: None
 

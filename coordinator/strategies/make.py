@@ -29,6 +29,7 @@ import msgspec
 
 from edgetrain.coordinator.strategies.base import Setting, Strategy, described
 from edgetrain.coordinator.strategies.bulyan import bulyan
+from edgetrain.coordinator.strategies.dp_fedavg import dp_fedavg
 from edgetrain.coordinator.strategies.fedadagrad import fedadagrad
 from edgetrain.coordinator.strategies.fedadam import fedadam
 from edgetrain.coordinator.strategies.fedavg import fedavg
@@ -53,6 +54,7 @@ ENTRY_POINTS = "edgetrain.strategies"
 
 STRATEGIES: dict[str, Factory] = {
     "bulyan": bulyan,
+    "dp-fedavg": dp_fedavg,
     "fedadagrad": fedadagrad,
     "fedadam": fedadam,
     "fedavg": fedavg,

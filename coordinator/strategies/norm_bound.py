@@ -39,6 +39,8 @@ def norm_bound(
     layers = wrapped.layers or (wrapped.name,)
     if "norm-bound" in layers:
         raise ConfigError("strategy 'norm-bound' around 'norm-bound': the smaller bound does it alone")
+    if wrapped.private is not None:
+        raise ConfigError(f"strategy 'norm-bound' around {wrapped.name!r}: that clips every delta by itself")
     if wrapped.control is not None:
         raise ConfigError(
             f"strategy 'norm-bound' around {wrapped.name!r}: it bounds deltas, not the control variates that "

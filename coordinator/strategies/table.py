@@ -1,19 +1,24 @@
 """All updates of a round side by side, for strategies that compare them, in bounded memory.
 
-Sparse updates stay as they are; dense ones live in anonymous temporary files, memory-mapped, once they take
-more than a budget. Strategies walk over blocks of coordinates, so what is in memory is a block of all rows.
+Sparse updates stay as they are; dense ones go to one anonymous temporary file once they take more than a budget.
+Strategies walk over blocks of coordinates, so what is in memory is a block of all rows. The file is read, not
+memory-mapped: every page of a mapping that was ever touched would count as this process's memory.
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
+import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.coordinator.errors import UpdateRefused
+from edgetrain.coordinator.errors import RunError, UpdateRefused
 from edgetrain.coordinator.strategies.base import Contribution, Vector
 from edgetrain.protocol.codecs import SparseOrDense
 
@@ -24,14 +29,18 @@ LARGEST = 2.0**33
 # Dense updates beyond so many bytes go to temporary files.
 MEMORY_BYTES = 64 << 20
 # A block of all rows, as float64, takes about so much.
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 32 << 20
+# For files that are too large for memory; they have no name there.
+_DISK_FOLDER = "/var/tmp"  # noqa: S108 - nobody can guess a name that is not there
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     client: str
     num_examples: int
-    update: SparseOrDense
+    # In memory, or else where in the spill file.
+    update: SparseOrDense | None
+    position: int = 0
 
 
 class UpdateTable:
@@ -51,6 +60,12 @@ class UpdateTable:
         self._block_bytes = block_bytes
         self._rows: list[_Row] = []
 
+    @functools.cached_property
+    def _spilled(self) -> _SpillFile:
+        spilled = _SpillFile()
+        weakref.finalize(self, spilled.close)
+        return spilled
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -68,10 +83,12 @@ class UpdateTable:
         if np.max(np.abs(update.values), initial=np.float32(0)) >= LARGEST:
             raise UpdateRefused("the update's values are too large to be true")
         self._memory_left -= update.values.nbytes
+        client, num_examples = contribution.client, contribution.num_examples
         if update.indices is None and self._memory_left < 0:
-            update = SparseOrDense(update.num_parameters, None, _mapped(update.values))
-        self._rows.append(_Row(contribution.client, contribution.num_examples, update))
-        self._rows.sort(key=lambda row: row.client)
+            row = _Row(client, num_examples, None, self._spilled.add(update.values))
+        else:
+            row = _Row(client, num_examples, update)
+        bisect.insort(self._rows, row, key=lambda row: row.client)
 
     @property
     def clients(self) -> list[str]:
@@ -90,7 +107,9 @@ class UpdateTable:
             stop = min(start + width, self.num_parameters)
             block = np.zeros((len(self._rows), stop - start))
             for values, row in zip(block, self._rows, strict=True):
-                if row.update.indices is None:
+                if row.update is None:
+                    values[:] = self._spilled.read(row.position, start, stop)
+                elif row.update.indices is None:
                     values[:] = row.update.values[start:stop]
                 else:
                     first, last = np.searchsorted(row.update.indices, (start, stop))
@@ -119,9 +138,35 @@ def squared_distances(gram: Doubles) -> Doubles:
     return distances
 
 
-def _mapped(values: Vector) -> Vector:
-    with tempfile.TemporaryFile() as file:
-        file.write(np.ascontiguousarray(values).data)
-        file.flush()
-        # The mapping keeps the file's contents alive after it is closed; nothing has to be cleaned up.
-        return np.memmap(file, np.float32, "r", shape=values.shape)
+class _SpillFile:
+    """Vectors on the disk, for as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        # Not /tmp where there is a choice: that may be memory itself.
+        folder = _DISK_FOLDER if os.access(_DISK_FOLDER, os.W_OK) else None
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed with the table
+        self._end = 0
+
+    def add(self, values: Vector) -> int:
+        """Appends a vector; returns where it is.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        start, data = self._end, np.ascontiguousarray(values, dtype=np.float32).data.cast("B")
+        try:
+            while data:
+                written = os.pwrite(self._file.fileno(), data, self._end)
+                self._end, data = self._end + written, data[written:]
+        except OSError as error:
+            raise RunError(f"cannot keep the round's updates in a temporary file: {error}") from error
+        return start
+
+    def read(self, position: int, start: int, stop: int) -> Vector:
+        """Elements of the vector at a position."""
+        data = os.pread(self._file.fileno(), 4 * (stop - start), position + 4 * start)
+        return np.frombuffer(data, np.float32)
+
+    def close(self) -> None:
+        """Lets go of the disk's space."""
+        self._file.close()

@@ -36,6 +36,19 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ClippedStepResult:
+    """As `StepResult`, with every sample's gradient clipped before the sum."""
+
+    loss_sum: float
+    weight_sum: float
+    metrics: dict[str, npt.NDArray[np.float32]]
+    # [num_parameters]: the sum of the clipped gradients. A view that the next step overwrites.
+    gradients: Vector
+    # [batch]: the norm of each sample's gradient before it was clipped; without the padding.
+    norms: Vector
+
+
+@dataclass(frozen=True, slots=True)
 class EvalResult:
     """Weighted sums over one micro-batch, without gradients."""
 
@@ -68,6 +81,25 @@ class Session(Protocol):
 
         Raises:
             DataError: a wrong structure, shape, dtype, or a value that is not finite.
+        """
+        ...
+
+    def step_clipped(
+        self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None, *, clip_norm: float
+    ) -> ClippedStepResult:
+        """As `step`, with the gradient of each sample's weighted loss clipped to a norm before the sum.
+
+        Abadi et al., "Deep Learning with Differential Privacy", CCS 2016.
+
+        Args:
+            parameters: as in `step`.
+            batch: as in `step`.
+            weights: as in `step`.
+            clip_norm: largest L2 norm of a sample's gradient over all parameters, above 0.
+
+        Raises:
+            SessionError: the bundle was exported without per-sample clipping.
+            DataError: as in `step`, or a `clip_norm` that is not above 0.
         """
         ...
 

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import SessionError
-from edgetrain.edge_client.runtimes.base import Batch, EvalResult, Half, StepResult, Vector
+from edgetrain.edge_client.runtimes.base import Batch, ClippedStepResult, EvalResult, Half, StepResult, Vector
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
-from edgetrain.protocol.manifest import Graph, Manifest, ParameterEntry
+from edgetrain.protocol.manifest import CLIP_NORM, STEP_CLIPPED, Graph, Manifest, ParameterEntry, TensorSpec
 
 
 class BoundGraph(Protocol):
@@ -60,6 +60,16 @@ class GraphSession(ABC):
         outputs = self._run("step", parameters)
         return StepResult(float(outputs[0]), float(outputs[1]), self._metrics(outputs), self.gradients)
 
+    def step_clipped(
+        self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None, *, clip_norm: float
+    ) -> ClippedStepResult:
+        """As `step`, with every sample's gradient clipped before the sum."""
+        count = self.staging.fill(batch, weights)
+        self.staging.set_clip_norm(clip_norm)
+        outputs = self._run(STEP_CLIPPED, parameters)
+        norms = outputs[-1].astype(np.float32)[:count]
+        return ClippedStepResult(float(outputs[0]), float(outputs[1]), self._metrics(outputs), self.gradients, norms)
+
     def evaluate(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> EvalResult:
         """Loss and metrics of one micro-batch."""
         self.staging.fill(batch, weights)
@@ -89,6 +99,11 @@ class GraphSession(ABC):
     def _load(self, name: str) -> tuple[BoundGraph, list[Array]]:
         if name not in self._bound:
             if name not in self._graphs:
+                if name == STEP_CLIPPED:
+                    raise SessionError(
+                        f"bundle {self.manifest.name!r} was exported without per-sample clipping for {self.runtime}: "
+                        "export it with --per-sample-clipping (per_sample_clipping=True)"
+                    )
                 raise SessionError(
                     f"bundle {self.manifest.name!r} has no {name!r} graph for {self.runtime}, only: "
                     f"{', '.join(self._graphs)}"
@@ -104,18 +119,23 @@ class GraphSession(ABC):
         if name == "infer":
             return [np.zeros(output.shape, output.dtype) for output in graph.outputs]
         gradients: list[Array] = []
-        if name == "step":
+        if name in {"step", STEP_CLIPPED}:
             gradients = [view(self.gradients, entry) for entry in self.manifest.parameters]
         own = 2 + len(self.manifest.metrics)
-        if len(graph.outputs) != own + len(gradients):
+        further = 1 if name == STEP_CLIPPED else 0
+        if len(graph.outputs) != own + len(gradients) + further:
             raise SessionError(
                 f"{graph.file.file}: the manifest lists {len(graph.outputs)} outputs, but its metrics and "
-                f"parameters make {own + len(gradients)}"
+                f"parameters make {own + len(gradients) + further}"
             )
-        for declared, entry in zip(graph.outputs[own:], self.manifest.parameters, strict=name == "step"):
-            if declared.shape != entry.shape or declared.dtype != "float32":
+        for declared, entry in zip(graph.outputs[own:], self.manifest.parameters, strict=False):
+            if gradients and (declared.shape != entry.shape or declared.dtype != "float32"):
                 raise SessionError(f"{graph.file.file}: {declared.name!r} is no gradient of {entry.name!r}")
-        return [np.zeros(output.shape, output.dtype) for output in graph.outputs[:own]] + gradients
+        rest = graph.outputs[own + len(gradients) :]
+        if rest and (rest[0].shape != (self.manifest.micro_batch,) or rest[0].dtype != "float32"):
+            raise SessionError(f"{graph.file.file}: {rest[0].name!r} is not one norm per sample")
+        made = [np.zeros(output.shape, output.dtype) for output in (*graph.outputs[:own], *rest)]
+        return made[:own] + gradients + made[own:]
 
 
 def check_inputs(manifest: Manifest, graph: Graph) -> None:
@@ -131,7 +151,8 @@ def check_inputs(manifest: Manifest, graph: Graph) -> None:
         if declared.shape != entry.shape or declared.dtype != "float32":
             raise SessionError(f"{graph.file.file}: input {declared.name!r} is not parameter {entry.name!r}")
     batch = manifest.batch
-    leaves = {leaf.name: leaf for leaf in (*batch.inputs.leaves, *batch.targets.leaves, batch.weights)}
+    norm = TensorSpec(name=CLIP_NORM, dtype="float32", shape=())
+    leaves = {leaf.name: leaf for leaf in (*batch.inputs.leaves, *batch.targets.leaves, batch.weights, norm)}
     for declared in graph.inputs[count:]:
         if leaves.get(declared.name) != declared:
             raise SessionError(f"{graph.file.file}: input {declared.name!r} is no leaf of the batch")

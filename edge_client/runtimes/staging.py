@@ -15,7 +15,7 @@ from edgetrain.edge_client.runtimes.leaves import (
     flatten,
     halves,
 )
-from edgetrain.protocol.manifest import Manifest, Structure
+from edgetrain.protocol.manifest import CLIP_NORM, Manifest, Structure
 
 
 class Staging:
@@ -31,6 +31,7 @@ class Staging:
         specs = [*manifest.batch.inputs.leaves, *manifest.batch.targets.leaves, manifest.batch.weights]
         self.arrays: dict[str, Array] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
         self._weights = self.arrays[manifest.batch.weights.name]
+        self._clip_norm = self.arrays[CLIP_NORM] = np.ones((), np.float32)
 
     def fill(self, batch: Batch, weights: npt.NDArray[np.float32] | None) -> int:
         """Takes over a batch.
@@ -58,6 +59,16 @@ class Staging:
             self._fill_half(structure, found[name], count)
         self._fill_weights(weights, count)
         return count
+
+    def set_clip_norm(self, clip_norm: float) -> None:
+        """Sets the norm that samples' gradients are clipped to.
+
+        Raises:
+            DataError: not above 0, or not finite.
+        """
+        if not 0 < clip_norm < np.inf:
+            raise DataError(f"clip_norm is {clip_norm:g}, must be above 0 and finite")
+        self._clip_norm[...] = clip_norm
 
     def fill_inputs(self, inputs: Half) -> int:
         """As `fill`, for inputs alone."""

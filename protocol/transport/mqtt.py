@@ -9,7 +9,6 @@ import contextlib
 import logging
 import queue
 import socket
-import ssl
 import threading
 import time
 from collections import deque
@@ -30,6 +29,7 @@ from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Re
 from edgetrain.protocol.transport.connection import PACKET_OVERHEAD_BYTES, Connection, make_client
 from edgetrain.protocol.transport.outgoing import Control, Outgoing, Piece
 from edgetrain.protocol.transport.pacing import Backoff
+from edgetrain.protocol.transport.tls import tls_context
 
 __all__ = ["BrokerConfig", "MqttTransport", "parse_broker"]
 
@@ -53,7 +53,13 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     path: Annotated[str, Meta(description="path of the WebSocket", pattern="^/")] = "/mqtt"
     username: Annotated[str, Meta(description="user name, if the broker asks for one")] = ""
     password: Annotated[str, Meta(description="password, if the broker asks for one")] = ""
-    tls_ca: Annotated[str, Meta(description="file with the CA of the broker's certificate, or system; turns TLS on")] = ""
+    tls_ca: Annotated[
+        str, Meta(description="file with the CA of the broker's certificate, its PEM text, or system; turns TLS on")
+    ] = ""
+    tls_certificate: Annotated[
+        str, Meta(description="file with the certificate to connect with, if the broker asks for one, or its PEM text")
+    ] = ""
+    tls_key: Annotated[str, Meta(description="file with that certificate's private key, or its PEM text")] = ""
     mqtt_version: Annotated[
         Literal["auto", "5", "3.1.1"], Meta(description="MQTT version; auto tries 5, then 3.1.1")
     ] = "auto"
@@ -70,6 +76,10 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     connect_timeout_seconds: Annotated[
         float, Meta(description="give up if the broker does not answer for so long at the start", ge=0)
     ] = 30.0
+
+    def __repr__(self) -> str:
+        """Without password and key: this may end in a log."""
+        return f"BrokerConfig(host={self.host!r}, port={self.port}, username={self.username!r})"
 
 
 class MqttTransport:
@@ -236,11 +246,8 @@ class MqttTransport:
         if config.username:
             client.username_pw_set(config.username, config.password or None)
         if config.tls_ca:
-            try:
-                ca = None if config.tls_ca == "system" else config.tls_ca
-                client.tls_set(ca_certs=ca, tls_version=ssl.PROTOCOL_TLS_CLIENT)
-            except (OSError, ssl.SSLError) as error:
-                raise TransportError(f"{config.tls_ca}: cannot be used as the broker's CA: {error}") from error
+            context = tls_context(ca=config.tls_ca, certificate=config.tls_certificate, key=config.tls_key)
+            client.tls_set_context(context)
         if self._will:
             client.will_set(*self._will, qos=1)
         connection = Connection(
@@ -251,9 +258,7 @@ class MqttTransport:
         )
         # A close from another thread finds what to interrupt.
         self._connection = connection
-        failure = connection.open(
-            config.host, config.port, keepalive=config.keepalive_seconds, timeout=CONNACK_SECONDS
-        )
+        failure = connection.open(config.host, config.port, keepalive=config.keepalive_seconds, timeout=CONNACK_SECONDS)
         if failure is not None:
             return failure
         limit = min(filter(None, (connection.max_packet_bytes, config.max_packet_bytes)), default=0)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from edgetrain.cli.runs import command
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig, StopConfig
-from edgetrain.coordinator.coordinator import Evaluation
+from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.past_run import PastRun
 from edgetrain.edge_client.data import Dataset
 from edgetrain.edge_client.runtimes import open_session

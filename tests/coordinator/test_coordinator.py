@@ -12,8 +12,8 @@ import pytest
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import EvaluationConfig, LimitsConfig, StopConfig
-from edgetrain.coordinator.coordinator import Evaluation
 from edgetrain.coordinator.errors import RoundFailed
+from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.parameters import decode_parameters, vector_sha256
 from edgetrain.protocol import CodecError, ConfigError, encode
 from edgetrain.protocol.blobs import HEADER_BYTES, blob_ref, cut
@@ -222,8 +222,8 @@ DISTURBANCES = {
     ),
     "no examples": (offer_bytes(dense(0.5), num_examples=0), "claims 0 examples"),
     "absurd examples": (offer_bytes(dense(0.5), num_examples=2**53), "claims 9007199254740992 examples"),
-    "wrong nonce": (offer_bytes(dense(0.5), nonce=bytes(16)), "too late"),
-    "wrong run": (offer_bytes(dense(0.5), run=bytes(16)), "too late"),
+    "wrong nonce": (offer_bytes(dense(0.5), nonce=bytes(16)), "another nonce"),
+    "wrong run": (offer_bytes(dense(0.5), run=bytes(16)), "is of another run"),
     "a round to come": (offer_bytes(dense(0.5), round=2**40), "too late"),
     "truncated": (truncated, None),
     "forged": (forged, "forged or damaged"),

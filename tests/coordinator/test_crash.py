@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from tests.coordinator.test_coordinator import expected_parameters, final_parameters
 
 from edgetrain.coordinator import events
+from edgetrain.coordinator.database import RunDatabase
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.journal import RoundOpened, UpdateAccepted, read_journal
+from edgetrain.coordinator.journal import Journal, RoundOpened, UpdateAccepted
+from edgetrain.coordinator.journal_reading import read_journal
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.protocol.signing import SigningKey
 from support.scripted import Crash, ScriptedClient, ScriptedFederation
@@ -115,19 +117,19 @@ def test_an_end_between_acceptance_and_its_verdict(tiny_bundle, ram_path, client
     check(federation)
 
 
-def test_a_kill_between_the_journal_and_the_rounds_line(tiny_bundle, ram_path, monkeypatch):
+def test_a_kill_between_the_journal_and_the_rounds_row(tiny_bundle, ram_path, monkeypatch):
     federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
     for name in NAMES:
         federation.add(name)
-    real = RunDirectory._append
+    real = RunDatabase.close_rounds
     armed = [True]
 
-    def append(self, name, data):
-        if name == "rounds.jsonl" and armed.pop() if armed else False:
+    def close_rounds(self, closed):
+        if armed and armed.pop():
             raise Crash
-        real(self, name, data)
+        real(self, closed)
 
-    monkeypatch.setattr(RunDirectory, "_append", append)
+    monkeypatch.setattr(RunDatabase, "close_rounds", close_rounds)
     with pytest.raises(Crash):
         federation.serve()
     assert (ram_path / "run/parameters/round-00001.safetensors").exists()
@@ -282,7 +284,7 @@ def test_a_run_that_is_over_stays_over(tiny_bundle, ram_path):
 def test_a_journal_of_another_round_is_an_error(tiny_bundle, ram_path):
     federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
     directory = RunDirectory(federation.config, federation.bundle.manifest, federation.bundle.digest)
-    journal = directory.open_journal(1)
+    journal = Journal(directory.journal_path(1))
     journal.append(RoundOpened(run=bytes(16), round=1, nonce=bytes(16), parameters=bytes(32)))
     journal.close()
     directory.close()
@@ -327,3 +329,65 @@ def test_strategies_that_remember_go_on_to_the_bit(tiny_bundle, ram_path, strate
         finals.append(final_parameters(federation))
     np.testing.assert_array_equal(*finals)
     assert not np.array_equal(finals[0], expected_parameters(NAMES, 4))
+
+
+def accepted_and_then_killed(tiny_bundle, path, clients=NAMES):
+    """A federation whose first coordinator ends with all but one update of round 1 in its journal."""
+    federation = ScriptedFederation(tiny_bundle, path / "run", rounds=ROUNDS | {"total": 1, "goal": len(clients)})
+    for name in clients:
+        federation.add(name)
+
+    def observe(event):
+        if isinstance(event, events.UpdateAccepted) and event.accepted == len(clients) - 1:
+            raise Crash
+
+    with pytest.raises(Crash):
+        federation.serve(observe)
+    return federation
+
+
+def test_damage_to_the_first_record_costs_nothing(tiny_bundle, ram_path):
+    """How the round was opened is noted a second time, in the database."""
+    federation = accepted_and_then_killed(tiny_bundle, ram_path)
+    path = ram_path / "run/journal/round-00001.journal"
+    data = bytearray(path.read_bytes())
+    data[25] ^= 0xFF
+    path.write_bytes(data)
+    federation.serve()
+    np.testing.assert_array_equal(final_parameters(federation), expected_parameters(NAMES, 1))
+    for client in federation.clients:
+        assert verdicts_of(client) == {1: True}
+
+
+def test_damage_in_the_middle_costs_the_damaged_update_only(tiny_bundle, ram_path, caplog):
+    """The update that came after it stays in; the round is as if the damaged one had never come."""
+    names = ["a", "b", "c", "d"]
+    federation = accepted_and_then_killed(tiny_bundle, ram_path, names)
+    path = ram_path / "run/journal/round-00001.journal"
+    data = bytearray(path.read_bytes())
+    order = [meta.client for meta, _ in read_journal(path) if isinstance(meta, UpdateAccepted)]
+    position = data.find(order[1].encode(), data.find(b"accepted", data.find(b"accepted") + 1))
+    data[position + 60] ^= 0xFF
+    path.write_bytes(data)
+    for client in federation.clients:
+        client.pending = None if client.name == order[1] else client.pending
+    federation.config = msgspec.structs.replace(
+        federation.config, rounds=msgspec.structs.replace(federation.config.rounds, goal=3, minimum=3)
+    )
+    federation.serve()
+    assert "are damaged: what they held is lost" in caplog.text
+    left = [name for name in names if name != order[1]]
+    np.testing.assert_array_equal(final_parameters(federation), expected_parameters(left, 1))
+
+
+def test_a_journal_that_is_all_damage_is_an_error_that_loses_nothing(tiny_bundle, ram_path):
+    federation = accepted_and_then_killed(tiny_bundle, ram_path)
+    path = ram_path / "run/journal/round-00001.journal"
+    data = path.read_bytes()
+    path.write_bytes(bytes(10_000))
+    with pytest.raises(RunError, match="nothing in its 10000 bytes is whole"):
+        federation.serve()
+    assert path.read_bytes() == bytes(10_000)
+    path.write_bytes(data)
+    federation.serve()
+    np.testing.assert_array_equal(final_parameters(federation), expected_parameters(NAMES, 1))

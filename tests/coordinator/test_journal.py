@@ -11,9 +11,11 @@ import msgspec
 import pytest
 
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.journal import Journal, RoundOpened, UpdateAccepted, read_journal
+from edgetrain.coordinator.journal import Journal, RoundOpened, UpdateAccepted
+from edgetrain.coordinator.journal_reading import JournalReader, read_journal
 
-OPENED = RoundOpened(run=bytes(16), round=3, nonce=b"n" * 16, parameters=b"p" * 32)
+SALT = b"s" * 16
+OPENED = RoundOpened(run=bytes(16), round=3, nonce=b"n" * 16, parameters=b"p" * 32, salt=SALT)
 RECORDS = [
     (OPENED, b""),
     (UpdateAccepted(client="a", envelope=b"signed a"), b"update of a"),
@@ -24,12 +26,19 @@ RECORDS = [
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "round.journal"
-    journal = Journal(path)
+    journal = Journal(path, salt=SALT)
     for meta, payload in RECORDS:
         journal.append(meta, payload)
     journal.commit()
     journal.close()
     return path
+
+
+def reopened(path):
+    """As after a restart."""
+    reader = JournalReader(path)
+    list(reader)
+    return Journal(path, length=reader.length, salt=SALT)
 
 
 def ends():
@@ -58,32 +67,86 @@ def test_a_tail_torn_at_any_byte_costs_the_torn_record_only(path):
         path.write_bytes(data[:length])
         whole = sum(end <= length for end in ends())
         assert list(read_journal(path)) == RECORDS[:whole], length
-        journal = Journal(path)
+        journal = reopened(path)
+        if not whole:
+            journal.append(*RECORDS[0])
         journal.append(*RECORDS[-1])
         journal.close()
-        assert list(read_journal(path)) == [*RECORDS[:whole], RECORDS[-1]], length
+        assert list(read_journal(path)) == [*RECORDS[: max(whole, 1)], RECORDS[-1]], length
 
 
-def test_any_damaged_byte_costs_its_record_and_what_follows(path):
+def test_any_damaged_byte_costs_its_record_only(path):
     data = path.read_bytes()
     for position in range(len(data)):
         damaged = bytearray(data)
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)
-        found = list(read_journal(path))
+        reader = JournalReader(path, OPENED)
+        found = list(reader)
         record = next(index for index, end in enumerate(ends()) if position < end)
         start = [0, *ends()][record]
         if position == start + 3:
             assert found == RECORDS  # the reserved byte means nothing
-        else:
-            assert found == RECORDS[:record], position
+            continue
+        assert found == RECORDS[:record] + RECORDS[record + 1 :], position
+        last = record == len(RECORDS) - 1
+        assert (reader.length, reader.lost) == ((start, 0) if last else (len(data), ends()[record] - start))
+        journal = Journal(path, length=reader.length, salt=SALT)
+        journal.append(*RECORDS[1])
+        journal.close()
+        assert list(JournalReader(path, OPENED)) == [*RECORDS[:record], *RECORDS[record + 1 :], RECORDS[1]]
+
+
+@pytest.mark.parametrize("length", [1, 7, 300])
+def test_bytes_that_are_missing_or_too_many_cost_their_record_only(path, length):
+    """The reader does not trust a length: it searches."""
+    data = path.read_bytes()
+    middle = ends()[0] + 30
+    for damaged in (data[:middle] + data[middle + min(length, 40) :], data[:middle] + b"x" * length + data[middle:]):
+        path.write_bytes(damaged)
+        assert list(read_journal(path)) == [RECORDS[0], RECORDS[2]]
+
+
+def test_what_a_client_sent_is_never_taken_for_a_record(path):
+    """An update that holds a journal: after damage to its own record, the search comes upon what is in it."""
+    forged = msgspec.msgpack.encode(UpdateAccepted(client="c", envelope=b"forged"))
+    inner = struct.pack("<2sBBIQI", b"EJ", 1, 0, len(forged), 4, zlib.crc32(forged + b"evil")) + forged + b"evil"
+    journal = reopened(path)
+    journal.append(UpdateAccepted(client="mallory", envelope=b"signed"), inner * 3)
+    journal.append(*RECORDS[1])
+    journal.close()
+    data = bytearray(path.read_bytes())
+    data[ends()[-1]] ^= 0xFF
+    path.write_bytes(data)
+    assert list(read_journal(path)) == [*RECORDS, RECORDS[1]]
+
+
+def test_the_search_for_whole_records_has_an_end(path):
+    """An update of ten thousand headers, each of which claims all that follows."""
+    journal = reopened(path)
+    header = struct.pack("<2sBBIQI", b"EJ", 1, 0, 10, 100_000, 0)
+    journal.append(UpdateAccepted(client="mallory", envelope=b"signed"), header * 10_000)
+    journal.append(*RECORDS[1])
+    journal.close()
+    data = bytearray(path.read_bytes())
+    data[ends()[-1]] ^= 0xFF
+    path.write_bytes(data)
+    read = []
+
+    class Counting(JournalReader):
+        def _read(self, file, position, size):
+            read.append(position)
+            return super()._read(file, position, size)
+
+    assert list(Counting(path))[:3] == RECORDS
+    assert len(read) < 50, "eight times the file, in pieces of 100 kB"
 
 
 @pytest.mark.parametrize("tail", [bytes(500), b"EJ\x01\x00" + bytes(400), b"\xff" * 50], ids=["zeros", "empty", "ones"])
 def test_a_tail_of_rubbish_is_cut_off(path, tail):
     with path.open("ab") as file:
         file.write(tail)
-    Journal(path).close()
+    reopened(path).close()
     assert path.stat().st_size == ends()[-1]
     assert list(read_journal(path)) == RECORDS
 
@@ -100,7 +163,7 @@ def test_a_header_that_claims_gigabytes_takes_no_memory(path):
 
 def test_a_full_disk_leaves_the_journal_as_it_was(path):
     """/dev/full refuses every write; a real file that refuses half-way is cut back."""
-    journal = Journal(path)
+    journal = reopened(path)
 
     class Full:
         def __init__(self, file):
@@ -125,7 +188,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path):
 
 
 def test_a_disk_that_does_not_sync_is_an_error(path, monkeypatch):
-    journal = Journal(path)
+    journal = reopened(path)
 
     def fail(_descriptor):
         raise OSError(errno.EIO, "Input/output error")
@@ -141,9 +204,10 @@ def test_where_no_journal_can_be_is_an_error(tmp_path):
         Journal(tmp_path / "none" / "x.journal")
 
 
-def test_an_unknown_kind_of_record_ends_the_reading(path):
-    """Of a later version: better to stop than to guess."""
+def test_an_unknown_kind_of_record_is_an_error(path):
+    """Of a later version: better to stop than to guess, or to cut it off."""
     meta = msgspec.msgpack.encode({"type": "later"})
     with path.open("ab") as file:
-        file.write(struct.pack("<2sBBIQI", b"EJ", 1, 0, len(meta), 0, zlib.crc32(meta)) + meta)
-    assert list(read_journal(path)) == RECORDS
+        file.write(struct.pack("<2sBBIQI", b"EJ", 1, 0, len(meta), 0, zlib.crc32(SALT + meta)) + meta)
+    with pytest.raises(RunError, match=r"of a later version.*or a newer one"):
+        list(read_journal(path))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
+import sqlite3
 import stat
 import tomllib
 
@@ -15,9 +17,11 @@ import safetensors.numpy
 
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator.journal import Journal
 from edgetrain.coordinator.parameters import vector_sha256
 from edgetrain.coordinator.records import ClientRow, RoundRecord
 from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.spread import evaluation_of
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.errors import EdgetrainError
 from support.tiny_bundle import NUM_PARAMETERS, SHAPES, initial_parameters
@@ -56,7 +60,7 @@ def close_rounds(directory, *losses):
     start = len(directory.records)
     for number, loss in enumerate(losses, start + 1):
         rows = [ClientRow(round=number, client=name, status="accepted") for name in ("a", "b")]
-        directory.open_journal(number).close()
+        Journal(directory.journal_path(number)).close()
         directory.close_round(record(number, loss), vector(number), rows)
 
 
@@ -159,7 +163,80 @@ def test_a_damaged_key_is_an_error_and_lets_go_of_the_lock(opener, ram_path):
     opener()
 
 
+def without_database(path):
+    for file in path.glob("state.sqlite*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("name", ["rounds.jsonl", "clients.csv", "evaluations.jsonl"])
+@pytest.mark.parametrize("damage", ["missing", "torn", "more", "rubbish"])
+def test_text_files_are_put_right(opener, ram_path, name, damage):
+    """Whatever a power cut, or an editor, has left of them: the database has the truth."""
+    directory = opener()
+    close_rounds(directory, 0.5, 0.25)
+    directory.add_evaluation(evaluation_of(2, {}, None))
+    directory.close()
+    path = ram_path / "run" / name
+    data = path.read_bytes()
+    assert data
+    match damage:
+        case "missing":
+            path.unlink()
+        case "torn":
+            path.write_bytes(data[:-3])
+        case "more":
+            path.write_bytes(data + data)
+        case "rubbish":
+            path.write_bytes(b"\xff\n")
+    again = opener()
+    assert path.read_bytes() == data
+    assert [record.loss for record in again.records] == [0.5, 0.25]
+    assert len(again.evaluations) == 1
+
+
+def test_a_database_that_is_gone_is_made_from_the_text_files(opener, ram_path, caplog):
+    directory = opener()
+    close_rounds(directory, 0.5, 0.25)
+    clients = [("a", b"k" * 32, None), ("b", b"l" * 32, (2, b"d" * 32))]
+    directory.save_clients(clients)
+    directory.close()
+    before = {name: (ram_path / "run" / name).read_bytes() for name in ("rounds.jsonl", "clients.csv", "clients.json")}
+    without_database(ram_path / "run")
+    again = opener()
+    assert "making one from the text files, 2 rounds" in caplog.text
+    assert again.records == [record(1, 0.5), record(2, 0.25)]
+    assert again.load_clients() == clients
+    assert {name: (ram_path / "run" / name).read_bytes() for name in before} == before
+    close_rounds(again, 0.125)
+    again.close()
+    assert [record.loss for record in opener().records] == [0.5, 0.25, 0.125]
+
+
+@pytest.mark.parametrize("damage", ["rubbish", "torn", "a round is missing", "a record is no record"])
+def test_a_damaged_database_is_an_error_with_a_way_out(opener, ram_path, damage):
+    directory = opener()
+    close_rounds(directory, 0.5, 0.25)
+    directory.close()
+    path = ram_path / "run" / "state.sqlite"
+    match damage:
+        case "rubbish":
+            path.write_bytes(b"x" * 8192)
+        case "torn":
+            path.write_bytes(path.read_bytes()[:5000])
+        case _:
+            with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+                if damage == "a round is missing":
+                    connection.execute("DELETE FROM rounds WHERE round = 1")
+                else:
+                    connection.execute("""UPDATE rounds SET record = '{"accepted": 1}' WHERE round = 2""")
+    with pytest.raises(RunError, match=r"state\.sqlite: damaged.*rounds\.jsonl"):
+        opener()
+    without_database(ram_path / "run")
+    assert opener().records == [record(1, 0.5), record(2, 0.25)]
+
+
 def test_a_line_torn_anywhere_is_as_if_the_round_had_not_closed(opener, ram_path):
+    """Where there is no database to say otherwise."""
     directory = opener()
     close_rounds(directory, 0.5, 0.25)
     directory.close()
@@ -167,6 +244,7 @@ def test_a_line_torn_anywhere_is_as_if_the_round_had_not_closed(opener, ram_path
     data = path.read_bytes()
     first = data.index(b"\n") + 1
     for length in sorted({first, first + 1, len(data) - 1, *range(first, len(data), 29)}):
+        without_database(ram_path / "run")
         path.write_bytes(data[:length])
         again = opener()
         assert again.records == [record(1, 0.5)], length
@@ -180,6 +258,7 @@ def test_a_damaged_line_is_an_error(opener, ram_path, line):
     directory = opener()
     close_rounds(directory, 0.5)
     directory.close()
+    without_database(ram_path / "run")
     with (ram_path / "run" / "rounds.jsonl").open("ab") as file:
         file.write(line)
     with pytest.raises(RunError, match=r"rounds\.jsonl: line 2 is damaged"):
@@ -190,6 +269,7 @@ def test_lines_of_the_wrong_round_are_an_error(opener, ram_path):
     directory = opener()
     close_rounds(directory, 0.5)
     directory.close()
+    without_database(ram_path / "run")
     path = ram_path / "run" / "rounds.jsonl"
     path.write_bytes(path.read_bytes() * 2)
     with pytest.raises(RunError, match=r"rounds\.jsonl: line 2"):
@@ -228,11 +308,12 @@ def test_clients_are_remembered(opener):
 
 
 @pytest.mark.parametrize("contents", [b"", b"{}", b'[{"name":"a","public_key":"zz"}]'])
-def test_a_damaged_list_of_clients_is_an_error(opener, ram_path, contents):
+def test_a_damaged_list_of_clients_is_an_error_where_there_is_no_database(opener, ram_path, contents):
     opener().close()
+    without_database(ram_path / "run")
     (ram_path / "run" / "clients.json").write_bytes(contents)
     with pytest.raises(RunError, match=r"clients\.json: damaged"):
-        opener().load_clients()
+        opener()
 
 
 @pytest.mark.parametrize("fail_at", range(12))
@@ -272,7 +353,7 @@ def test_journals_of_closed_rounds_are_cleared_away(opener, ram_path):
     directory = opener()
     close_rounds(directory, 0.5)
     for number in (1, 2):
-        directory.open_journal(number).close()
+        Journal(directory.journal_path(number)).close()
     directory.close()
     opener().load_parameters(initial_parameters())
     assert [path.name for path in (ram_path / "run" / "journal").iterdir()] == ["round-00002.journal"]

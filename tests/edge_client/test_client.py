@@ -618,26 +618,65 @@ def test_after_a_reconnect_it_introduces_itself_and_repeats_its_offer_at_once(sc
 # --- trust -------------------------------------------------------------------------------------------
 
 
-def test_the_first_coordinator_is_remembered_and_another_refused(scene, tiny_bundle):
+class Impostor:
+    """Can write wherever the coordinator can, but has a key of its own."""
+
+    def __init__(self, scene, bundle):
+        other = ScriptedCoordinator(scene.broker, scene.clock, bundle, key=SigningKey(b"impostor".ljust(32)))
+        self._scene, self._other = scene, other
+
+    def forge(self):
+        """Everything that once sent a client home, or might."""
+        transport, topics, other = self._other.transport, self._other.topics, self._other
+        other.post.announce("open")
+        other.post.announce("ended", "go home")
+        copied = Announce(
+            run=self._scene.coordinator.run, public_key=self._scene.coordinator.key.public_key, edgetrain="0",
+            bundle=other.manifest, status="ended", serial=2**50,
+        )  # fmt: skip
+        transport.publish(topics.announce, seal(other.key, FEDERATION, COORDINATOR, encode_message(copied)))
+        transport.publish(topics.announce, msgspec.msgpack.encode([2, COORDINATOR, {"of": "the future"}]))
+        other.client = "pi"
+        for hello in self._scene.heard(Hello):
+            other.send(Refusal(reason="go away", connection=hello.connection))
+
+
+def test_what_another_key_says_is_ignored_and_only_warned_of(scene, tiny_bundle, caplog):
+    """The first coordinator is remembered; forged broadcasts make nobody quit, and nobody runs their bundle."""
     rounds(scene, 1)
     scene.announce()
     scene.run()
-    impostor = ScriptedCoordinator(scene.broker, scene.clock, tiny_bundle, key=SigningKey(b"impostor".ljust(32)))
-    scene.coordinator = impostor
-    impostor.post.announce("open")
-    with pytest.raises(RefusedError, match=r"coordinator\.pub"):
-        scene.run()
-    assert scene.heard(Ready) == []
+    impostor, coordinator = Impostor(scene, tiny_bundle), scene.coordinator
+    coordinator.new_run(bytes(range(16)))
+    rounds(scene, 1)
+    invite = coordinator.on_ready
 
+    def on_ready(ready):
+        impostor.forge()
+        invite(ready)
 
-def test_only_the_configured_coordinator_is_joined(tiny_bundle, ram_path):
-    scene = Scene(tiny_bundle, ram_path, coordinator_key="00" * 32)
+    coordinator.on_ready = on_ready
+    impostor.forge()
     scene.announce()
-    with pytest.raises(RefusedError, match="not the configured coordinator_key"):
+    caplog.clear()
+    scene.run()
+    assert len(scene.heard(Offer)) == 2
+    assert {ready.bundle for ready in scene.heard(Ready)} == {coordinator.manifest.digest}
+    ignored = [record.message for record in caplog.records if "ignored an announcement with key" in record.message]
+    assert len(ignored) == 1
+    assert "coordinator.pub" in ignored[0]
+
+
+def test_only_the_configured_coordinator_is_joined(tiny_bundle, ram_path, caplog):
+    scene = Scene(tiny_bundle, ram_path, coordinator_key=SigningKey(b"k" * 32).public_key.hex())
+    scene.announce()
+    with pytest.raises(AssertionError, match="stuck"):
         scene.run()
+    assert "not the configured coordinator_key" in caplog.text
     assert scene.heard(Hello) == []
     scene.config = msgspec.structs.replace(scene.config, coordinator_key=scene.coordinator.key.public_key.hex())
     rounds(scene, 1)
+    scene.announce()
     scene.run()
     assert len(scene.heard(Offer)) == 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edgetrain.edge_client.errors import RefusedError, StateError
+from edgetrain.edge_client.errors import StateError
 from edgetrain.edge_client.state import ClientState
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.manifest import FileEntry
@@ -58,35 +58,34 @@ def test_a_damaged_key_is_an_error_and_lets_go_of_the_lock(tmp_path):
 
 
 def test_the_first_coordinator_is_trusted_and_remembered(state):
-    state.pin_coordinator(ONE, configured="")
-    state.pin_coordinator(ONE, configured="")
-    with pytest.raises(RefusedError, match=r"key 1f1e1d1c1b1a1918….*coordinator\.pub.*remove"):
-        state.pin_coordinator(TWO, configured="")
+    assert state.trusted_coordinator() is None
+    state.pin_coordinator(ONE)
+    assert state.trusted_coordinator() == ONE
 
 
 @pytest.mark.parametrize("configured", [ONE.hex(), ONE.hex().upper(), f" {ONE.hex()}\n"])
-def test_the_configured_key_counts_and_nothing_else(state, configured):
-    state.pin_coordinator(ONE, configured=configured)
-    with pytest.raises(RefusedError, match="the configured coordinator_key"):
-        state.pin_coordinator(TWO, configured=configured)
+def test_the_configured_key_counts_more_than_the_remembered_one(state, configured):
+    state.pin_coordinator(TWO)
+    assert state.trusted_coordinator(configured) == ONE
 
 
-def test_the_configured_key_counts_more_than_the_remembered_one(state):
-    state.pin_coordinator(ONE, configured="")
-    state.pin_coordinator(TWO, configured=TWO.hex())
+@pytest.mark.parametrize("configured", ["not hex", ONE.hex()[:-1], "00" * 33])
+def test_what_is_configured_has_to_be_a_key(state, configured):
+    with pytest.raises(ConfigError, match="coordinator_key"):
+        state.trusted_coordinator(configured)
 
 
 @pytest.mark.parametrize("contents", [b"\xff\xfe", b"not hex\n", b"00" * 31])
 def test_a_damaged_pin_trusts_nobody(state, contents):
     (state.path / "coordinator.pub").write_bytes(contents)
-    with pytest.raises(RefusedError, match="remove"):
-        state.pin_coordinator(ONE, configured="")
+    with pytest.raises(StateError, match="remove"):
+        state.trusted_coordinator()
 
 
 def test_an_unreadable_pin_is_an_error(state):
     (state.path / "coordinator.pub").mkdir()
     with pytest.raises(StateError, match=r"coordinator\.pub"):
-        state.pin_coordinator(ONE, configured="")
+        state.trusted_coordinator()
 
 
 def test_files_of_a_bundle(state):

@@ -75,8 +75,9 @@ def transfer(federate, bundle, *, rate, cut_every, version, seconds):
         assert coordinator.wait(seconds) == 0, coordinator.output + client.output
         assert client.wait(60) == 0, client.output
     federation.check_nothing_lost_or_doubled(1)
-    print(f"{proxy.cuts} cuts; down {proxy.down.account.distinct} bytes, {proxy.down.account.retransmitted:.2%} in vain; "
-          f"up {proxy.up.account.distinct} bytes, {proxy.up.account.retransmitted:.2%} in vain")  # fmt: skip
+    for way, direction in (("down", proxy.down), ("up", proxy.up)):
+        account = direction.account
+        print(f"{proxy.cuts} cuts, {way}: {account.distinct} bytes, {account.retransmitted:.2%} in vain")
     return proxy
 
 
@@ -176,7 +177,7 @@ def test_a_client_killed_in_every_phase_of_a_round(federate, tiny_bundle):
         through(federation, proxy, "client-1")
         clients = federation.start_clients()
         coordinator = federation.start_coordinator()
-        ambush.strike = lambda: clients["client-1"].kill()
+        ambush.strike = lambda: clients["client-1"].kill()  # noqa: PLW0108
         federation.wait_for_rounds(2, coordinator)
         endure(federation, coordinator, ambush,
                lambda: clients.update({"client-1": federation.start_client("client-1")}))  # fmt: skip

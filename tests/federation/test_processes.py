@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 
@@ -64,6 +65,31 @@ def test_three_clients_learn_to_read_digits(federate, digits_bundle, broker):
         assert f"by MQTT {version}\n" in clients["client-1"].output
     else:
         assert "by MQTT 3.1.1\n" in clients["client-1"].output
+
+
+def test_clients_on_different_runtimes_share_every_round(federate, tmp_path):
+    pytest.importorskip("sklearn")
+    runtimes = ("onnxruntime", "torch", "executorch")
+    bundle = tmp_path / "digits-cnn.edge"
+    asked = [argument for runtime in runtimes for argument in ("--runtime", runtime)]
+    command = [sys.executable, "-m", "edgetrain", "-q", "export", "digits-cnn", "--micro-batch", "32", *asked]
+    subprocess.run([*command, "-o", bundle], check=True, capture_output=True)
+    shards, test = digits_shards(3)
+    chosen = {f"client-{number}": {"runtime": runtime} for number, runtime in enumerate(runtimes, 1)}
+    federation = federate(
+        bundle, data=shards, test=test, of_clients=chosen,
+        rounds={"total": 4}, training={"epochs": 1, "batch_size": 32, "learning_rate": 0.1, "momentum": 0.5},
+    )  # fmt: skip
+    clients = federation.start_clients()
+    coordinator = federation.start_coordinator()
+    assert coordinator.wait() == 0, coordinator.output
+    for name, client in clients.items():
+        assert client.wait() == 0, client.output
+        assert f"runs on {chosen[name]['runtime']}; self-test passed" in client.output
+    records = federation.records()
+    assert [record["accepted"] for record in records] == [3] * 4
+    assert records[-1]["loss"] < 0.6 * records[0]["loss"]
+    federation.check_nothing_lost_or_doubled(4)
 
 
 def test_a_client_that_is_killed_comes_back(federate):

@@ -14,12 +14,14 @@ from edgetrain.protocol.errors import MessageError
 from edgetrain.protocol.messages import (
     Announce,
     BlobRef,
+    Checkpoint,
     Decline,
     DeviceInfo,
     FromClient,
     FromCoordinator,
     Goodbye,
     Hello,
+    LogPoint,
     Offer,
     Patch,
     Plan,
@@ -59,7 +61,7 @@ from_client = st.one_of(
         Hello, public_key=digests, connection=nonces, edgetrain=texts, runtimes=st.lists(texts, max_size=4).map(tuple),
         device=st.builds(DeviceInfo, system=texts, machine=texts, cpus=counts, memory_mb=counts),
     ),
-    st.builds(Ready, bundle=digests, runtime=texts, num_examples=counts),
+    st.builds(Ready, connection=st.none() | nonces, bundle=digests, runtime=texts, num_examples=counts),
     st.builds(Decline, round=counts, nonce=nonces, reason=texts),
     st.builds(
         Offer, run=nonces, round=counts, nonce=nonces, update=refs, num_examples=counts, steps=counts,
@@ -71,6 +73,7 @@ from_client = st.one_of(
     st.builds(Goodbye, reason=texts, connection=nonces),
     wants,
 )  # fmt: skip
+points = st.builds(LogPoint, records=counts, head=digests)
 from_coordinator = st.one_of(
     st.builds(
         Announce, run=nonces, public_key=digests, edgetrain=texts, bundle=refs,
@@ -85,6 +88,9 @@ from_coordinator = st.one_of(
     ),
     st.builds(Verdict, round=counts, digest=digests, accepted=st.booleans(), reason=texts),
     st.builds(RoundClosed, run=nonces, round=counts, nonce=nonces),
+    st.builds(
+        Checkpoint, run=nonces, newest=points, earlier=st.lists(points, max_size=3).map(tuple), serial=counts,
+    ),
     wants,
 )  # fmt: skip
 
@@ -119,6 +125,7 @@ def test_the_strategies_cover_every_message():
         Plan,
         Verdict,
         RoundClosed,
+        Checkpoint,
     }
     assert set(get_args(FromClient)) | set(get_args(FromCoordinator)) == tried
 

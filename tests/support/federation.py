@@ -30,6 +30,7 @@ class Federation:
         bundle: to train.
         broker: "mosquitto", "mosquitto-3.1.1" or "embedded", started here.
         clients: how many; each gets data of its own.
+        of_clients: further settings of single clients, by name.
         settings: of the coordinator, in place of the defaults below.
     """
 
@@ -43,6 +44,7 @@ class Federation:
         clients: int = 3,
         data: list[tuple[np.ndarray, np.ndarray]] | None = None,
         test: tuple[np.ndarray, np.ndarray] | None = None,
+        of_clients: dict[str, dict[str, Any]] | None = None,
         **settings: Any,
     ) -> None:
         self.processes = processes
@@ -60,6 +62,7 @@ class Federation:
             np.savez(path / f"{name}.npz", inputs=x, targets=y)
             config = {"name": name, "federation": "f", "data": str(path / f"{name}.npz"),
                       "state": str(path / name), "broker": address}  # fmt: skip
+            config |= (of_clients or {}).get(name, {})
             (path / f"{name}.toml").write_text(tomli_w.dumps(config))
         x, y = test or make_data(200, seed=99)
         np.savez(path / "test.npz", inputs=x, targets=y)

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from support.mqtt_frames import PUBLISH, Account, Frames
 
@@ -185,7 +185,7 @@ class FaultProxy:
                 return packet + bytes([packet[0] | 0x08]) + packet[1:]
         return packet
 
-    def __enter__(self) -> FaultProxy:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

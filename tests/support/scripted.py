@@ -227,6 +227,8 @@ class ScriptedClient:
                 if self.pending:
                     self.send(self.pending[0])
             return
+        if not self.coordinator_key:
+            return
         verify(envelope, FEDERATION, self.coordinator_key)
         match message:
             case Welcome():

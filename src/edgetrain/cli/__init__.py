@@ -18,7 +18,7 @@ from edgetrain.protocol.errors import EdgetrainError
 
 INTERRUPTED = 130
 
-# name -> (module, the extra it needs, help)
+# name -> (module[:attribute], the extra it needs, help)
 _COMMANDS = {
     "export": ("export", "export", "Turn a torch model into a bundle that devices can train."),
     "verify": ("verify", "client", "Check a bundle's losses and gradients on this machine."),
@@ -26,9 +26,14 @@ _COMMANDS = {
     "merge": ("merge", "export", "Write an ordinary inference model from trained parameters."),
     "client": ("client", "client", "Take part in a federation, on a device."),
     "coordinator": ("coordinator", "coordinator", "Run a federation."),
+    "init": ("authority:init", "coordinator", "Make a federation directory: private CA, broker, keys."),
+    "enroll": ("authority:enroll", "coordinator", "Enroll a client: writes its device file."),
+    "revoke": ("authority:revoke", "coordinator", "Take a client's enrolment back."),
+    "audit": ("audit", "coordinator", "Check and read the audit log of a run."),
     "testvectors": ("testvectors", "client", "Write test vectors for implementations in other languages."),
     "build-runtime": ("build_runtime", "client", "Compile what a runtime needs on this machine."),
     "runs": ("runs", "coordinator", "List, show, plot, pause, resume and stop runs."),
+    "privacy": ("privacy", "client", "Plan a privacy budget."),
     "demo": ("demo", "demo", "The whole thing on this machine, on real digits."),
 }
 
@@ -45,7 +50,8 @@ class LazyGroup(click.Group):
         if name not in _COMMANDS:
             return None
         try:
-            command = importlib.import_module(f"edgetrain.cli.{_COMMANDS[name][0]}").command
+            module, _, attribute = _COMMANDS[name][0].partition(":")
+            command = getattr(importlib.import_module(f"edgetrain.cli.{module}"), attribute or "command")
         except ModuleNotFoundError as error:
             raise _missing(name, error) from error
         assert isinstance(command, click.Command)

@@ -19,13 +19,18 @@ logger = logging.getLogger(__name__)
 
 @click.command("client")
 @click.option("--config", type=click.Path(), help="TOML file with the settings; flags override it.")
-@click.option("--broker", metavar="ADDRESS", help="Of the MQTT broker: HOST[:PORT], or mqtts://, ws:// or wss://HOST[:PORT][/PATH].")
+@click.option(
+    "--broker",
+    metavar="ADDRESS",
+    help="Of the MQTT broker: HOST[:PORT], or mqtts://, ws:// or wss://HOST[:PORT][/PATH].",
+)
 @flags(ClientConfig)
 def command(config: str | None, broker: str | None, **given: Any) -> None:
     """Take part in a federation: train the coordinator's bundle on local data, send compressed updates."""
     from edgetrain.edge_client.client import Client, connection_will, new_connection
     from edgetrain.edge_client.state import ClientState
     from edgetrain.protocol.names import check_name
+    from edgetrain.protocol.signing import SigningKey
     from edgetrain.protocol.transport.address import parse_address
     from edgetrain.protocol.transport.mqtt import MqttTransport
 
@@ -39,7 +44,10 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
         settings = msgspec.structs.replace(settings, state=f"state-{settings.name}")
     # A service manager's stop is like Ctrl-C: say goodbye, leave nothing half done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    state = ClientState(Path(settings.state))
+    if config:
+        warn_if_readable(Path(config), settings)
+    key = SigningKey.from_setting(settings.signing_key) if settings.signing_key else None
+    state = ClientState(Path(settings.state), key)
     try:
         run: bytes | None = None
         while True:
@@ -58,3 +66,10 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
             time.sleep(pause)
     finally:
         state.close()
+
+
+def warn_if_readable(path: Path, settings: ClientConfig) -> None:
+    """Says so if others can read a file that holds private keys."""
+    secret = settings.signing_key or settings.broker.tls_key or settings.broker.password
+    if secret and path.stat().st_mode & 0o077:
+        logger.warning("%s holds keys and can be read by others: chmod 600 %s", path, path)

@@ -36,8 +36,8 @@ def command(config: str, broker: str | None, assignments: tuple[str, ...]) -> No
         if broker == "embedded":
             set_dotted(tables, "broker.mqtt_version", "3.1.1")
     elif broker:
-        for name, value in parse_address(broker).settings():
-            set_dotted(tables, f"broker.{name}", value)
+        for name, said in parse_address(broker).settings():
+            set_dotted(tables, f"broker.{name}", said)
     settings = convert(tables, FederationConfig, where=config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Progress(settings) as progress:

@@ -1,0 +1,212 @@
+"""Writing the audit log: batches of lines, each closed by a seal, on disk before anybody hears of what they say."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from edgetrain.coordinator.audit.chain import (
+    HEAD_FILE,
+    LOG_FILE,
+    MAX_LINE_BYTES,
+    AuditError,
+    Head,
+    chained,
+    encode_head,
+    genesis,
+    is_sealed,
+    read_head,
+    read_lines,
+    seal_signature,
+)
+from edgetrain.coordinator.audit.records import AuditRecord, Checkpoint, Opened, Recovered
+from edgetrain.coordinator.errors import RunError
+from edgetrain.protocol.files import sync_directory
+from edgetrain.protocol.signing import SigningKey
+
+logger = logging.getLogger(__name__)
+
+# Checkpoints that go out with the newest one, so that a client that was away can compare what it remembers.
+KEEP_CHECKPOINTS = 64
+
+
+class AuditLog:
+    """A run's audit log, open for appending.
+
+    Args:
+        directory: of the run.
+        key: the coordinator's; it seals the log from the first line to the last.
+        opened: the first record, if there is no log yet.
+        clock: wall time in seconds.
+
+    Raises:
+        RunError: the log was edited, or belongs to another key, or cannot be written.
+    """
+
+    def __init__(
+        self, directory: Path, *, key: SigningKey, opened: Opened, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.path = directory / LOG_FILE
+        self._head_path = directory / HEAD_FILE
+        self._key = key
+        self._run = bytes.fromhex(opened.run)
+        self._clock = clock
+        self._head = Head(0, genesis(self._run))
+        # What `commit` has sealed; the log ends there.
+        self.sealed = self._head
+        # The last that were made, oldest first.
+        self.checkpoints: deque[Head] = deque(maxlen=KEEP_CHECKPOINTS)
+        self._pending: list[bytes] = []
+        self._length = 0
+        try:
+            fresh = not self.path.exists()
+            if fresh and self._head_path.exists():
+                raise RunError(
+                    f"{self.path} is gone, but {self._head_path.name} says that there was one; restore it from a copy"
+                )
+            recovered = None if fresh else self._recover()
+            self._file = self.path.open("ab", buffering=0)
+            if fresh:
+                sync_directory(directory)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot open the audit log: {error}") from error
+        if self._head.records == 0:
+            self.append(opened)
+        if recovered:
+            self.append(recovered)
+
+    def append(self, record: AuditRecord) -> None:
+        """Adds a record; it counts after the next `commit`, which comes before any verdict goes out.
+
+        Raises:
+            ValueError: larger than a line may be; data does not belong here.
+        """
+        at = dt.datetime.fromtimestamp(self._clock(), dt.UTC).isoformat(timespec="milliseconds")
+        fields = {"n": self._head.records, "at": at.replace("+00:00", "Z")}
+        body = msgspec.json.encode(fields | msgspec.to_builtins(record))
+        line, digest = chained(self._head.hash, body)
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"an audit record of {len(line)} bytes; at most {MAX_LINE_BYTES} are allowed")
+        self._pending.append(line)
+        self._head = Head(self._head.records + 1, digest)
+
+    def commit(self) -> None:
+        """Seals what was appended and returns when it is on the disk. Without anything appended it does nothing.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        if not self._pending:
+            return
+        seal = {"n": self._head.records, "type": "seal", "signature": seal_signature(self._key, self._run, self._head)}
+        line, digest = chained(self._head.hash, msgspec.json.encode(seal))
+        data = b"".join([*self._pending, line])
+        head = Head(self._head.records + 1, digest)
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(memoryview(data)[written:])
+            os.fsync(self._file.fileno())
+            self._length += len(data)
+            self._write_head(head)
+        except OSError as error:
+            # What was appended stays pending: a later commit writes it.
+            self._file.truncate(self._length)
+            raise RunError(f"{self.path}: cannot write the audit log: {error}") from error
+        self._pending.clear()
+        self._head = self.sealed = head
+
+    def checkpoint(self) -> Head:
+        """Commits, and notes the state of the log as one that clients are told.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        self.commit()
+        point = self.sealed
+        self.append(Checkpoint(records=point.records, head=point.hash.hex()))
+        # On disk before anybody hears of it: the next process repeats it.
+        self.commit()
+        self.checkpoints.append(point)
+        return point
+
+    def close(self) -> None:
+        """Commits and closes the file. Idempotent.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        if self._file.closed:
+            return
+        try:
+            self.commit()
+        finally:
+            self._file.close()
+
+    def _write_head(self, head: Head) -> None:
+        """In place: a record shorter than a disk's sector is whole or not there. Synced with the next one."""
+        data = encode_head(self._key, self._run, head)
+        descriptor = os.open(self._head_path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(descriptor, data, 0)
+        finally:
+            os.close(descriptor)
+
+    def _recover(self) -> Recovered | None:
+        """Reads the log there is, and cuts what a crash has left after the last seal."""
+        try:
+            head: Head | None = read_head(self.path.parent, self._run, self._key.public_key)
+        except (AuditError, FileNotFoundError) as error:
+            head = None
+            logger.warning("%s: missing or damaged (%s); the log says so from here on", self._head_path, error)
+        state, problem = self._head, ""
+        seen: Head | None = None
+        with self.path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                for line in read_lines(file, self._run):
+                    if line.type == "seal" and is_sealed(line, state.hash, self._run, self._key.public_key):
+                        self.sealed, self._length = Head(line.n + 1, line.hash), line.end
+                    elif line.type == "checkpoint":
+                        self._note_checkpoint(line.text)
+                    state = Head(line.n + 1, line.hash)
+                    if head and state.records == head.records:
+                        seen = state
+            except AuditError as error:
+                problem = str(error)
+        if head and (seen != head or self.sealed.records < head.records):
+            raise RunError(
+                f"{self.path}: was changed after it was written: "
+                f"{problem or f'it ends at line {state.records}, or is another, where line {head.records} was sealed'}"
+                f"; or it was sealed by another key. Restore it (and the key) from a copy, or choose another `out`."
+            )
+        if not head and state.records and not self.sealed.records:
+            raise RunError(f"{self.path}: no line of it was sealed by this coordinator's key; restore it from a copy")
+        self._head = self.sealed
+        cut = size - self._length
+        if not cut and head:
+            return None
+        digest = ""
+        if cut:
+            with self.path.open("r+b") as file:
+                file.seek(self._length)
+                digest = hashlib.sha256(file.read()).hexdigest()
+                file.truncate(self._length)
+                os.fsync(file.fileno())
+            logger.warning("%s: cut %d bytes after the last seal, which a crash has left", self.path, cut)
+        return Recovered(cut_bytes=cut, cut_sha256=digest, head_lost=head is None)
+
+    def _note_checkpoint(self, text: bytes) -> None:
+        try:
+            checkpoint = msgspec.json.decode(text, type=Checkpoint)
+            self.checkpoints.append(Head(checkpoint.records, bytes.fromhex(checkpoint.head)))
+        except (msgspec.DecodeError, ValueError) as error:
+            raise AuditError(f"a checkpoint that is none: {error}") from error

@@ -1,0 +1,76 @@
+"""What the coordinator itself does, for the audit log; and the log's checkpoints, for the clients."""
+
+from __future__ import annotations
+
+import hashlib
+
+from edgetrain.coordinator.audit import AuditLog
+from edgetrain.coordinator.audit.records import Aggregated, Command, Ended, Invited
+from edgetrain.coordinator.post import Post
+from edgetrain.coordinator.records import RoundRecord
+from edgetrain.protocol.messages import LogPoint, Plan, encode_message
+
+
+class Chronicle:
+    """Writes to the audit log.
+
+    Args:
+        audit: the run's.
+        post: for checkpoints.
+    """
+
+    def __init__(self, audit: AuditLog, post: Post) -> None:
+        self._audit = audit
+        self._post = post
+
+    def command(self, command: str) -> None:
+        """An operator's."""
+        self._audit.append(Command(command=command))
+
+    def invited(self, client: str, plan: Plan, attempt: int) -> None:
+        """A plan that goes out."""
+        digest = hashlib.sha256(encode_message(plan)).hexdigest()
+        self._audit.append(Invited(client=client, round=plan.round, attempt=attempt, plan=digest))
+
+    def aggregated(self, record: RoundRecord) -> None:
+        """A round that is about to be committed.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        self._audit.append(
+            Aggregated(round=record.round, accepted=record.accepted, parameters=record.parameters_sha256)
+        )
+        self._audit.commit()
+
+    def ended(self, status: str, reason: str) -> None:
+        """The process leaves. Publishes a last checkpoint.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        self._audit.append(Ended(status=status, reason=reason[:300]))
+        self.publish()
+
+    def commit(self) -> None:
+        """Seals what was recorded.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        self._audit.commit()
+
+    def publish(self) -> None:
+        """Tells everyone how far the log has come, so that it cannot be rewritten unnoticed.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        self._audit.checkpoint()
+        self.tell()
+
+    def tell(self) -> None:
+        """Says again what was said last: a broker may have forgotten it."""
+        points = [LogPoint(records=point.records, head=point.hash) for point in self._audit.checkpoints]
+        if points:
+            self._post.publish_checkpoints(points)

@@ -1,0 +1,60 @@
+"""Who may take part: the registry that `edgetrain enroll` and `edgetrain revoke` write, followed while it changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from edgetrain.coordinator.authority.registry import REGISTRY_FILE, Enrolment, read_registry
+
+Objection = tuple[Literal["not_enrolled", "revoked"], str]
+
+
+class Enrolments:
+    """The registry of a federation directory.
+
+    Args:
+        directory: as made by `edgetrain init`.
+
+    Raises:
+        AuthorityError: there is none, or it is damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / REGISTRY_FILE
+        self._entries: dict[str, Enrolment] = {}
+        self._stamp: tuple[int, int, int] | None = None
+
+    def changes(self) -> list[Enrolment]:
+        """What is new or different since the last call; at the first, everything.
+
+        Raises:
+            AuthorityError: the registry cannot be read.
+        """
+        try:
+            status = self._path.stat()
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        except FileNotFoundError:
+            stamp = None
+        if stamp is not None and stamp == self._stamp:
+            return []
+        entries = {entry.name: entry for entry in read_registry(self._path.parent)}
+        changed = [entry for name, entry in entries.items() if self._entries.get(name) != entry]
+        self._entries, self._stamp = entries, stamp
+        return changed
+
+    def objection(self, client: str, public_key: bytes | None = None) -> Objection | None:
+        """Why a client may not take part, or None.
+
+        Args:
+            client: its name.
+            public_key: that it uses, or None if that has been looked at before.
+        """
+        entry = self._entries.get(client)
+        if entry is None:
+            return "not_enrolled", f"{client!r} is not enrolled here: edgetrain enroll {client}"
+        if entry.revoked_at:
+            return "revoked", f"{client!r} was revoked on {entry.revoked_at}"
+        if public_key is not None and public_key.hex() != entry.public_key:
+            return "not_enrolled", f"the name {client!r} is enrolled with another key: use its own device file"
+        return None

@@ -1,0 +1,198 @@
+"""What a coordinator is made of, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetrain.coordinator import events
+from edgetrain.coordinator.blob_server import BlobServer
+from edgetrain.coordinator.chronicle import Chronicle
+from edgetrain.coordinator.client_reports import ClientReports
+from edgetrain.coordinator.config import FederationConfig
+from edgetrain.coordinator.downlink import Downlink
+from edgetrain.coordinator.enrolments import Enrolments
+from edgetrain.coordinator.errors import StopRequested
+from edgetrain.coordinator.gathering import Gathering
+from edgetrain.coordinator.history import History
+from edgetrain.coordinator.intake import Intake
+from edgetrain.coordinator.invitations import Invitations
+from edgetrain.coordinator.known_clients import KnownClients
+from edgetrain.coordinator.membership import Membership
+from edgetrain.coordinator.past_run import read_rows
+from edgetrain.coordinator.post import Post
+from edgetrain.coordinator.pump import Pump
+from edgetrain.coordinator.refusals import Refusals
+from edgetrain.coordinator.requests import Request, read_request
+from edgetrain.coordinator.round_opening import RoundOpening
+from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.strategies import Strategy
+from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.codecs import CodecSpec
+from edgetrain.protocol.names import Topics
+from edgetrain.protocol.transport import Transport
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts, each with its own job."""
+
+    topics: Topics
+    history: History
+    clients: KnownClients
+    blobs: BlobServer
+    post: Post
+    chronicle: Chronicle
+    invitations: Invitations
+    intake: Intake
+    pump: Pump
+    opening: RoundOpening
+    gathering: Gathering
+    reports: ClientReports
+
+
+def assemble(
+    config: FederationConfig,
+    *,
+    bundle: Bundle,
+    transport: Transport,
+    directory: RunDirectory,
+    strategy: Strategy,
+    observe: events.Observer,
+    reload_broker: Callable[[], None],
+    clock: Callable[[], float],
+) -> Parts:
+    """Makes the parts; arguments as of `Coordinator`.
+
+    Raises:
+        CodecError: the settings name a codec that there is not.
+        AuthorityError: the settings name a federation directory that is none.
+        RunError: the run directory is damaged.
+    """
+    downlink = Downlink(CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest))
+    history = History()
+    history.add(read_rows(directory.path / "clients.csv"))
+    clients = KnownClients(directory, clock)
+    topics = Topics(config.federation)
+    blobs = BlobServer(topics, transport, config.limits.chunk_bytes)
+    post = Post(
+        transport,
+        topics,
+        directory.key,
+        run=directory.run,
+        bundle=blobs.add(bundle.manifest_bytes),
+        serials=directory.serials,
+    )
+    chronicle = Chronicle(directory.audit, post)
+    enrolments = Enrolments(Path(config.enrolments)) if config.enrolments else None
+    invitations = Invitations(
+        config,
+        strategy=strategy,
+        roster=clients.roster,
+        history=history,
+        run=directory.run,
+        bundle=bundle.digest,
+        clock=clock,
+    )
+    max_update_bytes = config.limits.max_update_bytes or _largest_update(bundle, strategy)
+    intake = Intake(
+        topics=topics,
+        run=directory.run,
+        bundle=bundle.digest,
+        post=post,
+        blobs=blobs,
+        roster=clients.roster,
+        plan=invitations.plan,
+        max_update_bytes=max_update_bytes,
+        uploads=directory.path / "uploads",
+        observe=observe,
+        audit=directory.audit,
+        refusals=Refusals(
+            config.limits.bans,
+            roster=clients.roster,
+            audit=directory.audit,
+            observe=observe,
+            clock=clock,
+            # Only with enrolments does the broker know who writes.
+            attributable=enrolments is not None,
+        ),
+        enrolments=enrolments,
+        clock=clock,
+    )
+    membership = Membership(enrolments, intake=intake, audit=directory.audit, reload_broker=reload_broker)
+    intake.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
+
+    def check() -> None:
+        membership.follow()
+        obeyed_request(directory)
+
+    pump = Pump(
+        transport,
+        post=post,
+        blobs=blobs,
+        intake=intake,
+        chronicle=chronicle,
+        clients=clients,
+        check=check,
+        clock=clock,
+    )
+    opening = RoundOpening(
+        config,
+        strategy=strategy,
+        directory=directory,
+        downlink=downlink,
+        blobs=blobs,
+        roster=clients.roster,
+        max_update_bytes=max_update_bytes,
+        clock=clock,
+    )
+    return Parts(
+        topics=topics,
+        history=history,
+        clients=clients,
+        blobs=blobs,
+        post=post,
+        chronicle=chronicle,
+        invitations=invitations,
+        intake=intake,
+        pump=pump,
+        opening=opening,
+        gathering=Gathering(
+            config.rounds,
+            invitations=invitations,
+            pump=pump,
+            observe=observe,
+            clock=clock,
+            # Where chance chooses, it chooses among all.
+            wanted=strategy.private.population if strategy.private else 0,
+        ),
+        reports=ClientReports(
+            roster=clients.roster,
+            invitations=invitations,
+            blobs=blobs,
+            post=post,
+            intake=intake,
+            pump=pump,
+            clock=clock,
+        ),
+    )
+
+
+def obeyed_request(directory: RunDirectory) -> Request:
+    """What people ask for.
+
+    Raises:
+        StopRequested: to end.
+    """
+    request = read_request(directory.path)
+    if request == "stop":
+        raise StopRequested
+    return request
+
+
+def _largest_update(bundle: Bundle, strategy: Strategy) -> int:
+    """Bytes that no codec exceeds, and a little."""
+    num_parameters = bundle.manifest.num_parameters
+    dense = 4 * num_parameters + num_parameters // 8 + 4096
+    return 2 * dense if strategy.control else dense

@@ -1,0 +1,104 @@
+"""The coordinator's loop: takes events out of the transport's queue until something is done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+from edgetrain.coordinator.blob_server import BlobServer
+from edgetrain.coordinator.chronicle import Chronicle
+from edgetrain.coordinator.intake import Intake
+from edgetrain.coordinator.known_clients import KnownClients
+from edgetrain.coordinator.post import Post
+from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
+
+logger = logging.getLogger(__name__)
+
+# Events handled before the journal is synced and the verdicts go out: one sync serves them all.
+BATCH_EVENTS = 256
+# Upper bound of one wait for events, so that deadlines are looked at now and then.
+POLL_SECONDS = 0.5
+
+
+class Pump:
+    """Handles events, and what is due by itself.
+
+    Args:
+        transport: connected.
+        post: for announcements.
+        blobs: has parts to send when their time comes.
+        intake: handles what arrives.
+        chronicle: is on disk before any verdict goes out.
+        clients: saved before anyone hears that its update counts.
+        check: looks at what people ask for; may raise.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        post: Post,
+        blobs: BlobServer,
+        intake: Intake,
+        chronicle: Chronicle,
+        clients: KnownClients,
+        check: Callable[[], object],
+        clock: Callable[[], float],
+    ) -> None:
+        self._transport = transport
+        self._post = post
+        self._blobs = blobs
+        self._intake = intake
+        self._chronicle = chronicle
+        self._clients = clients
+        self._check = check
+        self._clock = clock
+        # As announced last: what whoever connects later is told.
+        self._status: tuple[Literal["open", "paused", "ended"], str] = ("open", "")
+
+    def announce(self, status: Literal["open", "paused", "ended"], reason: str = "") -> None:
+        """Tells everyone the state of the run, now and after every reconnection."""
+        self._status = (status, reason)
+        self._post.announce(status, reason)
+
+    def until(self, done: Callable[[], bool]) -> None:
+        """Handles events until `done`.
+
+        Raises:
+            StopRequested: somebody asked the run to stop.
+            RunError: the run directory cannot be written.
+        """
+        while True:
+            now = self._clock()
+            self._check()
+            self._blobs.tick(now)
+            self._intake.ask_for_stalled()
+            if done():
+                return
+            event = self._transport.receive(self._patience(now))
+            for _ in range(BATCH_EVENTS):
+                match event:
+                    case None:
+                        break
+                    case Received():
+                        self._intake.handle(event)
+                    case Disconnected():
+                        logger.warning("lost the broker: %s; reconnecting", event.reason)
+                    case Connected():
+                        self._post.announce(*self._status)
+                        self._chronicle.tell()
+                event = self._transport.receive(0)
+            self._clients.save_new()
+            self._chronicle.commit()
+            self._intake.send_verdicts()
+
+    def _patience(self, now: float) -> float:
+        """Seconds until something is due by itself."""
+        due = [now + POLL_SECONDS]
+        if (blob := self._blobs.next_due()) is not None:
+            due.append(blob)
+        if (current := self._intake.current) and current.state.deadline_at > now:
+            due.append(current.state.deadline_at)
+        return max(0.001, min(due) - now)

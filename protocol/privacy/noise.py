@@ -1,0 +1,262 @@
+"""Integer noise, sampled exactly.
+
+Floating-point noise leaks through its gaps (Mironov 2012; Haney, Desfontaines et al. 2022, "Precision-based attacks
+and interval refining"). So sums are integers (steps of a grid) before noise is added, and so is the noise:
+
+- `rounded_gaussian`: a real Gaussian, rounded to an integer. Added to an integer x it equals round(x + Gaussian):
+  the rounding is post-processing, so every theorem on the Gaussian mechanism holds as it stands, sampling included.
+  For noise that one party adds.
+- `discrete_gaussian`: Canonne, Kamath and Steinke 2020. For shares of noise that several parties add.
+- `skellam`: difference of two Poisson variables; shares add up to Skellam exactly.
+
+Both Gaussians are drawn by rejection from a staircase over the half-line (von Neumann; Devroye 1986, chapter II.3):
+a stair by a table of 128-bit thresholds, a place on it by uniform bits, accepted with probability density / stair. A
+comparison of a random number with that probability is decided in float64 where it is clear by more than the rounding
+error, else (about once in 2^40) in as many bits as it takes. So the only inexactness is that of the table: 2^-110 in
+total variation, with the tail beyond 13.5 deviations cut (2^-130).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetrain.protocol.privacy.errors import PrivacyError
+from edgetrain.protocol.privacy.randomness import RandomBytes, Words, words
+
+Integers = npt.NDArray[np.int64]
+
+Noise = Callable[[RandomBytes, int], Integers]
+"""`noise(random_bytes, size)` -> int64 [size], independent."""
+
+# Where the tail is cut, in deviations: e^(-13.5^2 / 2) < 2^-131.
+_REACH = 13.5
+# Float64 decides where numbers differ by more than this; the rounding errors are below 2^-48.
+_CLEAR = 2.0**-44
+# Elements drawn at a time: bounds the memory.
+_CHUNK = 1 << 16
+MAX_DEVIATION = 2.0**45
+# Tables of Poisson distributions grow with the deviation.
+MAX_SKELLAM_DEVIATION = 2.0**14
+
+
+def rounded_gaussian(deviation: float) -> Noise:
+    """Gaussian noise, rounded to integers.
+
+    Args:
+        deviation: before rounding, above 0 and at most 2^45.
+
+    Raises:
+        PrivacyError: a deviation out of range.
+    """
+    return _Staircase.of(_checked(deviation, MAX_DEVIATION), discrete=False).draw
+
+
+def discrete_gaussian(deviation: float) -> Noise:
+    """Noise with probability proportional to exp(-k^2 / (2 deviation^2)) at every integer k.
+
+    Args:
+        deviation: the parameter sigma, above 0 and at most 2^45; the real deviation is never larger.
+
+    Raises:
+        PrivacyError: a deviation out of range.
+    """
+    return _Staircase.of(_checked(deviation, MAX_DEVIATION), discrete=True).draw
+
+
+def skellam(deviation: float) -> Noise:
+    """The difference of two Poisson variables of mean deviation^2 / 2 each.
+
+    Args:
+        deviation: above 0 and at most 2^14; beyond, a discrete Gaussian costs no more privacy.
+
+    Raises:
+        PrivacyError: a deviation out of range.
+    """
+    _, table = _poisson_table(_checked(deviation, MAX_SKELLAM_DEVIATION) ** 2 / 2)
+
+    def draw(random_bytes: RandomBytes, size: int) -> Integers:
+        return _pick(table, random_bytes, size) - _pick(table, random_bytes, size)
+
+    return draw
+
+
+def _checked(deviation: float, most: float) -> float:
+    if not 0 < deviation <= most:
+        raise PrivacyError(f"noise of deviation {deviation:g} steps of the grid: must be above 0 and at most {most:g}")
+    return float(deviation)
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Cumulative probabilities in units of 2^-128: of entry i, up to and including it, but for the last."""
+
+    high: Words
+    low: Words
+
+
+def _table(weights: list[Decimal]) -> _Table:
+    total = sum(weights, Decimal(0))
+    running = Decimal(0)
+    thresholds = []
+    for weight in weights[:-1]:
+        running += weight
+        thresholds.append(min(int(running / total * 2**128), 2**128 - 1))
+    return _Table(
+        np.array([threshold >> 64 for threshold in thresholds], np.uint64),
+        np.array([threshold & (2**64 - 1) for threshold in thresholds], np.uint64),
+    )
+
+
+def _pick(table: _Table, random_bytes: RandomBytes, size: int) -> Integers:
+    """Entries by their probabilities, int64 [size]."""
+    drawn = words(random_bytes, size)
+    picked = np.searchsorted(table.high, drawn, side="right")
+    if len(table.high):
+        for place in np.flatnonzero(table.high[np.maximum(picked, 1) - 1] == drawn):
+            # The first 64 bits do not tell: once in 2^64 / len(table).
+            rest = words(random_bytes, 1)[0]
+            same = np.flatnonzero(table.high == drawn[place])
+            picked[place] = same[0] + int(np.count_nonzero(table.low[same] <= rest))
+    return picked.astype(np.int64, copy=False)
+
+
+@lru_cache(maxsize=8)
+def _poisson_table(mean: float) -> tuple[int, _Table]:
+    """The first entry's value, and the probabilities around the mode; what is left out is below 2^-120."""
+    reach = math.ceil(_REACH * math.sqrt(mean)) + 100
+    mode = math.floor(mean)
+    first = max(0, mode - reach)
+    with localcontext() as context:
+        context.prec = 50
+        exact = Decimal(mean)
+        up: list[Decimal] = [Decimal(1)]
+        down: list[Decimal] = []
+        for k in range(mode + 1, mode + reach):
+            up.append(up[-1] * exact / k)
+        for k in range(mode, first, -1):
+            down.append((down[-1] if down else up[0]) * k / exact)
+        return first, _table(down[::-1] + up)
+
+
+# --- Gaussians ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Staircase:
+    """Stairs of width 2^log_width over the half-line, each as high as the density at its left end."""
+
+    deviation: float
+    discrete: bool
+    log_width: int
+    stairs: _Table
+
+    @classmethod
+    def of(cls, deviation: float, *, discrete: bool) -> _Staircase:
+        return _staircase(deviation, discrete)
+
+    def draw(self, random_bytes: RandomBytes, size: int) -> Integers:
+        """Independent noise, int64 [size]."""
+        result = np.empty(size, np.int64)
+        done = 0
+        while done < size:
+            # A little more than is missing: most are accepted.
+            missing = min(size - done, _CHUNK)
+            accepted = self._try(random_bytes, missing + missing // 16 + 8)[:missing]
+            result[done : done + len(accepted)] = accepted
+            done += len(accepted)
+        return result
+
+    def _try(self, random_bytes: RandomBytes, count: int) -> Integers:
+        """One attempt each; those that were accepted."""
+        stair = _pick(self.stairs, random_bytes, count)
+        place, coin = words(random_bytes, count), words(random_bytes, count)
+        negative = np.unpackbits(np.frombuffer(random_bytes(-(-count // 8)), np.uint8))[:count].astype(np.bool_)
+        whole, fraction = self._split(place)
+        # In widths; the fraction of a stair is exact to 2^-53.
+        along = whole.astype(np.float64) * 2.0**-self.log_width if self.discrete else place * 2.0**-64
+        scale = (2.0**self.log_width / self.deviation) ** 2 / 2
+        probability = np.exp(-scale * along * (2.0 * stair + along))
+        difference = probability - coin * 2.0**-64
+        accepted = difference > 0
+        for unclear in np.flatnonzero(np.abs(difference) <= _CLEAR):
+            accepted[unclear] = self._decide(int(stair[unclear]), int(place[unclear]), int(coin[unclear]), random_bytes)
+        if self.log_width >= 0:
+            value = (stair << self.log_width) + whole
+        else:
+            value = stair >> -self.log_width
+            fraction = (stair >> (-self.log_width - 1)) & 1
+        if self.discrete:
+            accepted &= ~(negative & (value == 0))
+        else:
+            value = value + fraction
+        signed: Integers = np.where(negative, -value, value)
+        kept: Integers = signed[accepted]
+        return kept
+
+    def _split(self, place: Words) -> tuple[Integers, Integers]:
+        """Integer part within a stair, and the bit after the point: what is at least a half is rounded up."""
+        if self.log_width < 0:
+            zeros = np.zeros(len(place), np.int64)
+            return zeros, zeros
+        doubled = place >> np.uint64(63 - self.log_width)
+        return (doubled >> np.uint64(1)).astype(np.int64), (doubled & np.uint64(1)).astype(np.int64)
+
+    def _decide(self, stair: int, place: int, coin: int, random_bytes: RandomBytes) -> bool:
+        """Whether coin < probability, in as many bits as it takes."""
+        bits, width = 64, Fraction(2) ** self.log_width
+        scale = width**2 / (2 * Fraction(self.deviation) ** 2)
+        if self.discrete:
+            whole = place >> (64 - self.log_width) if self.log_width >= 0 else 0
+            exact = Fraction(whole) / width
+        while True:
+            one = Fraction(1, 2**bits)
+            low, high = (exact, exact) if self.discrete else (place * one, (place + 1) * one)
+            least = _exp_bounds(-scale * high * (2 * stair + high), bits)[0]
+            most = _exp_bounds(-scale * low * (2 * stair + low), bits)[1]
+            if (coin + 1) * one <= least:
+                return True
+            if coin * one >= most:
+                return False
+            place = (place << 64) + int(words(random_bytes, 1)[0])
+            coin = (coin << 64) + int(words(random_bytes, 1)[0])
+            bits += 64
+
+
+@lru_cache(maxsize=64)
+def _staircase(deviation: float, discrete: bool) -> _Staircase:
+    log_width = math.floor(math.log2(deviation)) - 4
+    if discrete:
+        log_width = max(0, log_width)
+    width = 2.0**log_width
+    with localcontext() as context:
+        context.prec = 60
+        scale = Decimal(width) ** 2 / (2 * Decimal(deviation) ** 2)
+        count = math.ceil(_REACH * deviation / width) + 2
+        return _Staircase(deviation, discrete, log_width, _table([(-scale * j * j).exp() for j in range(count)]))
+
+
+def _exp_bounds(exponent: Fraction, bits: int) -> tuple[Fraction, Fraction]:
+    """Bounds of e^exponent, for an exponent of at most 0, closer together than 2^-bits."""
+    with localcontext() as context:
+        context.prec = bits // 3 + 30
+        value = (Decimal(exponent.numerator) / Decimal(exponent.denominator)).exp()
+    error = Fraction(1, 2 ** (bits + 8))
+    return Fraction(value) - error, Fraction(value) + error
+
+
+def chunks(noise: Noise, random_bytes: RandomBytes, size: int) -> Iterator[tuple[slice, Integers]]:
+    """The noise of a long vector in parts, so that it is never in memory whole."""
+    for start in range(0, size, _CHUNK):
+        stop = min(start + _CHUNK, size)
+        yield slice(start, stop), noise(random_bytes, stop - start)
