@@ -415,7 +415,7 @@ class Client:
 
     def _is_over(self, plan: Plan) -> bool:
         newer = self._mail.plan
-        return plan.nonce in self._mail.closed or (newer is not None and newer.nonce != plan.nonce)
+        return plan.nonce in self._mail.closed or (newer is not None and _sources(newer) != _sources(plan))
 
     # --- what stays here -----------------------------------------------------------------------------
 
@@ -476,6 +476,11 @@ class Client:
             bytes_sent=self._transport.bytes_sent,
             bytes_received=self._transport.bytes_received,
         )
+
+
+def _sources(plan: Plan) -> tuple[object, ...]:
+    """What is fetched for a plan: a coordinator that was started again may encode it in other bytes."""
+    return plan.nonce, plan.vector, plan.parameters, plan.patches, plan.control
 
 
 def split_validation(dataset: Dataset, fraction: float, name: str) -> tuple[Dataset, Dataset | None]:

@@ -34,7 +34,7 @@ class Download:
         blob: takes the chunks; may have some already.
         ask: sends a `Want`.
         link: what is known of the link; learns more.
-        cap: of what is asked for, or None.
+        cap: of what is asked for.
         now: monotonic seconds.
     """
 
@@ -44,7 +44,7 @@ class Download:
         *,
         ask: Callable[[Want], None],
         link: RateMeter,
-        cap: TokenBucket | None,
+        cap: TokenBucket,
         now: float,
     ) -> None:
         self._blob = blob
@@ -83,13 +83,13 @@ class Download:
         if now - self._moved_at >= self._stall_seconds():
             self._stalls = min(self._stalls + 1, 10)
             self.repeat(now)
-        elif self._cap and self._expected.size < self._window() // 2:
+        elif self._expected.size < self._window() // 2:
             self._request(now)
 
     def patience(self, now: float) -> float:
         """Seconds until `tick` has something to do."""
         waiting = self._stall_seconds() - (now - self._moved_at)
-        if self._cap and self._expected.size < self._window() // 2:
+        if self._cap.rate and self._expected.size < self._window() // 2:
             waiting = min(waiting, self._cap.wait(now))
         return max(waiting, 0.0)
 
@@ -104,12 +104,12 @@ class Download:
         return min(max(STALL_SECONDS, expected) * 2.0**self._stalls, MAX_STALL_SECONDS)
 
     def _window(self) -> int:
-        return self._link.window_bytes(WINDOW_SECONDS, MAX_WINDOW_BYTES)
+        return self._cap.within(self._link.window_bytes(WINDOW_SECONDS, MAX_WINDOW_BYTES), WINDOW_SECONDS)
 
     def _request(self, now: float) -> None:
         size, missing = self._blob.ref.size, RangeSet(self._blob.missing())
         wanted = missing.without(self._expected)
-        if not wanted or (self._cap and self._cap.wait(now) > 0):
+        if not wanted or self._cap.wait(now) > 0:
             return
         if missing == wanted and missing.size == size and self._is_quick(size):
             self._ask(Want(digest=self._blob.ref.digest))
@@ -119,14 +119,14 @@ class Download:
             wanted = RangeSet(list(wanted.first(room))[:MAX_RANGES])
             if not wanted:
                 return
-            self._ask(Want(digest=self._blob.ref.digest, ranges=tuple(wanted), chunk_bytes=self._link.chunk_bytes()))
+            chunk_bytes = self._cap.within(self._link.chunk_bytes())
+            self._ask(Want(digest=self._blob.ref.digest, ranges=tuple(wanted), chunk_bytes=chunk_bytes))
         for start, stop in wanted:
             self._expected.add(start, stop)
-        if self._cap:
-            self._cap.take(wanted.size)
+        self._cap.take(wanted.size)
 
     def _is_quick(self, size: int) -> bool:
-        if self._cap:
+        if self._cap.rate:
             return False
         rate = self._link.rate
         return size <= self._window() if rate is None else size <= rate * WHOLE_SECONDS

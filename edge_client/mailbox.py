@@ -120,7 +120,7 @@ class Mailbox:
         # When the whole upload goes out if nobody has asked for a part of it.
         self._upload_due: float | None = None
         self._link = RateMeter()
-        self._cap = TokenBucket(download_rate) if download_rate else None
+        self._cap = TokenBucket(download_rate)
 
     def open(self) -> None:
         """Subscribes."""

@@ -184,6 +184,7 @@ class Outgoing:
         start, stop = next(iter(blob.todo))
         most = max(1, min(DEFAULT_CHUNK_BYTES, self.max_payload - HEADER_BYTES))
         most = max(1, min(most, blob.chunk_bytes)) if blob.chunk_bytes else self.meter.chunk_bytes(most)
+        most = self._bucket.within(most)
         stop = min(stop, start + most)
         try:
             payload = make_chunk(blob.reader.ref, start, blob.reader.read(start, stop))

@@ -54,27 +54,31 @@ class TokenBucket:
 
     Args:
         rate: bytes per second; 0 for no cap.
-        burst: bytes that may go at once after a pause.
     """
 
-    def __init__(self, rate: float, *, burst: int = DEFAULT_CHUNK_BYTES) -> None:
-        self._rate = rate
-        self._burst = float(min(burst, max(rate, MIN_CHUNK_BYTES))) if rate else 0.0
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        # What may go at once after a pause.
+        self._burst = max(rate * CHUNK_SECONDS, float(MIN_CHUNK_BYTES))
         self._tokens = self._burst
         self._updated: float | None = None
 
+    def within(self, size: int, seconds: float = CHUNK_SECONDS) -> int:
+        """At most what the cap lets through in so many seconds, at least 1 KiB."""
+        return min(size, max(int(self.rate * seconds), MIN_CHUNK_BYTES)) if self.rate else size
+
     def wait(self, now: float) -> float:
         """Seconds until something may go."""
-        if not self._rate:
+        if not self.rate:
             return 0.0
         if self._updated is not None:
-            self._tokens = min(self._burst, self._tokens + (now - self._updated) * self._rate)
+            self._tokens = min(self._burst, self._tokens + (now - self._updated) * self.rate)
         self._updated = now
-        return 0.0 if self._tokens > 0 else (1.0 - self._tokens) / self._rate
+        return 0.0 if self._tokens > 0 else (1.0 - self._tokens) / self.rate
 
     def take(self, size: int) -> None:
         """So much goes; more than there is, is paid off before the next."""
-        if self._rate:
+        if self.rate:
             self._tokens -= size
 
 

@@ -23,6 +23,7 @@ from edgetrain.protocol import BundleError, EdgetrainError, Limits, decode
 from edgetrain.protocol.blobs import HEADER_BYTES, cut
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.messages import (
+    BlobRef,
     Announce,
     Decline,
     Goodbye,
@@ -523,6 +524,24 @@ def test_chunks_with_other_bytes_are_found_out_and_fetched_again(scene):
     scene.run()
     assert len(scene.heard(Offer)) == 1
     assert len(poisoned) >= 5
+
+
+def test_a_plan_sent_again_with_other_blobs_replaces_the_one_whose_blobs_are_gone(scene):
+    """As by a coordinator that was killed after its plans had gone out, and started again."""
+    coordinator = scene.coordinator
+    (plan,) = rounds(scene, 1)
+    gone = msgspec.structs.replace(plan, parameters=BlobRef(digest=bytes(32), size=500))
+    coordinator.on_ready = lambda _ready: coordinator.send(gone)
+
+    def on_want(want):
+        if want.digest == bytes(32):
+            coordinator.send(plan)
+        return True
+
+    coordinator.on_want = on_want
+    scene.announce()
+    scene.run()
+    assert [offer.nonce for offer in scene.heard(Offer)] == [plan.nonce]
 
 
 def test_rubbish_is_ignored(scene):
