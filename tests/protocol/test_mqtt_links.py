@@ -91,6 +91,8 @@ def test_a_topic_is_written_once_where_the_broker_has_aliases_also_after_a_cut(s
             blob = MemoryBlob(bytes([number]) * 20_000)
             speaker.send_blob(topic.decode(), blob, chunk_bytes=1000)
             assert [name for name, _ in received(listener, 20)] == [topic.decode()] * 20
+            while not speaker._outgoing.empty:
+                time.sleep(0.01)
             if number == 0:
                 proxy.cut()
                 next_event(speaker, Connected)
