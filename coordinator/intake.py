@@ -5,6 +5,7 @@ Everything that arrives is hostile until its signature, its sender and its round
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -176,9 +177,12 @@ class Intake:
 
     def forget_uploads(self) -> None:
         """Deletes what nobody will send the rest of."""
-        current = self.current
-        keep = [upload.offer.update.digest for upload in current.uploads.values()] if current else []
-        forget_partial_blobs(self._uploads, keep=keep)
+        uploads = self.current.uploads if self.current else {}
+        for directory in self._uploads.glob("*"):
+            upload = uploads.get(directory.name)
+            forget_partial_blobs(directory, keep=[upload.offer.update.digest] if upload else [])
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
     def _ask_for(self, client: str, upload: Upload) -> None:
         upload.moved_at = self._clock()
@@ -359,17 +363,19 @@ class Intake:
             else:
                 if known is not None:
                     known.assembler.discard()
-                upload = current.uploads[client] = self._open_upload(offer, envelope)
+                upload = current.uploads[client] = self._open_upload(client, offer, envelope)
                 if upload.assembler.missing() != [(0, offer.update.size)]:
                     # Begun before a restart. Else its chunks follow the offer, or are asked for.
                     self._ask_for(client, upload)
             current.state.advance(client, Part.COLLECTING)
 
-    def _open_upload(self, offer: Offer, envelope: bytes) -> Upload:
+    def _open_upload(self, client: str, offer: Offer, envelope: bytes) -> Upload:
+        # A directory each: two who offer the same bytes must not share a file.
+        directory = self._uploads / client
         try:
-            assembler = assemble(offer.update, self._uploads, limit=self._max_update_bytes)
+            assembler = assemble(offer.update, directory, limit=self._max_update_bytes)
         except OSError as error:
-            raise RunError(f"{self._uploads}: cannot be used: {error}") from error
+            raise RunError(f"{directory}: cannot be used: {error}") from error
         return Upload(offer, envelope, assembler, self._clock())
 
     def _objection(self, client: str, offer: Offer, current: OpenRound) -> tuple[Kind, str] | None:
@@ -406,7 +412,7 @@ class Intake:
         try:
             # A client that was invited before a restart: what its plan says, it said then.
             training = current.trainings.get(client) or self._plan(current, client).training
-            current.collection.accept(client, offer, upload.envelope, upload.assembler.finish(), training)
+            current.collection.accept(client, offer, upload.envelope, _finish(upload), training)
         except (UpdateRefused, BlobError) as error:
             current.state.advance(client, Part.REFUSED)
             self._reject(client, offer, "bad_update", str(error))
@@ -440,6 +446,13 @@ def accepted_record(row: ClientRow, digest: bytes, *, from_journal: bool = False
         num_examples=row.num_examples,
         from_journal=from_journal,
     )
+
+
+def _finish(upload: Upload) -> bytes:
+    try:
+        return upload.assembler.finish()
+    except OSError as error:
+        raise RunError(f"cannot read an update that has arrived: {error}") from error
 
 
 def _kind(payload: bytes, kind: str) -> Kind:

@@ -14,6 +14,7 @@ from edgetrain.coordinator.requests import write_request
 from support import tiny_bundle as tiny
 from support.federation import Federation
 from support.mqtt_frames import kind_of
+from support.processes import wait_for
 from support.proxy import FaultProxy
 
 pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
@@ -197,3 +198,37 @@ def test_a_broker_killed_in_every_phase_of_a_round(federate, tiny_bundle, versio
         endure(federation, coordinator, ambush, federation.start_broker)
         assert [client.wait() for client in clients.values()] == [0, 0]
     federation.check_nothing_lost_or_doubled(federation.rounds_done(), finished=False)
+
+
+def test_whoever_is_killed_halfway_through_a_transfer_goes_on_where_it_was(federate, wide_bundle):
+    """The client during the bundle, the coordinator during the update, the client during the rest of the update."""
+    federation = federate(
+        wide_bundle(100_000), clients=1, codec="dense|float32",
+        rounds={"total": 1, "goal": 1, "minimum": 1, "deadline_seconds": 300.0, "gather_seconds": 300.0,
+                "idle_timeout_seconds": 300.0},
+    )  # fmt: skip
+    with FaultProxy(federation.port, rate=30_000) as proxy:
+        through(federation, proxy)
+        down, up = proxy.down.account, proxy.up.account
+        coordinator, client = federation.start_coordinator(), federation.start_client("client-1")
+        wait_for(lambda: down.distinct > 60_000, "a part of the bundle")
+        client.kill()
+        client = federation.start_client("client-1")
+        wait_for(lambda: up.distinct > 30_000, "a part of the update")
+        coordinator.kill()
+        coordinator = federation.start_coordinator()
+        wait_for(lambda: up.distinct > 60_000, "more of the update")
+        client.kill()
+        client = federation.start_client("client-1")
+        assert coordinator.wait() == 0, coordinator.output
+        assert client.wait() == 0, client.output
+        assert 100_000 < up.distinct < 101_000
+        # At each kill what was on the way, a window of a second (two on the way down); the manifest; and what
+        # arrived for a coordinator that was not there.
+        again = [account.retransmitted * account.distinct for account in (down, up)]
+        print(f"sent again: {again[0]:.0f} bytes down, {again[1]:.0f} up")
+        assert again[0] < 2 * 60_000 + 10_000
+        assert again[1] < 3 * 30_000
+    federation.check_nothing_lost_or_doubled(1, clients_killed=2)
+    assert not list((federation.run / "uploads").rglob("*"))
+    assert not list((federation.path / "client-1" / "partial").glob("*"))
