@@ -75,7 +75,7 @@ def assemble(
     history.add(read_rows(directory.path / "clients.csv"))
     clients = KnownClients(directory, clock)
     topics = Topics(config.federation)
-    blobs = BlobServer(topics, transport.publish, config.limits.chunk_bytes)
+    blobs = BlobServer(topics, transport, config.limits.chunk_bytes)
     post = Post(
         transport,
         topics,
@@ -105,6 +105,7 @@ def assemble(
         roster=clients.roster,
         plan=invitations.plan,
         max_update_bytes=max_update_bytes,
+        uploads=directory.path / "uploads",
         observe=observe,
         audit=directory.audit,
         refusals=Refusals(
