@@ -129,10 +129,10 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def __call__(self, name: str, function: Any, *arguments: Any, **options: Any) -> Any:
+    def __call__(self, step: str, function: Any, /, *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
         result = function(*arguments, **options)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
         return result
 
 
