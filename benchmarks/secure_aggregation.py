@@ -285,9 +285,9 @@ def uplink() -> list[Row]:
                 signature = bytes(64)
                 bodies = [
                     encode(members.Advertise(cipher_key=bytes(32), mask_key=bytes(32), signature=signature)),
-                    encode(Shares(roster=bytes(32), commitment=bytes(32), boxes=(bytes(BOX_BYTES),) * degree)),
+                    encode(Shares(roster=bytes(32), commitment=bytes(32), boxes=bytes(BOX_BYTES * degree))),
                     encode(Agreement(signature=signature)),
-                    encode(Reveal(shares=(bytes(SHARE_BYTES),) * (degree + 1))),
+                    encode(Reveal(shares=bytes(SHARE_BYTES * (degree + 1)))),
                 ]
                 count = wire_bytes(key, bodies, bytes(layout.payload_bytes))
                 rows.append(
