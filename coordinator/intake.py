@@ -185,7 +185,7 @@ class Intake:
             self._on_hello(client, message)
             return
         record = self._roster.get(client)
-        if record and self._enrolments and (objection := self._enrolments.objection(client)):
+        if record and self._enrolments and (objection := self._enrolments.objection(client, record.public_key)):
             self.refusals.message(client, *objection)
             return
         if record is None:

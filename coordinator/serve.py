@@ -27,6 +27,7 @@ from edgetrain.edge_client.runtimes import open_session
 from edgetrain.edge_client.trainer import evaluate
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec
+from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.names import check_name
 from edgetrain.protocol.transport.mqtt import MqttTransport
 
@@ -53,6 +54,8 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
             broker = FederationBroker(Path(config.enrolments), config.broker.port)
             stack.callback(broker.stop)
             reload_broker = broker.reload
+        elif config.start_broker == "embedded" and config.enrolments:
+            raise ConfigError("start_broker: the embedded broker knows no certificates; with enrolments use mosquitto")
         elif config.start_broker:
             stack.callback(start_broker(config.start_broker, port=config.broker.port).stop)
         # One coordinator per run directory: the broker's session is the run's.

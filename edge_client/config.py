@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from edgetrain.edge_client.policy import PolicyConfig
 from edgetrain.edge_client.privacy_budget import DevicePrivacy
 from edgetrain.protocol.transport.mqtt import BrokerConfig
 
@@ -49,6 +50,11 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="the coordinator's public key in hex; without it the first one seen is trusted and remembered"
         ),
     ] = ""
+    feature_cache: Annotated[
+        Literal["float16", "int8", "float32", "off"],
+        Meta(description="how the outputs of the frozen part are kept on disk, so that it runs once per sample"),
+    ] = "float16"
+    max_feature_cache_bytes: Annotated[int, Meta(description="most bytes of kept features", ge=0)] = 1 << 30
     signing_key: Annotated[
         str,
         Meta(
@@ -61,6 +67,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, Meta(description="disconnect when the coordinator says that it needs nothing for a while")
     ] = True
     max_bundle_bytes: Annotated[int, Meta(description="refuse bundles that need more bytes", ge=1)] = 1 << 30
+    policy: PolicyConfig = PolicyConfig()
     privacy: DevicePrivacy = DevicePrivacy()
     broker: BrokerConfig = BrokerConfig()
     secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()

@@ -9,6 +9,7 @@ from typing import Protocol
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.runtimes import available_runtimes, open_session
 from edgetrain.edge_client.runtimes.base import Session
+from edgetrain.edge_client.runtimes.parts import TRUNK
 from edgetrain.edge_client.selftest import run_self_test
 from edgetrain.edge_client.state import ClientState
 from edgetrain.protocol import BundleError
@@ -63,6 +64,8 @@ def install_bundle(ref: BlobRef, *, fetch: Fetch, state: ClientState, config: Cl
     bundle = Bundle(state.bundle_directory(ref.digest))
     session = open_session(bundle, runtime, threads=config.threads)
     run_self_test(bundle, session).raise_if_wrong()
+    if config.feature_cache != "off" and TRUNK in manifest.program(runtime).graphs:
+        run_self_test(bundle, session, in_parts=True).raise_if_wrong()
     logger.info("bundle %s runs on %s; self-test passed", manifest.name, runtime)
     return session
 

@@ -46,6 +46,7 @@ MAX_DAMAGED = 5
 REMEMBERED_PLANS = 64
 # Different warnings of a kind that anybody can provoke.
 MAX_WARNINGS = 20
+REMEMBERED_RUNS = 64
 
 
 class RunOver(Exception):
@@ -89,6 +90,8 @@ class Mailbox:
         self._coordinator_key = state.trusted_coordinator(coordinator_key)
         self._key_source = "the configured coordinator_key" if coordinator_key else str(state.path / "coordinator.pub")
         self._warned: set[str] = set()
+        # Of the newest announcement by run: an older one of any run is a copy.
+        self._serials: dict[bytes, int] = {}
         self._clock = clock
         # The state of the run as announced last.
         self.announce: Announce | None = None
@@ -255,8 +258,12 @@ class Mailbox:
 
     def _on_announce(self, message: Announce) -> None:
         before = self.announce
-        if before and before.run == message.run and message.serial < before.serial:
-            return
+        last = self._serials.get(message.run, -1)
+        if message.serial < last or (message.serial == last and before is not None and before.run != message.run):
+            return  # a copy: of this run, or of one that was before it
+        if len(self._serials) >= REMEMBERED_RUNS and message.run not in self._serials:
+            del self._serials[next(iter(self._serials))]
+        self._serials[message.run] = message.serial
         self.announce = message
         if self.joined is None:
             return

@@ -16,6 +16,7 @@ import numpy as np
 from edgetrain.edge_client.errors import DataError, SessionError
 from edgetrain.edge_client.runtimes.base import Vector
 from edgetrain.edge_client.runtimes.leaves import Array
+from edgetrain.edge_client.runtimes.parts import num_parameters
 from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line, view
 from edgetrain.edge_client.runtimes.versions import check_minimum
 from edgetrain.protocol.bundle import Bundle
@@ -88,8 +89,8 @@ class _TorchGraph:
 
         self._program = program
         self._file = graph.file.file
-        self._manifest = manifest
-        self._leaves = [torch.from_numpy(leaves[spec.name]) for spec in graph.inputs[len(manifest.parameters) :]]
+        self._entries = manifest.parameters[: num_parameters(manifest, graph)]
+        self._leaves = [torch.from_numpy(leaves[spec.name]) for spec in graph.inputs[len(self._entries) :]]
         self._outputs = outputs
         self._bound: Vector | None = None
         self._parameters: list[torch.Tensor] = []
@@ -101,7 +102,7 @@ class _TorchGraph:
         if parameters is not self._bound:
             # torch refuses to share memory that it may not write to.
             shared = parameters if parameters.flags.writeable else parameters.copy()
-            self._parameters = [torch.from_numpy(view(shared, entry)) for entry in self._manifest.parameters]
+            self._parameters = [torch.from_numpy(view(shared, entry)) for entry in self._entries]
             self._bound = parameters if shared is parameters else None
         try:
             with torch.no_grad():

@@ -49,7 +49,7 @@ def tls_context(*, ca: str, certificate: str, key: str) -> ssl.SSLContext:
 
 def _name(setting: str) -> str:
     """For messages: never the text of a key."""
-    return "the PEM text in the settings" if _PEM in setting else setting
+    return "the PEM text in the settings" if "\n" in setting or len(setting) > 200 else setting
 
 
 @contextlib.contextmanager

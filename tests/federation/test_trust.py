@@ -93,10 +93,13 @@ def test_revoked_and_enrolled_while_the_run_goes_on(processes, tiny_bundle, tmp_
     again = start_client(processes, tmp_path, "b")
     # One that nobody knew when the run began.
     federation.enroll("c")
+    (tmp_path / "c/c.toml").chmod(0o644)
     third = start_client(processes, tmp_path, "c")
     wait_for(lambda: "c joined" in coordinator.output, "c")
     done = rounds.read_bytes().count(b"\n")
     wait_for(lambda: rounds.read_bytes().count(b"\n") >= done + 3, "further rounds")
+    assert "c.toml holds keys and can be read by others: chmod 600" in third.output
+    assert "can be read by others" not in first.output
     assert first.running()
     assert again.running()
     assert "connected to" not in again.output.split("revoked")[-1]

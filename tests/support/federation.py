@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import tomli_w
 
+from edgetrain.coordinator.audit import verify_audit
+from edgetrain.coordinator.audit.verify import records_of
 from edgetrain.coordinator.broker import EmbeddedBroker, Mosquitto, free_port
+from edgetrain.protocol.signing import SigningKey
 from support.processes import Process, Processes, wait_for
 from support.tiny_bundle import make_data
 
@@ -156,5 +159,10 @@ class Federation:
         assert len(set(accepted) - set(acknowledged)) <= clients_killed, set(accepted) - set(acknowledged)
         assert not set(self.refused_to_clients()) & set(accepted), "what was accepted was never called refused"
         assert not list((self.run / "journal").iterdir())
+        verify_audit(self.run, public_key=SigningKey.load_or_create(self.path / "coordinator.key").public_key)
+        recorded = [record for record in records_of(self.run) if record["type"] == "accepted"]
+        assert {(record["client"], record["round"]) for record in recorded} == set(accepted)
+        first = [record for record in recorded if not record.get("from_journal")]
+        assert len({(record["client"], record["round"]) for record in first}) == len(first)
         for log in self.path.glob("*.log"):
             assert "Traceback" not in log.read_text(errors="replace"), log.read_text(errors="replace")
