@@ -80,8 +80,8 @@ class Collection:
             )
         self._journal = Journal(path, length=reader.length, salt=first.salt)
         if reader.length == 0:
+            # Not synced yet: how the round was opened is in the database, too.
             self._journal.append(first)
-            self._journal.commit()
         return first
 
     def _take_back(self, reader: JournalReader, opened: RoundOpened, noted: RoundOpened | None) -> RoundOpened | None:

@@ -248,7 +248,7 @@ class Coordinator:
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
         self._dismiss(current)
-        epsilon = self._budget.charge() if self._budget else None
+        epsilon = self._pay(state.number)
         parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
@@ -267,7 +267,6 @@ class Coordinator:
             bytes_down=bytes_down,
             epsilon=epsilon,
         )
-        self._clients.save()
         rows = client_rows(current)
         self._history.add(rows)
         self._history.durations.extend(current.durations.values())
@@ -278,6 +277,7 @@ class Coordinator:
             rows,
             server_state=server_state,
             strategy=described(self._strategy),
+            clients=self._clients.listed(),
         )
         collection.close()
         self._parameters, self._server_state = parameters, server_state
@@ -285,6 +285,16 @@ class Coordinator:
         self._intake.current = None
         self._chronicle.publish()
         self._observe(events.RoundEnded(record))
+
+    def _pay(self, number: int) -> float | None:
+        """Pays for a round out of the privacy budget, if there is one, before its noisy sum is looked at."""
+        if self._budget is None:
+            return None
+        epsilon = self._budget.charge()
+        self._chronicle.privacy_spent(
+            number, epsilon=epsilon, delta=self._budget.delta, mechanism=self._budget.mechanism
+        )
+        return epsilon
 
     def _dismiss(self, current: OpenRound) -> None:
         """Whoever still trains for the round may stop."""

@@ -74,12 +74,10 @@ class Journal:
         self._length = length
         self._salt = salt
         try:
-            fresh = not path.exists()
+            self._fresh = not path.exists()
             self._file = path.open("ab", buffering=0)
             if path.stat().st_size > length:
                 self._file.truncate(length)
-            if fresh:
-                sync_directory(path.parent)
         except OSError as error:
             raise RunError(f"{path}: cannot open the journal: {error}") from error
 
@@ -110,6 +108,9 @@ class Journal:
         """
         try:
             os.fsync(self._file.fileno())
+            if self._fresh:
+                sync_directory(self.path.parent)
+                self._fresh = False
         except OSError as error:
             raise RunError(f"{self.path}: cannot sync the journal: {error}") from error
 

@@ -152,6 +152,7 @@ class RunDirectory:
         *,
         server_state: ServerState | None = None,
         strategy: str = "",
+        clients: list[KnownClient] | None = None,
     ) -> None:
         """Writes state and parameters, then the database's row that makes the round count, then tidies up.
 
@@ -161,6 +162,7 @@ class RunDirectory:
             rows: one per client.
             server_state: what the strategy remembers.
             strategy: its name, for people.
+            clients: as for `save_clients`.
 
         Raises:
             RunError: not writable; then the round has not closed and its journal is still there.
@@ -170,7 +172,7 @@ class RunDirectory:
             if server_state:
                 digest = self._vectors.save_state(record.round, server_state, strategy)
                 record = msgspec.structs.replace(record, server_state_sha256=digest)
-            self._log.close_round(record, rows)
+            self._log.close_round(record, rows, clients)
             self._tidy(record.round)
         except OSError as error:
             raise RunError(f"{self.path}: cannot write round {record.round}: {error}") from error

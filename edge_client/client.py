@@ -23,11 +23,12 @@ from edgetrain.edge_client.control_variate import ControlVariate, control_change
 from edgetrain.edge_client.data import Dataset, load_dataset
 from edgetrain.edge_client.device import device_info, device_state, is_news, peak_memory_mb
 from edgetrain.edge_client.error_feedback import ErrorFeedback
-from edgetrain.edge_client.errors import TrainingError
+from edgetrain.edge_client.errors import StateError, TrainingError
 from edgetrain.edge_client.held_parameters import HeldParameters
 from edgetrain.edge_client.installation import Fetch, install_bundle
 from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Abandoned, Mailbox, RunOver
 from edgetrain.edge_client.personal import PersonalParameters
+from edgetrain.edge_client.policy import Policy
 from edgetrain.edge_client.privacy_budget import DeviceBudget
 from edgetrain.edge_client.runtimes import available_runtimes
 from edgetrain.edge_client.runtimes.base import Session, Vector
@@ -89,6 +90,7 @@ class Client:
         connection: 16 random bytes, the same as in the will.
         run: that this client took part in before it was sent away, if it was.
         clock: monotonic seconds.
+        policy: whether this device trains now; None for that of the settings.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Client:
         connection: bytes,
         run: bytes | None = None,
         clock: Callable[[], float] = time.monotonic,
+        policy: Policy | None = None,
     ) -> None:
         self._config = config
         self._state = state
@@ -109,6 +112,7 @@ class Client:
         self._told = DeviceState()
         self._earlier_run = run
         self._clock = clock
+        self._policy = Policy(config.policy, clock=clock) if policy is None else policy
         self._mail = Mailbox(
             config.name,
             Topics(config.federation),
@@ -208,14 +212,18 @@ class Client:
             self._held = HeldParameters(session.manifest.num_parameters)
             self._session, self._bundle = session, announce.bundle.digest
         if self._feedback is None or self._feedback.run != announce.run:
-            assert self._session, "installed above"
-            self._feedback = self._state.error_feedback(
-                bundle=announce.bundle.digest,
-                run=announce.run,
-                num_parameters=self._session.manifest.num_parameters,
-            )
-            self._control = None
+            self._take_up_feedback()
         self._send_ready()
+
+    def _take_up_feedback(self) -> None:
+        """What the disk says of the residual and of a pending update."""
+        assert self._session, "joined"
+        assert self._bundle, "joined"
+        assert self._mail.joined, "joined"
+        self._feedback = self._state.error_feedback(
+            bundle=self._bundle, run=self._mail.joined, num_parameters=self._session.manifest.num_parameters
+        )
+        self._control = None
 
     def _introduce(self) -> None:
         """To a coordinator, or over a broker, that may not know us."""
@@ -277,12 +285,23 @@ class Client:
                 self._decline(plan, "has another bundle")
                 continue
             try:
-                if plan.task == "train":
+                # What could not be settled because the disk was full.
+                self._settle_pending()
+                if reason := self._policy.objection():
+                    logger.warning("round %d: declined: %s", plan.round, reason)
+                    self._decline(plan, reason)
+                elif plan.task == "train":
                     self._train_round(plan)
                 else:
                     self._evaluate_round(plan)
             except Abandoned:
                 logger.info("round %d: over before its parameters came", plan.round)
+            except StateError as error:
+                # A full or a read-only disk: what is on it counts, and somebody may make room.
+                logger.error("round %d: declined: %s", plan.round, error)  # noqa: TRY400 - it says what and where
+                self._mail.upload = None
+                self._take_up_feedback()
+                self._decline(plan, str(error)[:1000])
             except (TrainingError, CodecError, BlobError, ConfigError, PrivacyError) as error:
                 logger.warning("round %d: %s", plan.round, error)
                 self._finish(plan.nonce, str(error)[:1000])
@@ -313,6 +332,8 @@ class Client:
         )
         if result.stopped is not None:
             logger.info("round %d: training stopped: %s", plan.round, result.stopped)
+            if not self._is_over(plan):
+                self._decline(plan, result.stopped)
             return
         self._budget.charge(plan.training, len(self._training_data))
         offsets = tuple(entry.offset for entry in self._session.manifest.parameters)
@@ -450,7 +471,9 @@ class Client:
 
     def _may_continue(self, plan: Plan) -> bool | str:
         self._mail.pump(0)
-        return "the round has closed" if plan.nonce in self._mail.closed else True
+        if plan.nonce in self._mail.closed:
+            return "the round has closed"
+        return self._policy.objection() or True
 
     def _sayable(self, loss: float, metrics: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
         """The metrics that may leave the device."""

@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from edgetrain.edge_client.policy import PolicyConfig
 from edgetrain.edge_client.privacy_budget import DevicePrivacy
 from edgetrain.protocol.transport.mqtt import BrokerConfig
 
@@ -45,6 +46,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, Meta(description="disconnect when the coordinator says that it needs nothing for a while")
     ] = True
     max_bundle_bytes: Annotated[int, Meta(description="refuse bundles that need more bytes", ge=1)] = 1 << 30
+    policy: PolicyConfig = PolicyConfig()
     privacy: DevicePrivacy = DevicePrivacy()
     broker: BrokerConfig = BrokerConfig()
 

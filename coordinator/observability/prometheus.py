@@ -29,6 +29,7 @@ _METRICS = {
     "edgetrain_loss": ("gauge", "Held-out loss after the last evaluated round."),
     "edgetrain_accuracy": ("gauge", "Held-out accuracy after the last evaluated round."),
     "edgetrain_train_loss": ("gauge", "Mean training loss of the last round's clients."),
+    "edgetrain_epsilon": ("gauge", "Spent of the federation's privacy budget."),
     "edgetrain_clients_metric": ("gauge", "A metric on the clients' own validation data, by statistic."),
     "edgetrain_clients_worse": ("gauge", "Clients that got worse since they were asked last."),
 }
@@ -78,6 +79,8 @@ class Counters:
                     self._add("edgetrain_bytes_down_total", record.bytes_down)
                     if record.train_loss is not None:
                         self._set("edgetrain_train_loss", record.train_loss)
+                    if record.epsilon is not None:
+                        self._set("edgetrain_epsilon", record.epsilon)
                 case events.ClientsEvaluated(evaluation):
                     self._set("edgetrain_clients_worse", len(evaluation.worse))
                     # Clients name the metrics: what they no longer report goes away.

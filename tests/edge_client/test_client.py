@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 import shutil
@@ -16,15 +17,19 @@ from edgetrain.edge_client.client import Client, connection_will, new_connection
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.dataset import Dataset
-from edgetrain.edge_client.errors import DataError, RefusedError, SessionError, StateError
+from edgetrain.edge_client.error_feedback import ErrorFeedback
+from edgetrain.edge_client.errors import DataError, RefusedError, SessionError
+from edgetrain.edge_client.policy import LOOK_SECONDS, Policy, PolicyConfig, Surroundings
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.trainer import evaluate, train
 from edgetrain.protocol import BundleError, EdgetrainError, Limits, decode
 from edgetrain.protocol.blobs import HEADER_BYTES, cut
 from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.messages import (
     Announce,
     Decline,
+    DeviceState,
     Goodbye,
     Hello,
     LogPoint,
@@ -61,6 +66,7 @@ class Scene:
         self.bundle = bundle
         self.transport = None
         self.transport_type = DrivenTransport
+        self.policy = None
 
     def run(self):
         """One life of the client."""
@@ -71,7 +77,12 @@ class Scene:
             self.transport = self.transport_type(inner, self.clock, self.coordinator.act)
             try:
                 Client(
-                    self.config, state=state, transport=self.transport, connection=connection, clock=self.clock
+                    self.config,
+                    state=state,
+                    transport=self.transport,
+                    connection=connection,
+                    clock=self.clock,
+                    policy=self.policy,
                 ).run()
             finally:
                 self.coordinator.drain()
@@ -259,17 +270,142 @@ def test_a_crash_with_an_update_pending_offers_the_same_update_again(scene, at):
         )
 
 
-def test_a_state_directory_that_cannot_be_written_sends_nothing(scene, monkeypatch):
-    rounds(scene, 1)
+class Disk:
+    """A disk that refuses some writes."""
+
+    def __init__(self, monkeypatch, *modules):
+        self.full = True
+        self.refused = 0
+        real = write_atomically
+
+        def write(path, data, **options):
+            if self.full:
+                self.refused += 1
+                raise OSError(28, "No space left on device")
+            real(path, data, **options)
+
+        for module in modules:
+            monkeypatch.setattr(f"edgetrain.edge_client.{module}.write_atomically", write)
+
+
+def test_a_full_disk_declines_with_the_reason_sends_nothing_and_is_survived(scene, monkeypatch, caplog):
+    disk = Disk(monkeypatch, "checked_file")
+    coordinator = scene.coordinator
+    plans = [coordinator.plan(START, number, codec="dense|float32") for number in (1, 2)]
+
+    def on_message(message):
+        if isinstance(message, Decline):
+            assert not scene.heard(Offer), "nothing leaves that is not on the disk"
+            disk.full = False
+            coordinator.send(plans[1])
+
+    def on_update(offer, _update):
+        coordinator.verdict(offer)
+        scene.end()
+
+    coordinator.on_ready = lambda _ready: coordinator.send(plans[0])
+    coordinator.on_message, coordinator.on_update = on_message, on_update
     scene.announce()
-    monkeypatch.setattr(
-        "edgetrain.edge_client.error_feedback.write_atomically",
-        lambda *_args, **_options: (_ for _ in ()).throw(OSError(30, "Read-only file system")),
+    scene.run()
+    assert [(decline.round, "No space left" in decline.reason) for decline in scene.heard(Decline)] == [(1, True)]
+    assert "residual.bin: cannot store the residual" in caplog.text
+    # As if round 1 had never been: the training that could not be kept is not in the next update.
+    ((_, update),) = coordinator.updates
+    np.testing.assert_array_equal(
+        decode(update, Limits(max_parameters=NUM_PARAMETERS)).dense(), scene.expected_delta(plans[1])
     )
-    with pytest.raises(StateError, match=r"residual\.bin.*Read-only file system"):
-        scene.run()
-    assert scene.heard(Offer) == []
-    assert scene.heard(Goodbye)[0].reason == "stopped by an error"
+
+
+def test_a_disk_that_is_full_when_the_verdict_comes_settles_later(scene, monkeypatch):
+    """The update was accepted, the disk does not know: it is offered again, not made again, and settled once."""
+    disk = Disk(monkeypatch, "checked_file")
+    disk.full = False
+    coordinator = scene.coordinator
+    plans = [coordinator.plan(START, number, codec="topk:0.1|float32") for number in (1, 2)]
+    offers = []
+
+    def on_message(message):
+        if isinstance(message, Decline):
+            assert (message.round, disk.refused) == (1, 1)
+            disk.full = False
+            coordinator.send(plans[1])
+        elif isinstance(message, Offer):
+            offers.append(message.round)
+            if offers == [1, 1]:
+                coordinator.verdict(message)
+
+    def on_update(offer, _update):
+        if len(offers) == 1:
+            disk.full = True
+            coordinator.verdict(offer)
+        elif offer.round == 2:
+            coordinator.verdict(offer)
+            coordinator.on_idle = scene.end
+
+    coordinator.on_ready = lambda _ready: coordinator.send(plans[0])
+    coordinator.on_message, coordinator.on_update = on_message, on_update
+    scene.announce()
+    scene.run()
+    assert offers == [1, 1, 2]
+    feedback = ErrorFeedback(
+        scene.path / "state/residual.bin", bundle=plans[0].bundle, run=plans[0].run, num_parameters=NUM_PARAMETERS
+    )
+    assert feedback.offer is None
+    updates = {offer.round: update for offer, update in coordinator.updates}
+    sent = sum(decode(update, Limits(max_parameters=NUM_PARAMETERS)).dense() for update in updates.values())
+    deltas = sum(scene.expected_delta(plan) for plan in plans)
+    np.testing.assert_allclose(sent + feedback.residual, deltas, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_policy_forbids_is_declined_with_the_reason(scene, caplog):
+    batteries = [10.0, 10.0]
+
+    def look():
+        device = DeviceState(battery_percent=batteries.pop() if batteries else 90.0, charging=False)
+        return Surroundings(device=device, metered=False, throttling=(), time=dt.time(12))
+
+    scene.policy = Policy(PolicyConfig(), clock=scene.clock, look=look)
+    coordinator = scene.coordinator
+    plan = coordinator.plan(START, 1)
+
+    def on_message(message):
+        if isinstance(message, Decline):
+            scene.clock.now += LOOK_SECONDS
+            coordinator.send(plan)
+
+    def on_update(offer, _update):
+        coordinator.verdict(offer)
+        scene.end()
+
+    coordinator.on_ready = lambda _ready: coordinator.send(plan)
+    coordinator.on_message, coordinator.on_update = on_message, on_update
+    scene.announce()
+    scene.run()
+    declines = [decline.reason for decline in scene.heard(Decline)]
+    assert declines == ["battery at 10 % (policy.min_battery_percent = 20)"] * 2
+    assert "round 1: declined: battery at 10 %" in caplog.text
+    assert [offer.round for offer in scene.heard(Offer)] == [1], "the same plan, when it may"
+
+
+def test_a_training_that_the_policy_stops_is_declined(scene):
+    """Heat comes with the work."""
+    temperatures = [40.0, 40.0, 95.0]
+
+    def look():
+        # Every look, after LOOK_SECONDS each.
+        scene.clock.now += LOOK_SECONDS
+        device = DeviceState(temperature_c=temperatures.pop(0) if temperatures else 95.0)
+        return Surroundings(device=device, metered=None, throttling=(), time=dt.time(12))
+
+    scene.policy = Policy(PolicyConfig(max_temperature_c=80), clock=scene.clock, look=look)
+    coordinator = scene.coordinator
+    plan = coordinator.plan(START, 1)
+    coordinator.on_ready = lambda _ready: coordinator.send(plan)
+    coordinator.on_message = lambda message: scene.end() if isinstance(message, Decline) else None
+    scene.announce()
+    scene.run()
+    assert [decline.reason for decline in scene.heard(Decline)] == ["at 95 °C (policy.max_temperature_c = 80)"]
+    assert not scene.heard(Offer)
 
 
 def test_an_interrupt_says_goodbye(scene):
