@@ -286,6 +286,10 @@ class Intake:
             self._observe(events.ClientLeft(client, reason))
 
     def _on_ready(self, record: ClientRecord, ready: Ready) -> None:
+        if ready.connection is not None and not record.connection:
+            # Known from an earlier process of ours: it has to say which connection this is.
+            self._post.announce("open", client=record.name)
+            return
         if ready.connection is not None and ready.connection != record.connection:
             self.refusals.message(record.name, "replay", "a Ready of an earlier connection", signed=True)
             return

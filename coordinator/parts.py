@@ -120,7 +120,7 @@ def assemble(
         enrolments=enrolments,
         clock=clock,
     )
-    membership = Membership(enrolments, intake=intake, audit=directory.audit, reload_broker=reload_broker)
+    membership = Membership(enrolments, intake=intake, audit=directory.audit, reload_broker=reload_broker, clock=clock)
     intake.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
 
     def check() -> None:
