@@ -265,6 +265,7 @@ class MqttTransport:
         with self._lock:
             self._outgoing.max_messages = connection.receive_maximum
             self._outgoing.max_payload = DEFAULT_CHUNK_BYTES + HEADER_BYTES
+            self._outgoing.max_message = max(limit - PACKET_OVERHEAD_BYTES, 0)
             if limit:
                 self._outgoing.max_payload = min(self._outgoing.max_payload, limit - PACKET_OVERHEAD_BYTES)
         if self._outgoing.max_payload < MIN_CHUNK_BYTES + HEADER_BYTES:

@@ -61,7 +61,8 @@ class Outgoing:
     """
 
     def __init__(self, *, rate: float = 0.0) -> None:
-        # Largest payload that the broker takes.
+        # Largest payload of any message that the broker takes, and of a chunk.
+        self.max_message = 0
         self.max_payload = DEFAULT_CHUNK_BYTES + HEADER_BYTES
         # Messages that may be unacknowledged.
         self.max_messages = 1
@@ -123,8 +124,15 @@ class Outgoing:
         """What goes now, if anything may."""
         if len(self._sent) >= self.max_messages:
             return None
-        if self._control:
-            return self._control.popleft()
+        while self._control:
+            message = self._control.popleft()
+            if not self.max_message or len(message.payload) <= self.max_message:
+                return message
+            # It would close the connection, and be sent again after the next one was made.
+            logger.error(
+                "a message of %d bytes to %s is larger than the broker takes (%d) and is dropped; raise its packet limit",
+                len(message.payload), message.topic, self.max_message,
+            )  # fmt: skip
         while self._turns:
             if self._bulk_sent >= self.meter.window_bytes() or self._bucket.wait(now) > 0:
                 return None
