@@ -166,11 +166,17 @@ class MqttTransport:
         self._wake()
 
     def send_blob(
-        self, topic: str, reader: BlobReader, ranges: Iterable[tuple[int, int]] = (), *, chunk_bytes: int = 0
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]] = (),
+        *,
+        chunk_bytes: int = 0,
+        resend: bool = True,
     ) -> None:
         """See `Transport`."""
         with self._lock:
-            self._outgoing.put_blob(topic, reader, ranges, chunk_bytes)
+            self._outgoing.put_blob(topic, reader, ranges, chunk_bytes, resend=resend)
         self._wake()
 
     def forget_blob(self, digest: bytes) -> None:

@@ -51,6 +51,7 @@ class _Blob:
     todo: RangeSet = field(default_factory=RangeSet)
     on_the_way: RangeSet = field(default_factory=RangeSet)
     forgotten: bool = False
+    resend: bool = True
 
 
 class Outgoing:
@@ -91,7 +92,15 @@ class Outgoing:
         """Queues a message."""
         self._control.append(message)
 
-    def put_blob(self, topic: str, reader: BlobReader, ranges: Iterable[tuple[int, int]], chunk_bytes: int) -> None:
+    def put_blob(
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]],
+        chunk_bytes: int,
+        *,
+        resend: bool = True,
+    ) -> None:
         """Queues parts of a blob, but for those that wait already or are on the way to that topic.
 
         Args:
@@ -99,6 +108,7 @@ class Outgoing:
             reader: of the blob.
             ranges: half-open byte ranges; none for all.
             chunk_bytes: most payload bytes in one chunk; 0 for as many as suit the link.
+            resend: whether it survives a lost connection.
         """
         size = reader.ref.size
         wanted = RangeSet((start, min(stop, size)) for start, stop in (tuple(ranges) or ((0, size),)))
@@ -106,7 +116,7 @@ class Outgoing:
         blob = self._blobs.get(key)
         if blob is None:
             blob = self._blobs[key] = _Blob(topic, reader, chunk_bytes)
-        blob.reader, blob.chunk_bytes = reader, chunk_bytes
+        blob.reader, blob.chunk_bytes, blob.resend = reader, chunk_bytes, resend
         waits = bool(blob.todo)
         for start, stop in wanted.without(blob.on_the_way):
             blob.todo.add(start, stop)
@@ -130,7 +140,7 @@ class Outgoing:
                 return message
             # It would close the connection, and be sent again after the next one was made.
             logger.error(
-                "a message of %d bytes to %s is larger than the broker takes (%d) and is dropped; raise its packet limit",
+                "a message of %d bytes to %s is dropped: the broker takes %d; raise its packet limit",
                 len(message.payload), message.topic, self.max_message,
             )  # fmt: skip
         while self._turns:
@@ -172,7 +182,10 @@ class Outgoing:
         self._last_acknowledged = now
 
     def connection_lost(self) -> None:
-        """What was on the way goes again, first of all."""
+        """What was on the way goes again, first of all; but for blobs whose receiver will ask for the rest."""
+        for blob in [blob for blob in self._blobs.values() if not blob.resend]:
+            self._blobs.pop((blob.topic, blob.reader.ref.digest)).forgotten = True
+        self._turns = deque(blob for blob in self._turns if not blob.forgotten)
         lost = [what for what, _ in self._sent.values()]
         self._sent.clear()
         self._bulk_sent = 0
