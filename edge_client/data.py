@@ -49,6 +49,11 @@ def load_dataset(source: str | os.PathLike[str], manifest: Manifest) -> Dataset:
     Raises:
         DataError: cannot be read, or does not fit the bundle; names the file and the array.
     """
+    return load_samples(source, manifest.batch)
+
+
+def load_samples(source: str | os.PathLike[str], batch: BatchSpec) -> Dataset:
+    """As `load_dataset`, for a batch of that structure."""
     text = os.fspath(source)
     found = re.fullmatch(r"(.+?\.(npz|csv|py))(?::(.*))?", text, re.IGNORECASE)
     if found is None:
@@ -59,12 +64,12 @@ def load_dataset(source: str | os.PathLike[str], manifest: Manifest) -> Dataset:
     where = f"{path}: "
     kind = found[2].lower()
     if kind == "npz":
-        dataset = _read_npz(path, manifest.batch)
+        dataset = _read_npz(path, batch)
     elif kind == "csv":
-        dataset = _read_csv(path, rest.split(",") if rest else ["targets"], manifest.batch)
+        dataset = _read_csv(path, rest.split(",") if rest else ["targets"], batch)
     else:
         dataset = _call(path, rest)
-    return check_dataset(dataset, manifest.batch, where)
+    return check_dataset(dataset, batch, where)
 
 
 def _read_npz(path: Path, batch: BatchSpec) -> Dataset:

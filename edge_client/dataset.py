@@ -32,6 +32,9 @@ class Dataset:
     targets: Half
     # float [N], or [N, T] where the loss is per token; None for ones.
     weights: Array | None = None
+    # Changes the inputs of a batch anew whenever it is trained on (crops, flips, noise), or None. It must keep
+    # structure, shapes and dtypes. Evaluation leaves it out.
+    augment: Callable[[Half, np.random.Generator], Half] | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -54,7 +57,23 @@ class Dataset:
             _map(lambda array: array[indices], self.inputs),
             _map(lambda array: array[indices], self.targets),
             None if self.weights is None else self.weights[indices],
+            self.augment,
         )
+
+    def augmented(self, rng: np.random.Generator) -> Dataset:
+        """The same samples, changed anew by `augment` whenever they are taken."""
+        return _Augmented(self.inputs, self.targets, self.weights, self.augment, rng=rng)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Augmented(Dataset):
+    rng: np.random.Generator
+
+    def take(self, indices: npt.NDArray[np.int64]) -> tuple[Batch, npt.NDArray[np.float32] | None]:
+        # Not super(): a dataclass with slots is another class than the one that the call would look for.
+        (inputs, targets), weights = Dataset.take(self, indices)
+        assert self.augment is not None
+        return (self.augment(inputs, self.rng), targets), weights
 
 
 def check_dataset(dataset: Dataset, batch: BatchSpec, where: str = "") -> Dataset:

@@ -12,13 +12,11 @@ import numpy as np
 
 from edgetrain.edge_client.errors import SessionError
 from edgetrain.edge_client.runtimes.base import Batch, Session, Vector
-from edgetrain.edge_client.runtimes.leaves import Array, halves, unflatten
+from edgetrain.edge_client.runtimes.leaves import Array, flatten, halves, leaf_key, unflatten
+from edgetrain.edge_client.runtimes.torch_precision import TOLERANCES
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Manifest, probe_signs
 
-# Machines differ by 1e-6 (order of sums, fused multiply-add), quantized kernels by up to 1e-4; a wrong
-# gradient is off by 1e-2 and more.
-TOLERANCE = 1e-3
 # A gradient below this share of the largest one is zero but for rounding: measured against that share.
 _ZERO_SHARE = 1e-3
 
@@ -77,8 +75,10 @@ class SelfTestReport:
         )
 
 
-def run_self_test(bundle: Bundle, session: Session, *, tolerance: float = TOLERANCE) -> SelfTestReport:
-    """Runs the bundle's example batch with its initial parameters.
+def run_self_test(
+    bundle: Bundle, session: Session, *, tolerance: float | None = None, in_parts: bool = False
+) -> SelfTestReport:
+    """Runs the bundle's example batch with its initial parameters, whole, or the trunk and then the head.
 
     Errors are relative: of the loss and metrics to their own value (or 1, if that is larger, for metrics,
     which may be 0), of a gradient to its norm. The norm of a gradient that is zero but for rounding is taken
@@ -90,7 +90,11 @@ def run_self_test(bundle: Bundle, session: Session, *, tolerance: float = TOLERA
     """
     manifest = bundle.manifest
     expected = manifest.self_test
+    if tolerance is None:
+        tolerance = max(expected.tolerance, TOLERANCES[getattr(session, "precision", "fp32")])
     batch, weights = read_self_test(bundle)
+    if in_parts:
+        session, batch = _on_features(session, batch)
     result = session.step(bundle.initial_parameters(), batch, weights)
     floor = max(_ZERO_SHARE * max((check.norm for check in expected.gradients), default=0.0), 1e-30)
     gradients = []
@@ -115,6 +119,18 @@ def run_self_test(bundle: Bundle, session: Session, *, tolerance: float = TOLERA
         gradients=tuple(gradients),
         tolerance=tolerance,
     )
+
+
+def _on_features(session: Session, batch: Batch) -> tuple[Session, Batch]:
+    head = session.head()
+    if head is None:
+        raise SessionError(f"the program of {session.manifest.name!r} for {session.runtime} is not split")
+    structure = session.manifest.batch.inputs
+    inputs = dict(session.features(batch[0]))
+    for leaf, array in zip(structure.leaves, flatten("inputs", structure, batch[0]), strict=True):
+        inputs[leaf_key("inputs", leaf)] = array
+    keys = [leaf_key("inputs", leaf) for leaf in head.manifest.batch.inputs.leaves]
+    return head, ({key: inputs[key] for key in keys}, batch[1])
 
 
 def read_self_test(bundle: Bundle) -> tuple[Batch, Vector]:

@@ -115,6 +115,8 @@ def train(
     state = optimizer.init()
     received, current = parameters, parameters.copy()
     total_steps = count_steps(len(dataset), config)
+    if dataset.augment is not None:
+        dataset = dataset.augmented(np.random.Generator(np.random.PCG64([seed, 1])))
     sums, means = _Sums(np.zeros(length, np.float32)), _Sums(None)
     stopped: str | None = None
     step = 0

@@ -7,11 +7,13 @@ from edgetrain.export.errors import (
     ParityError,
     SelectionError,
     SourceError,
+    ToleranceError,
     UnsupportedError,
 )
 from edgetrain.export.exporter import export_bundle
 from edgetrain.export.merge import merge
 from edgetrain.export.source import Source, load_source
+from edgetrain.export.storage import Storage
 
 __all__ = [
     "BatchError",
@@ -21,6 +23,8 @@ __all__ = [
     "SelectionError",
     "Source",
     "SourceError",
+    "Storage",
+    "ToleranceError",
     "UnsupportedError",
     "export_bundle",
     "load_source",

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -141,6 +142,29 @@ def read_example(example_batch: Any, micro_batch: int | None) -> Example:
         replace(half, tensors=tuple(leaf[rows].contiguous() for leaf in half.tensors)) for half in (inputs, targets)
     )
     return Example(inputs, targets, target)
+
+
+def batch_spec(example_batch: Any) -> BatchSpec:
+    """The structure of an example batch, with a weight for each sample.
+
+    Raises:
+        BatchError: see `read_example`.
+    """
+    example = read_example(example_batch, None)
+    return example.spec(torch.ones(example.micro_batch))
+
+
+def as_tensors(batch: tuple[Any, Any]) -> ExampleBatch:
+    """A batch of numpy arrays as one of tensors, in the same structure."""
+
+    def convert(half: Any) -> Half:
+        if isinstance(half, Mapping):
+            return {key: torch.from_numpy(np.array(array)) for key, array in half.items()}
+        if isinstance(half, tuple | list):
+            return tuple(torch.from_numpy(np.array(array)) for array in half)
+        return torch.from_numpy(np.array(half))
+
+    return convert(batch[0]), convert(batch[1])
 
 
 def _read_half(name: Literal["inputs", "targets"], half: Any) -> HalfBatch:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,15 @@ def common() -> Decompositions:
         aten.as_strided_scatter.default: as_strided_scatter,
         aten.empty_permuted.default: empty_permuted,
         **pooling.rules(),
+    }
+
+
+def for_onnx() -> Decompositions:
+    """`common()`, and forms that onnxruntime is faster with."""
+    return common() | {
+        aten.gelu.default: gelu,
+        aten.gelu_backward.default: gelu_backward,
+        aten._safe_softmax.default: safe_softmax,  # noqa: SLF001
     }
 
 
@@ -81,7 +91,7 @@ def convolution_backward(
 def _weight_gradient(
     small: Tensor,
     large: Tensor,
-    shape: Sequence[int],
+    shape: torch.Size,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -94,6 +104,8 @@ def _weight_gradient(
     rank = len(stride)
     N, G = small.shape[0], groups
     n_out, n_in = shape[0] // G, shape[1]
+    if rank == 2 and shape[2:].numel() > 1 and (G == 1 or n_out == n_in == 1):
+        return _image_weight_gradient(small, large, shape, stride, padding, dilation, groups)
     positions = small.shape[2:]
     P = positions.numel()
     kernel = list(shape[2:])
@@ -116,6 +128,52 @@ def _weight_gradient(
         return torch.mm(left, right.T).reshape(shape)
     left, right = small.reshape(N, G, n_out, P), columns.reshape(N, G, n_in * K, P)
     return torch.matmul(left, right.transpose(-1, -2)).sum(0).reshape(shape)
+
+
+def _image_weight_gradient(
+    small: Tensor,
+    large: Tensor,
+    shape: torch.Size,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The same for images, dense or depthwise, with a tap's shift as one cut of whole flattened images.
+
+    A window of an image is many short rows to copy. With the output gradient padded to the image's width, by zeros, it
+    is one piece of the flattened image; with a stride, of one of the images that every second (third, …) pixel gives.
+    """
+    N, O = small.shape[:2]
+    I = large.shape[1]
+    rows, columns = small.shape[2:]
+    reach = [dilation[i] * (shape[2 + i] - 1) // stride[i] for i in (0, 1)]
+    width = columns + reach[1]
+    # One row more than the windows need: the last cut may begin in the middle of a row.
+    height = rows + reach[0] + 1
+    below, right = (size * stride[i] - large.shape[2 + i] - padding[i] for i, size in enumerate((height, width)))
+    padded = torch.constant_pad_nd(large, [padding[1], right, padding[0], below])
+    length = rows * width
+    left = torch.constant_pad_nd(small, [0, width - columns, 0, 0]).reshape(N, O, length)
+    images: dict[tuple[int, int], Tensor] = {}
+    taps = []
+    for tap in _indices(shape[2:]):
+        (down, y), (across, x) = (divmod(tap[i] * dilation[i], stride[i]) for i in (0, 1))
+        if (y, x) not in images:
+            phase = padded
+            for i, first in enumerate((y, x)):
+                if stride[i] > 1:
+                    phase = aten.slice.Tensor(phase, 2 + i, first, None, stride[i])
+            images[y, x] = phase.reshape(N, I, height * width)
+        start = down * width + across
+        right_NIL = aten.slice.Tensor(images[y, x], 2, start, start + length)
+        if groups == 1:
+            taps.append(torch.matmul(left, right_NIL.transpose(1, 2)))
+        else:
+            taps.append((left * right_NIL).sum([0, 2]))
+    if groups == 1:
+        return torch.stack(taps, -1).sum(0).reshape(shape)
+    return torch.stack(taps, -1).reshape(shape)
 
 
 def _transposing_pays(N: int, P: int, rows: int, columns: int) -> bool:
@@ -159,6 +217,43 @@ def _positions(size: Sequence[int], stride: Sequence[int], offset: int) -> Tenso
 def empty_permuted(size: Sequence[int], _order: Sequence[int], **options: Any) -> Tensor:
     """Memory formats mean nothing to a runtime."""
     return torch.zeros(size, dtype=options.get("dtype"))
+
+
+def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """In tanh form x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): five operators, which the backward shares."""
+    if approximate != "tanh":
+        return x * _normal_distribution(x)
+    return x * _gate(x)
+
+
+def gelu_backward(grad: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
+    """Gradient of `gelu`, of what it has computed already."""
+    if approximate != "tanh":
+        density: Tensor = torch.exp(x * x * -0.5) * (2 * math.pi) ** -0.5
+        return grad * (_normal_distribution(x) + x * density)
+    gate = _gate(x)
+    y = x * gate
+    slope = x * x * (6 * _GELU_CUBE * _GELU_SCALE) + 2 * _GELU_SCALE
+    return grad * (gate + (y - y * gate) * slope)
+
+
+_GELU_SCALE: float = math.sqrt(2 / math.pi)
+_GELU_CUBE = 0.044715
+
+
+def _gate(x: Tensor) -> Tensor:
+    return torch.sigmoid(x * (x * x * (2 * _GELU_CUBE * _GELU_SCALE) + 2 * _GELU_SCALE))
+
+
+def _normal_distribution(x: Tensor) -> Tensor:
+    return torch.erf(x * 0.5**0.5) * 0.5 + 0.5
+
+
+def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Zeros where everything is masked, which the row's largest value tells in one pass."""
+    x = x if dtype is None else x.to(dtype)
+    masked = torch.amax(x, dim, keepdim=True) == -math.inf
+    return torch.where(masked, torch.zeros((), dtype=x.dtype), torch.softmax(x, dim))
 
 
 def hardshrink_backward(grad: Tensor, x: Tensor, lambd: float) -> Tensor:

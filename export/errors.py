@@ -6,6 +6,7 @@ EdgetrainError
     ├── BatchError          the example batch, the loss or a metric has a wrong structure or value
     ├── SelectionError      the selection matches nothing, or cannot be read
     ├── UnsupportedError    an op, a control flow or a combination that cannot be exported
+    ├── ToleranceError      storing the frozen weights in fewer bytes changes the loss too much
     ├── ParityError         the exported gradients are not those of eager torch
     └── MergeError          parameters that do not belong to the bundle, or an unknown output format
 """
@@ -49,6 +50,10 @@ class OperatorError(UnsupportedError):
 
 class ParityError(ExportError):
     """The exported graph computes other numbers than eager torch; nothing was written."""
+
+
+class ToleranceError(ExportError):
+    """Quantization changes the loss by more than the user allows; nothing was written."""
 
 
 class MergeError(ExportError):

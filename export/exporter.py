@@ -21,6 +21,8 @@ from edgetrain.export.lowering.base import Lowering
 from edgetrain.export.metrics import Metric, check_metrics, default_metrics
 from edgetrain.export.prepare import Prepared, plain_math, prepare
 from edgetrain.export.program import make_program
+from edgetrain.export.storage import Storage, quantized_names
+from edgetrain.export.stored_program import make_stored_program
 from edgetrain.export.user_code import user_code
 from edgetrain.protocol.bundle import file_entry, write_bundle
 from edgetrain.protocol.manifest import (
@@ -34,6 +36,7 @@ from edgetrain.protocol.manifest import (
 
 logger = logging.getLogger(__name__)
 
+FLOAT32 = Storage()
 PARAMETERS_FILE = "parameters.f32"
 SELF_TEST_FILE = "self_test.bin"
 
@@ -51,6 +54,8 @@ def export_bundle(
     metrics: Mapping[str, Metric] | None = None,
     ignore_index: int | None = None,
     per_sample_clipping: bool = False,
+    split: bool = True,
+    storage: Storage = FLOAT32,
 ) -> Path:
     """Exports a module with its training step, proves the gradients, and writes a bundle.
 
@@ -69,6 +74,8 @@ def export_bundle(
         ignore_index: targets with this value weigh nothing, as in `torch.nn.CrossEntropyLoss`, which is asked
             for its own if this is None. Needs integer targets in the shape of the losses.
         per_sample_clipping: adds the graph `step_per_sample_clipped`, for differential privacy.
+        split: adds `trunk` and `head_step` where a frozen part is worth it, so that its outputs can be kept.
+        storage: in how many bytes frozen weights are stored; anything but float32 is for onnxruntime alone.
 
     Returns:
         `out`.
@@ -77,10 +84,14 @@ def export_bundle(
         BatchError: the example batch, the loss or a metric does not fit.
         SelectionError: the selection matches nothing.
         UnsupportedError: something has no export, or a runtime is unknown or not installed.
+        ToleranceError: the storage changes the loss too much. Nothing is written.
         ParityError: the exported numbers are not eager torch's. Nothing is written.
         BundleError: `out` cannot be written.
     """
     lowerings = _lowerings(runtimes)
+    storage.check(tuple(lowering.runtime for lowering in lowerings))
+    if storage.kind != "float32" and per_sample_clipping:
+        raise UnsupportedError(f"per-sample clipping needs float32 weights, not {storage.kind}: leave out one of them")
     example = read_example(example_batch, micro_batch)
     prepared = prepare(module, trainable)
     problem = _problem(prepared, loss, example, metrics, ignore_index)
@@ -89,7 +100,12 @@ def export_bundle(
     parity.check_finite(problem, expected.initial)
     notes = (*prepared.notes, *_unused(prepared, expected.initial))
     files: dict[str, bytes] = {}
-    programs = tuple(make_program(lowering, problem, expected, files) for lowering in lowerings)
+    found = expected.initial
+    if storage.kind == "float32":
+        programs = tuple(make_program(lowering, problem, expected, files, split=split) for lowering in lowerings)
+    else:
+        stored = make_stored_program(lowerings[0], problem, expected, files, storage)
+        programs, found, notes = (stored.program,), stored.expected, (*notes, *stored.notes)
     files[PARAMETERS_FILE] = _raw(problem.parameters)
     files[SELF_TEST_FILE] = _raw((*example.leaves, problem.weights))
     manifest = Manifest(
@@ -102,10 +118,10 @@ def export_bundle(
         loss=_qualified_name(loss),
         metrics=tuple(problem.metrics),
         trainable=trainable,
-        frozen=_frozen_summary(prepared),
+        frozen=_frozen_summary(prepared, storage),
         notes=notes,
         programs=programs,
-        self_test=_self_test(problem, expected.initial, files[SELF_TEST_FILE]),
+        self_test=_self_test(problem, found, files[SELF_TEST_FILE], storage),
     )
     for note in notes:
         logger.info(note)
@@ -194,16 +210,17 @@ def _table(problem: Problem) -> tuple[ParameterEntry, ...]:
     return tuple(entries)
 
 
-def _frozen_summary(prepared: Prepared) -> FrozenSummary:
+def _frozen_summary(prepared: Prepared, storage: Storage) -> FrozenSummary:
     tensors = prepared.frozen.values()
     return FrozenSummary(
         sparse=prepared.adapters.sparse,
         elements=sum(tensor.numel() for tensor in tensors),
+        quantized=quantized_names(prepared.frozen, storage),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )
 
 
-def _self_test(problem: Problem, expected: parity.Reference, data: bytes) -> SelfTest:
+def _self_test(problem: Problem, expected: parity.Reference, data: bytes, storage: Storage) -> SelfTest:
     checks = []
     for name, gradient in expected.gradients.items():
         flat = gradient.astype(np.float64).ravel()
@@ -220,6 +237,7 @@ def _self_test(problem: Problem, expected: parity.Reference, data: bytes) -> Sel
         weight_sum=expected.weight_sum,
         metrics={name: float(np.sum(expected.metrics[name])) for name in problem.metrics},
         gradients=tuple(checks),
+        tolerance=storage.tolerance,
     )
 
 

@@ -203,6 +203,19 @@ def _clipped_reference(problem: Problem, point: Reference) -> tuple[Tensor, Clip
     return clip_norm, ClippedReference(replace(point, gradients=sums), norms.numpy())
 
 
+def observe(problem: Problem, graph: TracedGraph, run: Run, point: Reference) -> Reference:
+    """What a run of a graph gives at a point, as a reference for others; what the graph has no output for is kept."""
+    got = _run(problem, graph, run, point)
+    return replace(
+        point,
+        loss_sum=float(got.get("loss_sum", point.loss_sum)),
+        weight_sum=float(got.get("weight_sum", point.weight_sum)),
+        metrics={name: got.get(f"metrics.{name}", value) for name, value in point.metrics.items()},
+        gradients={name: got.get(f"gradients.{name}", value) for name, value in point.gradients.items()},
+        outputs={name: got.get(name, value) for name, value in point.outputs.items()},
+    )
+
+
 def prove_clipped(runtime: str, problem: Problem, graph: TracedGraph, run: Run, expected: ClippedReference) -> None:
     """Compares the step with per-sample clipping.
 

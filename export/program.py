@@ -10,16 +10,24 @@ from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.functional import functional_problem
 from edgetrain.export.joint import Decompositions, Problem, TracedGraph
 from edgetrain.export.lowering.base import LoweredGraph, Lowering, Run
+from edgetrain.export.partition import Split, split_step, with_features
 from edgetrain.protocol.bundle import file_entry
 from edgetrain.protocol.manifest import Graph, Program
 
 logger = logging.getLogger(__name__)
 
+# Which runtimes' sessions can run a step in two parts.
+SPLIT_RUNTIMES = frozenset({"onnxruntime", "torch"})
+
 Trace = Callable[[Problem, Decompositions], TracedGraph]
 
 
-def make_program(lowering: Lowering, problem: Problem, expected: parity.Expected, files: dict[str, bytes]) -> Program:
+def make_program(
+    lowering: Lowering, problem: Problem, expected: parity.Expected, files: dict[str, bytes], *, split: bool
+) -> Program:
     """All graphs of one runtime, proven; their files are added to `files`.
+
+    With `split`, also the trunk and the head, if the runtime takes them and something worth it is frozen.
 
     Raises:
         UnsupportedError: an operator or a control flow that cannot be exported.
@@ -28,10 +36,17 @@ def make_program(lowering: Lowering, problem: Problem, expected: parity.Expected
     translator = Translator(lowering, problem)
     graphs: dict[str, Graph] = {}
 
-    def add(trace: Trace, prove: Callable[[TracedGraph, Run], None]) -> None:
-        graph, lowered = translator.translate(trace)
+    def write(graph: TracedGraph, lowered: LoweredGraph, prove: Callable[[TracedGraph, Run], None]) -> None:
         prove(graph, lowering.load(lowered))
-        graphs[graph.name] = _entry(lowering.runtime, graph, lowered, files)
+        graphs[graph.name] = graph_entry(lowering.runtime, graph, lowered, files)
+
+    def add(trace: Trace, prove: Callable[[TracedGraph, Run], None]) -> TracedGraph:
+        graph, lowered = translator.translate(trace)
+        write(graph, lowered, prove)
+        return graph
+
+    def evaluation(graph: TracedGraph, run: Run) -> None:
+        parity.prove_eval(lowering.runtime, problem, graph, run, expected)
 
     def step(graph: TracedGraph, run: Run) -> None:
         report = parity.prove_step(lowering.runtime, problem, graph, run, expected)
@@ -40,11 +55,15 @@ def make_program(lowering: Lowering, problem: Problem, expected: parity.Expected
             f"loss error {report.loss:.1e}"
         )
 
-    add(joint.trace_step, step)
-    add(
-        joint.trace_eval,
-        lambda graph, run: parity.prove_eval(lowering.runtime, problem, graph, run, expected),
-    )
+    whole = add(joint.trace_step, step)
+    add(joint.trace_eval, evaluation)
+    if parts := split_problem(whole, problem) if split and lowering.runtime in SPLIT_RUNTIMES else None:
+        trunk = lowering.lower(parts.trunk)
+        # The head is proven on what the lowered trunk gives, so that both together are the step.
+        features = lowering.load(trunk)([tensor.numpy() for tensor in parts.trunk.example])
+        graphs["trunk"] = graph_entry(lowering.runtime, parts.trunk, trunk, files)
+        for head, prove in ((parts.head_step, step), (parts.head_eval, evaluation)):
+            write(with_features(head, features), lowering.lower(head), prove)
     add(
         joint.trace_infer,
         lambda graph, run: parity.prove_infer(lowering.runtime, problem, graph, run, expected),
@@ -56,6 +75,22 @@ def make_program(lowering: Lowering, problem: Problem, expected: parity.Expected
             lambda graph, run: parity.prove_clipped(lowering.runtime, problem, graph, run, clipped),
         )
     return Program(runtime=lowering.runtime, minimum_version=lowering.minimum_version, graphs=graphs)
+
+
+def split_problem(step: TracedGraph, problem: Problem) -> Split | None:
+    """The parts of a traced step, if it is worth it."""
+    example = problem.example
+    parts = split_step(
+        step,
+        num_parameters=len(problem.names),
+        inputs=example.inputs.leaf_names,
+        micro_batch=example.micro_batch,
+    )
+    if parts is not None:
+        logger.info(
+            f"trunk: {parts.share:.0%} of the step's operations, {parts.bytes_per_sample:,} bytes of features a sample"
+        )
+    return parts
 
 
 class Translator:
@@ -88,6 +123,10 @@ class Translator:
         self._functional = functional
         return result
 
+    def trace(self, trace: Trace) -> TracedGraph:
+        """Traces one graph that can be lowered."""
+        return self.translate(trace)[0]
+
     def _attempt(self, trace: Trace, problem: Problem) -> tuple[TracedGraph, LoweredGraph]:
         with locate.module_path(problem.prepared.module) as running:
             try:
@@ -100,7 +139,8 @@ class Translator:
             raise locate.no_translation(self._original, self._lowering.runtime, error.operator, error.cause) from error
 
 
-def _entry(runtime: str, graph: TracedGraph, lowered: LoweredGraph, files: dict[str, bytes]) -> Graph:
+def graph_entry(runtime: str, graph: TracedGraph, lowered: LoweredGraph, files: dict[str, bytes]) -> Graph:
+    """Adds a lowered graph's files to `files` and describes it."""
     new = {f"{runtime}/{file}": data for file, data in ({lowered.file: lowered.data} | lowered.extra).items()}
     files |= new
     entries = [file_entry(file, data) for file, data in new.items()]

@@ -63,6 +63,12 @@ def simplify(module: fx.GraphModule) -> None:
         elif node.target is aten.view.default:
             # Whether a view is possible depends on strides, which another trace may choose differently.
             node.target = aten.reshape.default
+        elif node.target is aten.full_like.default and _only_chosen(node):
+            with graph.inserting_before(node):
+                # As large as its shape it would be stored in the program, once for every attention mask.
+                options = {"dtype": node.meta["val"].dtype}
+                node.replace_all_uses_with(graph.call_function(aten.scalar_tensor.default, (node.args[1],), options))
+            graph.erase_node(node)
         elif node.target in _ARITHMETIC and isinstance(node.args[0], int | float):
             with graph.inserting_before(node):
                 # As a tensor: some translators read a number in first place as the wrong type.
@@ -80,6 +86,19 @@ def simplify(module: fx.GraphModule) -> None:
     output.args = (tuple(results),)
     graph.eliminate_dead_code()
     module.recompile()
+
+
+def _only_chosen(node: fx.Node) -> bool:
+    """Whether every user takes it as one side of a `where` whose other side already has the result's shape."""
+    return bool(node.users) and all(
+        user.target is aten.where.self
+        and node is not user.args[0]
+        and any(
+            isinstance(side, fx.Node) and side is not node and side.meta["val"].shape == user.meta["val"].shape
+            for side in user.args[1:]
+        )
+        for user in node.users
+    )
 
 
 def drop_unused_leaves(module: fx.GraphModule, num_parameters: int) -> list[int]:

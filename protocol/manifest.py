@@ -10,8 +10,8 @@ A bundle is a directory, or the same as one uncompressed zip (`.edge`). `manifes
 
 Versions: a reader refuses another major version and ignores fields that it does not know.
 
-Graph names: `step`, `eval`, `infer`, and, when parts are frozen or privacy is asked for, `trunk`,
-`head_step`, `step_per_sample_clipped`.
+Graph names: `step`, `eval`, `infer`, and, when parts are frozen or privacy is asked for, `trunk`, `head_step`,
+`head_eval`, `step_per_sample_clipped`.
 
 Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
 
@@ -19,6 +19,10 @@ Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
   -> `loss_sum`, `weight_sum`, the metrics in manifest order, one gradient per parameter in manifest order.
 - `eval`: the same inputs -> `loss_sum`, `weight_sum`, the metrics.
 - `infer`: the parameters, the input leaves -> the module's outputs.
+- `trunk`: input leaves -> `features.0`, `features.1`, …, which depend on no parameter; dimension 0 is the micro-batch.
+- `head_step`: the parameters, the features, further batch leaves, `weights` -> the outputs of `step`.
+- `head_eval`: the inputs of `head_step` -> the outputs of `eval`. A program whose frozen part is quantized has these
+  three instead of `step` and `eval`: the features are then what the quantized trunk gives.
 - `step_per_sample_clipped`: the inputs of `step`, `clip_norm` (a scalar) -> the outputs of `step`, where each
   sample's gradient was clipped to that norm before the sum, then `norms` [B], the norms before clipping.
 """
@@ -88,6 +92,23 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True):
     planned_memory: int | None = None
 
 
+class StorageReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What storing the frozen part in fewer bytes brings and costs."""
+
+    # "float16", "int8", "int8-static" or "int8-dynamic"; see `edgetrain.export.storage`.
+    kind: str
+    # Of all graphs of the program, with float32 weights and as they are.
+    bytes_before: int
+    bytes_after: int
+    # Of the trunk alone; 0 if there is none.
+    trunk_bytes_before: int = 0
+    trunk_bytes_after: int = 0
+    # Mean loss with the initial parameters on so many samples.
+    calibration_samples: int
+    loss_before: float
+    loss_after: float
+
+
 class Program(msgspec.Struct, frozen=True, kw_only=True):
     """All graphs of one runtime."""
 
@@ -95,6 +116,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     # The oldest version of the runtime that can run it, as "1.22".
     minimum_version: str
     graphs: dict[str, Graph]
+    # How the frozen part is stored; None for float32.
+    storage: StorageReport | None = None
 
 
 class ParameterEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,6 +192,8 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
     # Weighted sums; of a metric with several values, the sum of them.
     metrics: dict[str, float]
     gradients: tuple[GradientCheck, ...]
+    # Relative error that passes: int8 kernels of other processors may round an activation to the neighbour.
+    tolerance: float = 1e-3
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -111,6 +111,21 @@ class Session(Protocol):
         """The module's outputs for one micro-batch of inputs, by output name."""
         ...
 
+    def features(self, inputs: Half) -> dict[str, npt.NDArray[np.generic]]:
+        """The trunk's outputs for one micro-batch of inputs, by name, [count, ...]. They depend on no parameter.
+
+        Raises:
+            SessionError: the program is not split.
+        """
+        ...
+
+    def head(self) -> Session | None:
+        """A session that trains on features: `manifest.batch.inputs` of it are these and what else it reads.
+
+        It holds only the graphs that learn. None if the program is not split, so that there is no trunk.
+        """
+        ...
+
 
 @runtime_checkable
 class Runtime(Protocol):

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import SessionError
-from edgetrain.edge_client.runtimes.base import Batch, ClippedStepResult, EvalResult, Half, StepResult, Vector
+from edgetrain.edge_client.runtimes.base import (
+    Batch,
+    ClippedStepResult,
+    EvalResult,
+    Half,
+    Session,
+    StepResult,
+    Vector,
+)
 from edgetrain.edge_client.runtimes.leaves import Array
+from edgetrain.edge_client.runtimes.parts import FEATURE, PARTS, TRUNK, head_manifest, num_parameters
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
-from edgetrain.protocol.manifest import CLIP_NORM, STEP_CLIPPED, Graph, Manifest, ParameterEntry, TensorSpec
+from edgetrain.protocol.manifest import STEP_CLIPPED, Graph, Manifest, ParameterEntry, TensorSpec
 
 
 class BoundGraph(Protocol):
@@ -30,23 +40,31 @@ class GraphSession(ABC):
     `step` loads at once, `eval` and `infer` when first called: a client that never evaluates pays nothing.
     """
 
-    def __init__(self, runtime: str, bundle: Bundle, *, threads: int) -> None:
+    def __init__(self, runtime: str, bundle: Bundle, *, threads: int, head: bool = False) -> None:
         self.runtime = runtime
-        self.manifest: Manifest = bundle.manifest
         self.bundle = bundle
         self.threads = threads
+        self._graphs = bundle.manifest.program(runtime).graphs
+        self.manifest: Manifest = head_manifest(bundle.manifest, self._graphs) if head else bundle.manifest
         self.staging = Staging(self.manifest)
+        if not head and TRUNK in self._graphs:
+            self.staging.add(self._graphs[TRUNK].outputs)
         self.gradients: Vector = np.zeros(self.manifest.num_parameters, np.float32)
-        self._graphs = self.manifest.program(runtime).graphs
         self._bound: dict[str, tuple[BoundGraph, list[Array]]] = {}
-        self._load("step")
+        # What `step` and `eval` run: the whole graph, or its parts in turn.
+        in_parts = TRUNK in self._graphs and "step" not in self._graphs
+        self._plans = {
+            name: (part,) if head else (TRUNK, part) if in_parts else (name,) for name, part in PARTS.items()
+        }
+        for name in self._plans["step"]:
+            self._load(name)
 
     @abstractmethod
     def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
         """Loads a graph.
 
         Args:
-            name: "step", "eval" or "infer".
+            name: "step", "eval", "infer", "trunk", "head_step" or "head_eval".
             graph: its inputs and outputs are those of the manifest's contract.
             outputs: contiguous arrays to write to, one per output of the graph.
 
@@ -85,10 +103,27 @@ class GraphSession(ABC):
             for spec, array in zip(self._graphs["infer"].outputs, outputs, strict=True)
         }
 
+    def features(self, inputs: Half) -> dict[str, Array]:
+        """What the trunk makes of one micro-batch of inputs, [count, ...], fresh memory."""
+        count = self.staging.fill_inputs(inputs)
+        bound, outputs = self._load(TRUNK)
+        bound.run(self.gradients[:0])
+        return {
+            spec.name: array[:count].copy() for spec, array in zip(self._graphs[TRUNK].outputs, outputs, strict=True)
+        }
+
+    def head(self) -> Session | None:
+        """A session that trains on features, or None."""
+        if TRUNK not in self._graphs:
+            return None
+        return type(self)(self.runtime, self.bundle, threads=self.threads, head=True)
+
     def _run(self, name: str, parameters: Vector) -> list[Array]:
         check_vector(parameters, self.manifest.num_parameters)
-        bound, outputs = self._load(name)
-        bound.run(parameters)
+        outputs: list[Array] = []
+        for part in self._plans.get(name, (name,)):
+            bound, outputs = self._load(part)
+            bound.run(parameters)
         return outputs
 
     def _metrics(self, outputs: list[Array]) -> dict[str, npt.NDArray[np.float32]]:
@@ -109,17 +144,22 @@ class GraphSession(ABC):
                     f"{', '.join(self._graphs)}"
                 )
             graph = self._graphs[name]
-            check_inputs(self.manifest, graph)
+            check_inputs(self.manifest, graph, self.staging.specs)
             outputs = self._outputs(name, graph)
             self._bound[name] = self.bind(name, graph, outputs), outputs
         return self._bound[name]
 
     def _outputs(self, name: str, graph: Graph) -> list[Array]:
-        """Where the graph writes: `step`'s gradients into the flat vector, everything else to own arrays."""
+        """Where the graph writes: gradients into the flat vector, features to the batch, the rest to own arrays."""
+        if name == TRUNK:
+            for output in graph.outputs:
+                if not output.name.startswith(FEATURE):
+                    raise SessionError(f"{graph.file.file}: output {output.name!r} of the trunk is no feature")
+            return [self.staging.arrays[output.name] for output in graph.outputs]
         if name == "infer":
             return [np.zeros(output.shape, output.dtype) for output in graph.outputs]
         gradients: list[Array] = []
-        if name in {"step", STEP_CLIPPED}:
+        if name in {"step", PARTS["step"], STEP_CLIPPED}:
             gradients = [view(self.gradients, entry) for entry in self.manifest.parameters]
         own = 2 + len(self.manifest.metrics)
         further = 1 if name == STEP_CLIPPED else 0
@@ -138,21 +178,18 @@ class GraphSession(ABC):
         return made[:own] + gradients + made[own:]
 
 
-def check_inputs(manifest: Manifest, graph: Graph) -> None:
-    """Checks that a graph takes the parameters, then leaves of the batch.
+def check_inputs(manifest: Manifest, graph: Graph, leaves: Mapping[str, TensorSpec]) -> None:
+    """Checks that a graph takes the parameters, then what the staged batch holds.
 
     Raises:
         SessionError: the manifest contradicts itself.
     """
-    count = len(manifest.parameters)
+    count = num_parameters(manifest, graph)
     if len(graph.inputs) < count:
         raise SessionError(f"{graph.file.file}: {len(graph.inputs)} inputs, but {count} parameters")
-    for entry, declared in zip(manifest.parameters, graph.inputs, strict=False):
+    for entry, declared in zip(manifest.parameters[:count], graph.inputs, strict=False):
         if declared.shape != entry.shape or declared.dtype != "float32":
             raise SessionError(f"{graph.file.file}: input {declared.name!r} is not parameter {entry.name!r}")
-    batch = manifest.batch
-    norm = TensorSpec(name=CLIP_NORM, dtype="float32", shape=())
-    leaves = {leaf.name: leaf for leaf in (*batch.inputs.leaves, *batch.targets.leaves, batch.weights, norm)}
     for declared in graph.inputs[count:]:
         if leaves.get(declared.name) != declared:
             raise SessionError(f"{graph.file.file}: input {declared.name!r} is no leaf of the batch")

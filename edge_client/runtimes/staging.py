@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,7 +17,7 @@ from edgetrain.edge_client.runtimes.leaves import (
     flatten,
     halves,
 )
-from edgetrain.protocol.manifest import CLIP_NORM, Manifest, Structure
+from edgetrain.protocol.manifest import CLIP_NORM, Manifest, Structure, TensorSpec
 
 
 class Staging:
@@ -30,8 +32,15 @@ class Staging:
         self._micro_batch = manifest.micro_batch
         specs = [*manifest.batch.inputs.leaves, *manifest.batch.targets.leaves, manifest.batch.weights]
         self.arrays: dict[str, Array] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
+        self.specs: dict[str, TensorSpec] = {spec.name: spec for spec in specs}
         self._weights = self.arrays[manifest.batch.weights.name]
         self._clip_norm = self.arrays[CLIP_NORM] = np.ones((), np.float32)
+        self.specs[CLIP_NORM] = TensorSpec(name=CLIP_NORM, dtype="float32", shape=())
+
+    def add(self, specs: Sequence[TensorSpec]) -> None:
+        """Adds buffers that a graph fills, for another one to read."""
+        self.specs |= {spec.name: spec for spec in specs}
+        self.arrays |= {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
 
     def fill(self, batch: Batch, weights: npt.NDArray[np.float32] | None) -> int:
         """Takes over a batch.

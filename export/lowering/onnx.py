@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 import torch
 
-from edgetrain.export.decompositions import Decompositions, common
+from edgetrain.export.decompositions import Decompositions, for_onnx
 from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
+from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
 from edgetrain.export.quiet import quiet
 
 OPSET = 18
@@ -37,7 +38,7 @@ class OnnxLowering:
 
     def decompositions(self) -> Decompositions:
         """What ONNX has no operator for."""
-        return common()
+        return for_onnx()
 
     def lower(self, graph: TracedGraph) -> LoweredGraph:
         """Translates by torch's own exporter, then strips what ties the file to this machine."""
@@ -72,7 +73,7 @@ def _export(graph: TracedGraph) -> torch.onnx.ONNXProgram:
     from onnxscript import optimizer  # noqa: PLC0415  # slow to import, and needed only here
 
     with quiet(), torch.no_grad():
-        exported = torch.export.export(graph.module, graph.example, strict=False)
+        exported = torch.export.export(for_onnxruntime(graph.module), graph.example, strict=False)
         program = torch.onnx.export(
             exported,
             (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -26,6 +27,26 @@ from edgetrain.cli.options import factory_options
 )
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Samples per step. [default: the example batch's]")
 @click.option("--per-sample-clipping", is_flag=True, help="Add the step that differential privacy needs.")
+@click.option("--split/--no-split", default=True, help="Add the frozen part as a program of its own. [default: split]")
+@click.option(
+    "--frozen",
+    type=click.Choice(["float32", "float16", "int8", "int8-static", "int8-dynamic"]),
+    default="float32",
+    show_default=True,
+    help="How frozen weights are stored (docs/small-and-fast.md).",
+)
+@click.option(
+    "--calibration",
+    help="Data to measure int8 ranges and the loss change on: an .npz, a .csv, or file.py:callable. "
+    "[default: the example batch]",
+)
+@click.option(
+    "--max-loss-change",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="Fail if storing changes the loss on the calibration data by a larger share.",
+)
 @click.option("--name", help="Name of the bundle. [default: MODEL]")
 @click.option("--task", help="For hf: models: classification, causal-lm, masked-lm or image-classification.")
 @click.option(
@@ -43,6 +64,10 @@ def command(
     micro_batch: int | None,
     *,
     per_sample_clipping: bool,
+    split: bool,
+    frozen: str,
+    calibration: str | None,
+    max_loss_change: float,
     name: str | None,
     task: str | None,
     options: tuple[str, ...],
@@ -52,10 +77,18 @@ def command(
     MODEL is a registered name (digits-cnn), or path/to/file.py:function, where the function returns
     (module, loss, example_batch), or hf:PATH_OR_CONFIG for a model of the transformers library.
     """
-    from edgetrain.export import export_bundle, load_source
+    from edgetrain.edge_client.data import load_samples
+    from edgetrain.export import Storage, export_bundle, load_source
+    from edgetrain.export.batch import as_tensors, batch_spec
     from edgetrain.protocol.bundle import Bundle
 
+    # Before any work: whether it can be done at all.
+    storage = Storage(kind=frozen, max_loss_change=max_loss_change)
+    storage.check(runtimes or ("onnxruntime",))
     source = load_source(model, task=task, options=factory_options(options))
+    if calibration is not None:
+        samples = load_samples(calibration, batch_spec(source.example_batch))
+        storage = replace(storage, calibration=as_tensors((samples.inputs, samples.targets)))
     title = name or _title(model)
     path = export_bundle(
         source.module,
@@ -65,12 +98,19 @@ def command(
         runtimes=runtimes or ("onnxruntime",),
         micro_batch=micro_batch,
         per_sample_clipping=per_sample_clipping,
+        split=split,
+        storage=storage,
         out=out or f"{title}.edge",
         name=title,
     )
     bundle = Bundle(path)
     manifest = bundle.manifest
     size = sum(entry.size for entry in manifest.files())
+    if report := manifest.programs[0].storage:
+        click.echo(
+            f"frozen weights as {report.kind}: {report.bytes_before:,} -> {report.bytes_after:,} bytes, mean loss "
+            f"{report.loss_before:.5g} -> {report.loss_after:.5g} on {report.calibration_samples} samples"
+        )
     click.echo(
         f"{path}: {manifest.num_parameters:,} trainable parameters in {len(manifest.parameters)} tensors, "
         f"{manifest.frozen.elements:,} frozen, for {', '.join(program.runtime for program in manifest.programs)}, "

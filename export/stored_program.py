@@ -1,0 +1,259 @@
+"""One runtime's program with its frozen weights in fewer bytes.
+
+The traced step is proven against eager torch first, as it is. Then its frozen weights are rounded, and the lowered
+programs are proven against the rounded graphs in torch, fed with the features that the lowered trunk gives. What
+rounding costs is measured, not proven: the change of the loss on the calibration data.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgetrain.export import joint, parity
+from edgetrain.export.batch import read_example
+from edgetrain.export.errors import BatchError, ToleranceError, UnsupportedError
+from edgetrain.export.joint import Problem, TracedGraph
+from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run
+from edgetrain.export.parity import Expected, Reference
+from edgetrain.export.partition import FEATURES, Split, with_features
+from edgetrain.export.program import Translator, graph_entry, split_problem
+from edgetrain.export.quantize_trunk import quantize_trunk
+from edgetrain.export.storage import Storage, rounded, store
+from edgetrain.protocol.manifest import Graph, Program, StorageReport
+
+logger = logging.getLogger(__name__)
+
+# The features of the example batch may be off by this share, or so many times as much as those of the calibration data,
+# before it is said.
+_OFF, _UNLIKE = 0.05, 2.0
+
+
+@dataclass(frozen=True)
+class StoredProgram:
+    """What `make_stored_program` gives."""
+
+    program: Program
+    # What torch computes for the rounded graphs at the initial parameters.
+    expected: Reference
+    notes: tuple[str, ...]
+
+
+def make_stored_program(
+    lowering: Lowering, problem: Problem, expected: Expected, files: dict[str, bytes], storage: Storage
+) -> StoredProgram:
+    """All graphs of one runtime; their files are added to `files`.
+
+    Raises:
+        UnsupportedError: an operator that cannot be exported, or nothing that this kind of storage could take.
+        BatchError: calibration data that does not fit the example.
+        ToleranceError: rounding changes the loss by more than is allowed.
+        ParityError: a graph computes other numbers than torch.
+    """
+    calibration, notes = _calibration(problem, storage)
+    maker = _Maker(lowering, problem, storage, files)
+    translator = Translator(lowering, problem)
+    step = translator.trace(joint.trace_step)
+    parity.prove_step(f"{lowering.runtime} (before rounding)", problem, step, torch_run(step), expected)
+    parts = split_problem(step, problem)
+    if parts is None and storage.kind in ("int8-static", "int8-dynamic"):
+        raise UnsupportedError(
+            f"{storage.kind} quantizes the trunk, but nothing worth a trunk is frozen: use int8, which stores weights"
+        )
+    if parts is None:
+        whole = translator.trace(joint.trace_eval)
+        before = _mean_loss(problem, calibration, torch_run(whole), whole, None)
+        maker.write(step, expected)
+        evaluation = maker.write(whole, expected)
+        after = _mean_loss(problem, calibration, evaluation, whole, None)
+        unlike: tuple[str, ...] = ()
+    else:
+        before, after, unlike = maker.write_parts(parts, expected, calibration)
+    maker.write(translator.trace(joint.trace_infer), expected)
+    change = abs(after - before) / max(abs(before), 1e-12)
+    report = StorageReport(
+        kind=storage.kind,
+        bytes_before=maker.bytes_before,
+        bytes_after=maker.bytes_after,
+        trunk_bytes_before=maker.trunk_bytes[0],
+        trunk_bytes_after=maker.trunk_bytes[1],
+        calibration_samples=len(calibration) * problem.example.micro_batch,
+        loss_before=before,
+        loss_after=after,
+    )
+    if not change <= storage.max_loss_change:
+        raise ToleranceError(
+            f"frozen weights as {storage.kind} change the loss on the calibration data from {before:.5g} to "
+            f"{after:.5g}, by {change:.1%}; allowed are {storage.max_loss_change:.1%}. No bundle was "
+            "written. Use float16, give calibration data like the devices', or allow more"
+        )
+    logger.info(
+        f"{storage.kind}: {maker.bytes_before:,} -> {maker.bytes_after:,} bytes, loss {before:.5g} -> {after:.5g}"
+    )
+    assert maker.reference is not None
+    program = Program(
+        runtime=lowering.runtime,
+        minimum_version=lowering.minimum_version,
+        graphs=maker.graphs,
+        storage=report,
+    )
+    return StoredProgram(program, maker.reference, (*notes, *unlike))
+
+
+class _Maker:
+    """Rounds, lowers, stores and proves graph by graph, and counts bytes."""
+
+    def __init__(self, lowering: Lowering, problem: Problem, storage: Storage, files: dict[str, bytes]) -> None:
+        self._lowering = lowering
+        self._problem = problem
+        self._storage = storage
+        self._files = files
+        self.graphs: dict[str, Graph] = {}
+        self.bytes_before = self.bytes_after = 0
+        self.trunk_bytes = (0, 0)
+        self.reference: Reference | None = None
+
+    def write(self, graph: TracedGraph, expected: Expected) -> Run:
+        """One graph that is not the trunk, proven against itself in torch."""
+        graph = rounded(graph, self._storage.weights)
+        lowered = self._lower(graph)
+        stored = replace(lowered, data=store(lowered.data, self._storage.weights))
+        run = self._lowering.load(stored)
+        points = (expected.initial, expected.neighbour)
+        initial, near = (parity.observe(self._problem, graph, torch_run(graph), point) for point in points)
+        observed = Expected(initial, near, None)
+        if graph.name in ("step", "head_step"):
+            parity.prove_step(self._lowering.runtime, self._problem, graph, run, observed)
+            self.reference = initial
+        elif graph.name == "infer":
+            parity.prove_infer(self._lowering.runtime, self._problem, graph, run, observed)
+        else:
+            parity.prove_eval(self._lowering.runtime, self._problem, graph, run, observed)
+        self._add(graph, stored, len(lowered.data))
+        return run
+
+    def write_parts(
+        self, parts: Split, expected: Expected, calibration: Sequence[Batch]
+    ) -> tuple[float, float, tuple[str, ...]]:
+        """Trunk and head. Returns the mean loss on the calibration data before and after, and notes."""
+        problem, plain = self._problem, torch_run(parts.trunk)
+        trunk = self._write_trunk(parts.trunk, calibration)
+        features = trunk([tensor.numpy() for tensor in parts.trunk.example])
+        self.write(with_features(parts.head_step, features), expected)
+        evaluate = self.write(with_features(parts.head_eval, features), expected)
+        exact = torch_run(parts.head_eval)
+        before = _mean_loss(problem, calibration, exact, parts.head_eval, (parts.trunk, plain))
+        after = _mean_loss(problem, calibration, evaluate, parts.head_eval, (parts.trunk, trunk))
+        example = (Batch(problem.example.leaves),)
+        errors = [_feature_error(problem, batches, parts.trunk, plain, trunk) for batches in (calibration, example)]
+        return before, after, _unlike(*errors)
+
+    def _write_trunk(self, trunk: TracedGraph, calibration: Sequence[Batch]) -> Run:
+        kind = self._storage.kind
+        if kind in ("int8-static", "int8-dynamic"):
+            lowered = self._lower(trunk)
+            batches = [_leaves(self._problem, trunk, batch) for batch in calibration]
+            stored = replace(lowered, data=quantize_trunk(lowered.data, kind, batches))
+        else:
+            lowered = self._lower(rounded(trunk, kind))
+            stored = replace(lowered, data=store(lowered.data, kind))
+        self.trunk_bytes = len(lowered.data), len(stored.data)
+        self._add(trunk, stored, len(lowered.data))
+        return self._lowering.load(stored)
+
+    def _lower(self, graph: TracedGraph) -> LoweredGraph:
+        return self._lowering.lower(graph)
+
+    def _add(self, graph: TracedGraph, stored: LoweredGraph, before: int) -> None:
+        self.graphs[graph.name] = graph_entry(self._lowering.runtime, graph, stored, self._files)
+        self.bytes_before += before
+        self.bytes_after += len(stored.data)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of calibration data: the leaves of the inputs, then of the targets."""
+
+    leaves: tuple[Tensor, ...]
+
+
+def torch_run(graph: TracedGraph) -> Run:
+    """A traced graph run by torch."""
+
+    def run(arrays: Sequence[Array]) -> list[Array]:
+        with torch.no_grad():
+            return [value.numpy() for value in graph.module(*(torch.from_numpy(np.asarray(a)) for a in arrays))]
+
+    return run
+
+
+def _calibration(problem: Problem, storage: Storage) -> tuple[list[Batch], tuple[str, ...]]:
+    example = problem.example
+    if storage.calibration is None:
+        note = f"no calibration data: {storage.kind} was measured on the {example.micro_batch} samples of the example"
+        return [Batch(example.leaves)], (note,)
+    given = read_example(storage.calibration, None)
+    for mine, theirs in ((example.inputs, given.inputs), (example.targets, given.targets)):
+        if mine.leaf_names != theirs.leaf_names:
+            raise BatchError(f"calibration data: {theirs.leaf_names}, but the example batch has {mine.leaf_names}")
+        for name, leaf, other in zip(mine.leaf_names, mine.tensors, theirs.tensors, strict=True):
+            if leaf.shape[1:] != other.shape[1:] or leaf.dtype != other.dtype:
+                raise BatchError(
+                    f"calibration data: {name} is {other.dtype} {list(other.shape)}, the example batch has "
+                    f"{leaf.dtype} {list(leaf.shape)}"
+                )
+    size, count = example.micro_batch, given.micro_batch
+    if count < size:
+        given = read_example(storage.calibration, size)
+    return [
+        Batch(tuple(leaf[first : first + size] for leaf in given.leaves))
+        for first in range(0, max(count - size, 0) + 1, size)
+    ], ()
+
+
+def _leaves(problem: Problem, graph: TracedGraph, batch: Batch) -> list[Array]:
+    """The batch leaves that a graph takes, in its order."""
+    named = dict(zip(problem.example.leaf_names, batch.leaves, strict=True))
+    named["weights"] = torch.ones_like(problem.weights)
+    return [np.ascontiguousarray(named[spec.name].numpy()) for spec in graph.inputs if spec.name in named]
+
+
+def _mean_loss(
+    problem: Problem,
+    batches: Sequence[Batch],
+    run: Run,
+    graph: TracedGraph,
+    trunk: tuple[TracedGraph, Run] | None,
+) -> float:
+    parameters = [parameter.numpy() for parameter in problem.parameters]
+    losses = weights = 0.0
+    for batch in batches:
+        features = [] if trunk is None else trunk[1](_leaves(problem, trunk[0], batch))
+        assert len(features) == sum(spec.name.startswith(f"{FEATURES}.") for spec in graph.inputs)
+        sums = run([*parameters, *features, *_leaves(problem, graph, batch)])
+        losses += float(sums[0])
+        weights += float(sums[1])
+    return losses / weights if weights else losses
+
+
+def _feature_error(problem: Problem, batches: Sequence[Batch], trunk: TracedGraph, plain: Run, quantized: Run) -> float:
+    """Root mean square of what quantization changes in the features, relative to them."""
+    error = energy = 0.0
+    for batch in batches:
+        leaves = _leaves(problem, trunk, batch)
+        for exact, rounded_one in zip(plain(leaves), quantized(leaves), strict=True):
+            error += float(np.square(exact.astype(np.float64) - rounded_one.astype(np.float64)).sum())
+            energy += float(np.square(exact.astype(np.float64)).sum())
+    return (error / energy) ** 0.5 if energy else 0.0
+
+
+def _unlike(calibration: float, example: float) -> tuple[str, ...]:
+    if example <= max(_OFF, _UNLIKE * calibration):
+        return ()
+    shares = f"its features are off by {example:.1%}, those of the calibration data by {calibration:.1%}"
+    return (f"the calibration data are not like the example batch: {shares}",)
