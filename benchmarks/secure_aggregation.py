@@ -129,10 +129,10 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def __call__(self, name: str, function: Any, *arguments: Any, **options: Any) -> Any:
+    def __call__(self, step: str, function: Any, /, *arguments: Any, **options: Any) -> Any:
         start = time.perf_counter()
         result = function(*arguments, **options)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
         return result
 
 
@@ -285,9 +285,9 @@ def uplink() -> list[Row]:
                 signature = bytes(64)
                 bodies = [
                     encode(members.Advertise(cipher_key=bytes(32), mask_key=bytes(32), signature=signature)),
-                    encode(Shares(roster=bytes(32), commitment=bytes(32), boxes=(bytes(BOX_BYTES),) * degree)),
+                    encode(Shares(roster=bytes(32), commitment=bytes(32), boxes=bytes(BOX_BYTES * degree))),
                     encode(Agreement(signature=signature)),
-                    encode(Reveal(shares=(bytes(SHARE_BYTES),) * (degree + 1))),
+                    encode(Reveal(shares=bytes(SHARE_BYTES * (degree + 1)))),
                 ]
                 count = wire_bytes(key, bodies, bytes(layout.payload_bytes))
                 rows.append(

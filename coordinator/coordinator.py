@@ -148,9 +148,10 @@ class Coordinator:
             # It was obeyed by the process before.
             write_request(self._directory.path, "run")
         for entry in self._bundle.manifest.files():
-            self._blobs.add(self._bundle.read(entry))
+            self._blobs.add(self._bundle.map(entry))
         # The announcement follows when the transport says that it is connected.
-        self._transport.subscribe(self._topics.from_client("+", "#"))
+        for kind in ("message", "blob"):
+            self._transport.subscribe(self._topics.from_client("+", kind))
         if self._round_number == 0:
             self._evaluate_after(0, self._parameters)
 
@@ -283,6 +284,7 @@ class Coordinator:
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
+        self._intake.forget_uploads()
         self._chronicle.publish()
         self._observe(events.RoundEnded(record))
 

@@ -9,6 +9,7 @@ from edgetrain.coordinator.rounds import OUTSTANDING, Round
 from edgetrain.coordinator.secure_round import SecureRound
 from edgetrain.protocol.blobs import Assembler
 from edgetrain.protocol.messages import BlobRef, Offer, Patch
+from edgetrain.protocol.partial import PartialBlob
 from edgetrain.protocol.training import TrainingConfig
 
 
@@ -19,9 +20,11 @@ class Upload:
     offer: Offer
     # The offer as it came, signed.
     envelope: bytes
-    assembler: Assembler
-    # When its last chunk came, on the coordinator's clock.
+    assembler: Assembler | PartialBlob
+    # When its last chunk came, or it was asked for, on the coordinator's clock.
     moved_at: float
+    # How often it was asked for since.
+    stalls: int = 0
 
 
 @dataclass(slots=True)

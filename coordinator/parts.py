@@ -75,7 +75,7 @@ def assemble(
     history.add(read_rows(directory.path / "clients.csv"))
     clients = KnownClients(directory, clock)
     topics = Topics(config.federation)
-    blobs = BlobServer(topics, transport.publish, config.limits.chunk_bytes)
+    blobs = BlobServer(topics, transport, config.limits.chunk_bytes)
     post = Post(
         transport,
         topics,
@@ -105,6 +105,7 @@ def assemble(
         roster=clients.roster,
         plan=invitations.plan,
         max_update_bytes=max_update_bytes,
+        uploads=directory.path / "uploads",
         observe=observe,
         audit=directory.audit,
         refusals=Refusals(
@@ -119,7 +120,7 @@ def assemble(
         enrolments=enrolments,
         clock=clock,
     )
-    membership = Membership(enrolments, intake=intake, audit=directory.audit, reload_broker=reload_broker)
+    membership = Membership(enrolments, intake=intake, audit=directory.audit, reload_broker=reload_broker, clock=clock)
     intake.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
 
     def check() -> None:

@@ -122,6 +122,7 @@ class Client:
             transport=transport,
             connection=connection,
             coordinator_key=config.coordinator_key,
+            download_rate=config.broker.download_kbit * 125,
             clock=clock,
         )
         self._mail.introduce = self._introduce
@@ -207,7 +208,9 @@ class Client:
         if self._bundle != announce.bundle.digest:
             self._bundle = self._feedback = self._personal = None
             self._personal_patterns = ()
-            session = install_bundle(announce.bundle, fetch=mail.fetch, state=self._state, config=self._config)
+            session = install_bundle(
+                announce.bundle, fetch=mail.fetch, fetch_to=mail.fetch_to, state=self._state, config=self._config
+            )
             dataset = load_dataset(self._config.data, session.manifest)
             training, validation = split_validation(dataset, self._config.validation_fraction, self._config.name)
             session, self._training_data, self._validation_data = skip_frozen_part(
@@ -277,7 +280,7 @@ class Client:
 
     def _take_part(self) -> None:
         mail = self._mail
-        self._settle_pending()
+        self._settle_pending(resumed=True)
         while True:
             # Whoever was not invited because of its battery or its heat says when that is over.
             mail.wait(lambda: mail.plan is not None, repeat=self._tell_news)
@@ -308,7 +311,7 @@ class Client:
             except StateError as error:
                 # A full or a read-only disk: what is on it counts, and somebody may make room.
                 logger.error("round %d: declined: %s", plan.round, error)  # noqa: TRY400 - it says what and where
-                self._mail.upload = None
+                self._mail.end_upload()
                 self._take_up_feedback()
                 self._decline(plan, str(error)[:1000])
             except (
@@ -435,8 +438,12 @@ class Client:
             )
         )
 
-    def _settle_pending(self) -> None:
-        """Sends the pending update until the coordinator says what became of it."""
+    def _settle_pending(self, *, resumed: bool = False) -> None:
+        """Sends the pending update until the coordinator says what became of it.
+
+        Args:
+            resumed: the coordinator may have a part of it already, from an earlier process or connection.
+        """
         feedback, mail = self._feedback, self._mail
         if feedback is None or feedback.offer is None:
             return
@@ -445,7 +452,10 @@ class Client:
         mail.verdicts.clear()
         mail.upload = (offer.update, feedback.update)
         mail.send(offer)
-        mail.send_upload()
+        if resumed:
+            mail.resume_upload()
+        else:
+            mail.send_upload()
         over: RunOver | None = None
         try:
             mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
@@ -454,7 +464,7 @@ class Client:
             over = error
             if digest not in mail.verdicts or not mail.verdicts[digest].accepted:
                 raise
-        mail.upload = None
+        mail.end_upload()
         verdict = mail.verdicts[digest]
         if verdict.accepted and offer.control_bytes:
             _, change = split_update(offer, feedback.update)
@@ -478,7 +488,7 @@ class Client:
 
     def _is_over(self, plan: Plan) -> bool:
         newer = self._mail.plan
-        return plan.nonce in self._mail.closed or (newer is not None and newer.nonce != plan.nonce)
+        return plan.nonce in self._mail.closed or (newer is not None and _sources(newer) != _sources(plan))
 
     # --- what stays here -----------------------------------------------------------------------------
 
@@ -541,6 +551,11 @@ class Client:
             bytes_sent=self._transport.bytes_sent,
             bytes_received=self._transport.bytes_received,
         )
+
+
+def _sources(plan: Plan) -> tuple[object, ...]:
+    """What is fetched for a plan: a coordinator that was started again may encode it in other bytes."""
+    return plan.nonce, plan.vector, plan.parameters, plan.patches, plan.control
 
 
 def split_validation(dataset: Dataset, fraction: float, name: str) -> tuple[Dataset, Dataset | None]:

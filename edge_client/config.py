@@ -50,6 +50,10 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="the coordinator's public key in hex; without it the first one seen is trusted and remembered"
         ),
     ] = ""
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"],
+        Meta(description="arithmetic of matrix products and convolutions; 16 bits on the runtime torch only"),
+    ] = "fp32"
     feature_cache: Annotated[
         Literal["float16", "int8", "float32", "off"],
         Meta(description="how the outputs of the frozen part are kept on disk, so that it runs once per sample"),

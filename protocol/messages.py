@@ -46,6 +46,8 @@ class Want(Message, frozen=True, kw_only=True, tag="want"):
     digest: Digest
     # Half-open byte ranges; empty for all of it.
     ranges: Annotated[tuple[Range, ...], Meta(max_length=1024)] = ()
+    # Most payload bytes in one chunk, as suits the receiver's link; 0: as the sender likes.
+    chunk_bytes: Count = 0
 
 
 class Secure(Message, frozen=True, kw_only=True, tag="secure"):

@@ -22,6 +22,7 @@ from edgetrain.protocol.secure_aggregation.arithmetic import Integers, pack
 from edgetrain.protocol.secure_aggregation.graph import is_secure
 from edgetrain.protocol.secure_aggregation.masks import Masker
 from edgetrain.protocol.secure_aggregation.messages import (
+    BOX_BYTES,
     Advertise,
     Agreement,
     Agreements,
@@ -35,6 +36,7 @@ from edgetrain.protocol.secure_aggregation.messages import (
     encode,
     keys_statement,
     open_roster,
+    pieces,
     survivors_statement,
 )
 from edgetrain.protocol.secure_aggregation.shamir import SHARE_BYTES, Random, split
@@ -42,6 +44,7 @@ from edgetrain.protocol.secure_aggregation.shamir import SHARE_BYTES, Random, sp
 Sign = Callable[[bytes], bytes]
 """Ed25519, by the client's identity."""
 
+NO_SHARES = bytes(2 * SHARE_BYTES)
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 Phase = Literal["advertised", "shared", "masked", "agreed", "revealed"]
 
@@ -173,7 +176,7 @@ def share(
     for neighbour in cast.graph.neighbours(own):
         key = keys.box_key(member.cipher_private, cipher_key, peers[neighbour].cipher_key, member.session, sending=True)
         boxes.append(keys.seal_box(key, shares[neighbour], member.session))
-    message = Shares(roster=cast.digest, commitment=keys.commitment(member.seed), boxes=tuple(boxes))
+    message = Shares(roster=cast.digest, commitment=keys.commitment(member.seed), boxes=b"".join(boxes))
     after = msgspec.structs.replace(
         member, phase="shared", roster=roster, held={own: shares[own]}, reply=encode(message)
     )
@@ -201,15 +204,14 @@ def mask(member: Member, boxes: Boxes, integers: Integers) -> tuple[Member, byte
     present = cast.members(boxes.present)
     _check_enough(member, present, "whose shares were received")
     neighbours = [client for client in cast.graph.neighbours(own) if client in present]
-    if len(boxes.boxes) != len(neighbours):
-        raise SecureAggregationError(f"{len(boxes.boxes)} boxes from {len(neighbours)} neighbours")
+    received = pieces(boxes.boxes, BOX_BYTES, len(neighbours))
     cipher_key, mask_key = keys.public_key(member.cipher_private), keys.public_key(member.mask_private)
     held = dict(member.held)
     masker = Masker(layout.length, layout.bits)
     vector = masker.zeros()
     vector += integers.astype(vector.dtype)
     masker.add(vector, member.seed)
-    for neighbour, box in zip(neighbours, boxes.boxes, strict=True):
+    for neighbour, box in zip(neighbours, received, strict=True):
         peer = peers[neighbour]
         key = keys.box_key(member.cipher_private, peer.cipher_key, cipher_key, member.session, sending=False)
         opened = keys.open_box(key, box, member.session)
@@ -288,9 +290,9 @@ def reveal(member: Member, agreements: Agreements) -> tuple[Member, Reveal]:
     shares = []
     for holder in cast.graph.holders(own):
         if holder in member.present:
-            held = member.held.get(holder, b"")
+            held = member.held.get(holder, NO_SHARES)
             shares.append(held[SHARE_BYTES:] if holder in survivors else held[:SHARE_BYTES])
-    message = Reveal(shares=tuple(shares))
+    message = Reveal(shares=b"".join(shares))
     return msgspec.structs.replace(member, phase="revealed", held={}, reply=encode(message)), message
 
 

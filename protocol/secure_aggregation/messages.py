@@ -12,7 +12,8 @@ Each is the msgpack body of a `Secure` message, which names run, round and nonce
     coordinator  Agreements    what your neighbours signed
     client       Reveal        one share of each neighbour: of its seed if it survived, else of its mask key
 
-Clients are named by their positions in the roster; sets of them are bitmaps, the lowest bit first.
+Clients are named by their positions in the roster, and in that order where there is something of each of several;
+sets of them are bitmaps, the lowest bit first.
 """
 
 from __future__ import annotations
@@ -99,15 +100,13 @@ class Advertise(_Tagged, frozen=True, kw_only=True, tag="advertise"):
 
 
 class Shares(_Tagged, frozen=True, kw_only=True, tag="shares"):
-    """Sealed for each neighbour, ascending: a share of the mask key and one of the seed."""
+    """Sealed for each neighbour, one after the other: a share of the mask key and one of the seed."""
 
     # Of the roster that it was told.
     roster: Digest
     # To the seed, see `keys.commitment`.
     commitment: Digest
-    boxes: Annotated[
-        tuple[Annotated[bytes, Meta(min_length=BOX_BYTES, max_length=BOX_BYTES)], ...], Meta(max_length=MAX_NEIGHBOURS)
-    ]
+    boxes: Annotated[bytes, Meta(max_length=BOX_BYTES * MAX_NEIGHBOURS)]
 
 
 class Agreement(_Tagged, frozen=True, kw_only=True, tag="agreement"):
@@ -117,9 +116,9 @@ class Agreement(_Tagged, frozen=True, kw_only=True, tag="agreement"):
 
 
 class Reveal(_Tagged, frozen=True, kw_only=True, tag="reveal"):
-    """A share for each holder that is present, ascending; nothing where its box could not be opened."""
+    """A share for each holder that is present, one after the other; zeros where its box could not be opened."""
 
-    shares: Annotated[tuple[Annotated[bytes, Meta(max_length=SHARE_BYTES)], ...], Meta(max_length=MAX_NEIGHBOURS + 1)]
+    shares: Annotated[bytes, Meta(max_length=SHARE_BYTES * (MAX_NEIGHBOURS + 1))]
 
 
 class RosterReady(_Tagged, frozen=True, kw_only=True, tag="roster"):
@@ -134,8 +133,8 @@ class Boxes(_Tagged, frozen=True, kw_only=True, tag="boxes"):
 
     # Those whose shares were received.
     present: Bits
-    # From each neighbour that is present, ascending.
-    boxes: Annotated[tuple[Annotated[bytes, Meta(max_length=BOX_BYTES)], ...], Meta(max_length=MAX_NEIGHBOURS)]
+    # From each neighbour that is present, one after the other.
+    boxes: Annotated[bytes, Meta(max_length=BOX_BYTES * MAX_NEIGHBOURS)]
 
 
 class Survivors(_Tagged, frozen=True, kw_only=True, tag="survivors"):
@@ -192,6 +191,17 @@ def decode_settings(body: bytes) -> Settings:
     """
     settings: Settings = _decode(_settings, body)
     return settings
+
+
+def pieces(data: bytes, size: int, count: int) -> list[bytes]:
+    """What stands one after the other, each of `size` bytes.
+
+    Raises:
+        SecureAggregationError: not `count` of them.
+    """
+    if len(data) != size * count:
+        raise SecureAggregationError(f"{len(data)} bytes where {count} times {size} were expected")
+    return [data[start : start + size] for start in range(0, len(data), size)]
 
 
 def session_digest(*, federation: str, run: bytes, round_number: int, nonce: bytes, settings: bytes) -> bytes:

@@ -21,6 +21,7 @@ from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.secure_aggregation import keys
 from edgetrain.protocol.secure_aggregation.graph import choose_topology
 from edgetrain.protocol.secure_aggregation.messages import (
+    BOX_BYTES,
     MAX_NEIGHBOURS,
     Advertise,
     Agreement,
@@ -37,8 +38,10 @@ from edgetrain.protocol.secure_aggregation.messages import (
     encode,
     keys_statement,
     open_roster,
+    pieces,
     survivors_statement,
 )
+from edgetrain.protocol.secure_aggregation.shamir import SHARE_BYTES
 
 Phase = Literal["advertise", "share", "mask", "agree", "reveal", "done"]
 
@@ -270,11 +273,15 @@ def boxes_for(server: Server, client: int) -> Boxes:
     """What its neighbours sealed for a client."""
     cast = server.cast
     boxes = [
-        server.shares[neighbour].boxes[cast.graph.neighbours(neighbour).index(client)]
+        _box(server.shares[neighbour].boxes, cast.graph.neighbours(neighbour).index(client))
         for neighbour in cast.graph.neighbours(client)
         if neighbour in server.present
     ]
-    return Boxes(present=cast.bits(server.present), boxes=tuple(boxes))
+    return Boxes(present=cast.bits(server.present), boxes=b"".join(boxes))
+
+
+def _box(boxes: bytes, place: int) -> bytes:
+    return boxes[BOX_BYTES * place : BOX_BYTES * (place + 1)]
 
 
 def survivors_message(server: Server) -> Survivors:
@@ -330,8 +337,7 @@ def _on_shares(server: Server, client: int, message: Shares) -> Server:
         raise SecureAggregationError("other shares than it has sent before")
     if message.roster != server.cast.digest:
         raise SecureAggregationError("shares for another roster")
-    if len(message.boxes) != server.cast.roster.neighbours:
-        raise SecureAggregationError(f"{len(message.boxes)} boxes for {server.cast.roster.neighbours} neighbours")
+    pieces(message.boxes, BOX_BYTES, server.cast.roster.neighbours)
     return msgspec.structs.replace(server, shares={**server.shares, client: message})
 
 
@@ -351,6 +357,5 @@ def _on_reveal(server: Server, client: int, message: Reveal) -> Server:
     if server.phase != "reveal" or client not in server.agreements:
         raise SecureAggregationError("nobody has asked it for shares")
     holders = server.present.intersection(server.cast.graph.holders(client))
-    if len(message.shares) != len(holders):
-        raise SecureAggregationError(f"{len(message.shares)} shares of {len(holders)} clients")
+    pieces(message.shares, SHARE_BYTES, len(holders))
     return msgspec.structs.replace(server, reveals={**server.reveals, client: message})

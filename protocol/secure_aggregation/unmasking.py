@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.secure_aggregation import keys
 from edgetrain.protocol.secure_aggregation.masks import Masker, Words
+from edgetrain.protocol.secure_aggregation.messages import pieces
 from edgetrain.protocol.secure_aggregation.server import Server, needed_secrets
 from edgetrain.protocol.secure_aggregation.shamir import SHARE_BYTES, combine
 
@@ -80,8 +81,8 @@ def _by_owner(server: Server) -> dict[int, list[tuple[int, bytes]]]:
     given: dict[int, list[tuple[int, bytes]]] = {client: [] for client in server.present}
     for giver, reveal in sorted(server.reveals.items()):
         owners = [holder for holder in server.cast.graph.holders(giver) if holder in server.present]
-        for owner, share in zip(owners, reveal.shares, strict=True):
-            if len(share) == SHARE_BYTES:
+        for owner, share in zip(owners, pieces(reveal.shares, SHARE_BYTES, len(owners)), strict=True):
+            if any(share):
                 given[owner].append((giver + 1, share))
     return given
 

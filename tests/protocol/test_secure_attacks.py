@@ -32,6 +32,7 @@ from edgetrain.protocol.secure_aggregation.messages import (
     decode_settings,
     encode,
     open_roster,
+    pieces,
 )
 from edgetrain.protocol.secure_aggregation.shamir import SHARE_BYTES, combine
 from edgetrain.protocol.secure_aggregation.unmasking import recover, unmask
@@ -104,7 +105,7 @@ def shares_of(session, position, colluding):
     for giver, reveal in session.server.reveals.items():
         owners = [holder for holder in cast.graph.holders(giver) if holder in session.server.present]
         kind = "seed" if position in session.server.masked else "key"
-        if position in owners and (share := reveal.shares[owners.index(position)]):
+        if position in owners and (share := pieces(reveal.shares, SHARE_BYTES, len(owners))[owners.index(position)]):
             found[kind][giver + 1] = share
     return {kind: sorted(shares.items()) for kind, shares in found.items()}
 
@@ -339,7 +340,7 @@ def test_a_vector_is_masked_once():
 def test_fewer_neighbours_than_the_threshold_are_present():
     session = session_after("share")
     boxes = servers.boxes_for(session.server, 0)
-    few = Boxes(present=session.server.cast.bits([0, 1]), boxes=boxes.boxes[:1])
+    few = Boxes(present=session.server.cast.bits([0, 1]), boxes=boxes.boxes[:BOX_BYTES])
     with pytest.raises(SecureAggregationError, match="2 of this client's neighbourhood"):
         members.mask(session.members[0], few, session.vector(0))
 
@@ -453,14 +454,17 @@ def test_forged_messages():
     with pytest.raises(SecureAggregationError, match="signed other survivors"):
         session.receive(1, Agreement(signature=session.keys[2].sign(session.server.statement())))
     session.agree(range(4))
-    with pytest.raises(SecureAggregationError, match="1 shares of 4 clients"):
-        session.receive(1, Reveal(shares=(b"\0" * SHARE_BYTES,)))
+    with pytest.raises(SecureAggregationError, match="36 bytes where 4 times 36 were expected"):
+        session.receive(1, Reveal(shares=b"\0" * SHARE_BYTES))
 
 
 def test_boxes_that_are_forged_or_swapped_are_not_opened_and_the_sum_is_still_exact():
     session = session_after("share", size=5)
     boxes = servers.boxes_for(session.server, 0)
-    spoiled = Boxes(present=boxes.present, boxes=(boxes.boxes[1], b"\0" * BOX_BYTES, *boxes.boxes[2:]))
+    spoiled = Boxes(
+        present=boxes.present,
+        boxes=boxes.boxes[BOX_BYTES : 2 * BOX_BYTES] + bytes(BOX_BYTES) + boxes.boxes[2 * BOX_BYTES :],
+    )
     member, payload = members.mask(session.members[0], spoiled, session.vector(0))
     assert sorted(member.held) == [0, 3, 4], "of clients 1 and 2 it holds nothing"
     cast = session.server.cast
@@ -481,7 +485,9 @@ def test_a_client_that_reveals_wrong_shares(liar):
 
     def receive(client, message):
         if client == liar:
-            message = Reveal(shares=tuple(bytes([share[0] ^ 1]) + share[1:] for share in message.shares))
+            message = Reveal(
+                shares=bytes(byte ^ (place % SHARE_BYTES == 0) for place, byte in enumerate(message.shares))
+            )
         plain(client, message)
 
     session.receive = receive
@@ -493,7 +499,7 @@ def test_a_client_that_reveals_wrong_shares(liar):
 def test_wrong_shares_without_enough_right_ones_give_no_sum():
     session = session_after("agree", size=4)
     plain = session.receive
-    session.receive = lambda client, message: plain(client, Reveal(shares=(b"\1" * SHARE_BYTES,) * 4))
+    session.receive = lambda client, message: plain(client, Reveal(shares=b"\1" * SHARE_BYTES * 4))
     session.reveal(range(4))
     with pytest.raises(SecureAggregationError, match="seed of client-0000 cannot be put together"):
         unmask(session.server, session.total)
@@ -501,7 +507,7 @@ def test_wrong_shares_without_enough_right_ones_give_no_sum():
 
 @given(data=st.data())
 def test_truncated_and_random_bytes_are_one_error(data):
-    good = encode(Shares(roster=bytes(32), commitment=bytes(32), boxes=(bytes(BOX_BYTES),) * 3))
+    good = encode(Shares(roster=bytes(32), commitment=bytes(32), boxes=bytes(3 * BOX_BYTES)))
     bad = data.draw(st.one_of(st.binary(max_size=300), st.integers(0, len(good) - 1).map(lambda end: good[:end])))
     for decode in (decode_from_member, decode_from_server, decode_settings):
         with pytest.raises(SecureAggregationError):

@@ -13,7 +13,7 @@ from edgetrain.protocol.config import convert, read_toml, set_dotted
 
 @click.command("coordinator")
 @click.option("--config", required=True, type=click.Path(), help="TOML file with the settings of the federation.")
-@click.option("--broker", metavar="mosquitto|embedded|HOST[:PORT]", help="Start a broker here, or use the one there.")
+@click.option("--broker", metavar="mosquitto|embedded|ADDRESS", help="Start a broker here, or use the one there.")
 @click.option(
     "--secure-aggregation/--no-secure-aggregation",
     default=None,
@@ -27,7 +27,7 @@ def command(config: str, broker: str | None, secure_aggregation: bool | None, as
     """
     from edgetrain.cli.progress import Progress
     from edgetrain.coordinator.serve import serve
-    from edgetrain.protocol.transport.mqtt import parse_broker
+    from edgetrain.protocol.transport.address import parse_address
 
     tables = read_toml(config)
     for assignment in assignments:
@@ -43,9 +43,8 @@ def command(config: str, broker: str | None, secure_aggregation: bool | None, as
         if broker == "embedded":
             set_dotted(tables, "broker.mqtt_version", "3.1.1")
     elif broker:
-        host, port = parse_broker(broker)
-        set_dotted(tables, "broker.host", host)
-        set_dotted(tables, "broker.port", port)
+        for name, said in parse_address(broker).settings():
+            set_dotted(tables, f"broker.{name}", said)
     settings = convert(tables, FederationConfig, where=config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Progress(settings) as progress:
