@@ -27,8 +27,8 @@ from edgetrain.protocol.blobs import HEADER_BYTES, cut
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.messages import (
-    BlobRef,
     Announce,
+    BlobRef,
     Decline,
     DeviceState,
     Goodbye,
