@@ -54,9 +54,7 @@ def test_delays_double_and_are_spread():
     for ceiling in (1, 2, 4, 8, 16, 32, 60, 60):
         assert 0 < backoff.next() <= ceiling
     backoff.reset()
-    delays = []
-    for seed in range(1000):
-        delays.append(Backoff(random.Random(seed)).next())
+    delays = [Backoff(random.Random(seed)).next() for seed in range(1000)]
     # Uniform in (0, 1]: the busiest tenth of a second sees about 100 of 1,000.
     tenths = [sum(number / 10 < delay <= (number + 1) / 10 for delay in delays) for number in range(10)]
     assert sum(tenths) == 1000
