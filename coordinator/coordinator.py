@@ -27,7 +27,7 @@ from edgetrain.coordinator.rounds import Outcome, Part
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.spread import evaluation_of
 from edgetrain.coordinator.stopping import metric_series, stop_reason
-from edgetrain.coordinator.strategies import described
+from edgetrain.coordinator.strategies import Strategy, described
 from edgetrain.coordinator.traffic import count_traffic
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.groups import elements_of
@@ -78,7 +78,7 @@ class Coordinator:
         self._evaluate = evaluate
         self._observe = observe
         self._clock = clock
-        self._strategy = checked_strategy(config)
+        self._strategy = self._make_strategy()
         self._server_state = directory.load_server_state()
         self._lottery = Lottery.of(self._strategy.private)
         # What the devices keep to themselves stays as it was exported here.
@@ -103,6 +103,9 @@ class Coordinator:
         # Last: it locks a file until `run` ends.
         self._budget = open_budget(config, self._strategy, directory.records)
         self._started = clock()
+
+    def _make_strategy(self) -> Strategy:
+        return checked_strategy(self._config)
 
     def run(self) -> Summary:
         """Runs until a stop condition holds.
@@ -148,9 +151,10 @@ class Coordinator:
             # It was obeyed by the process before.
             write_request(self._directory.path, "run")
         for entry in self._bundle.manifest.files():
-            self._blobs.add(self._bundle.read(entry))
+            self._blobs.add(self._bundle.map(entry))
         # The announcement follows when the transport says that it is connected.
-        self._transport.subscribe(self._topics.from_client("+", "#"))
+        for kind in ("message", "blob"):
+            self._transport.subscribe(self._topics.from_client("+", kind))
         if self._round_number == 0:
             self._evaluate_after(0, self._parameters)
 
@@ -283,6 +287,7 @@ class Coordinator:
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
+        self._intake.forget_uploads()
         self._chronicle.publish()
         self._observe(events.RoundEnded(record))
 

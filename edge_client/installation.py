@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.runtimes import available_runtimes, open_session
+from edgetrain.edge_client.runtimes import available_runtimes, check_precision, find_runtime, open_session
 from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.runtimes.parts import TRUNK
 from edgetrain.edge_client.selftest import run_self_test
@@ -28,20 +29,31 @@ class Fetch(Protocol):
         ...
 
 
-def install_bundle(ref: BlobRef, *, fetch: Fetch, state: ClientState, config: ClientConfig) -> Session:
+class FetchTo(Protocol):
+    """Gets a blob from the coordinator, of any size, into a file."""
+
+    def __call__(self, ref: BlobRef, path: Path, *, limit: int) -> None:
+        """Returns when the file holds the verified blob, of at most `limit` bytes."""
+        ...
+
+
+def install_bundle(
+    ref: BlobRef, *, fetch: Fetch, fetch_to: FetchTo, state: ClientState, config: ClientConfig
+) -> Session:
     """Fetches what is missing of a bundle, opens it and runs its self-test.
 
     Only the files of one runtime are fetched. What is already here, whole, is used.
 
     Args:
         ref: the manifest.
-        fetch: gets blobs.
+        fetch: gets the manifest.
+        fetch_to: gets the files; what an earlier process has of one counts.
         state: keeps them.
         config: which runtime, how many threads, how many bytes.
 
     Raises:
         BundleError: too large, for other runtimes, or it fails its self-test here.
-        SessionError: the runtime cannot run it.
+        SessionError: the runtime cannot run it, or not in the precision that is asked for.
         StateError: it cannot be stored.
     """
     data = state.read_manifest(ref.digest)
@@ -49,6 +61,7 @@ def install_bundle(ref: BlobRef, *, fetch: Fetch, state: ClientState, config: Cl
         data = fetch(ref, limit=MAX_MANIFEST_BYTES)
     manifest = decode_manifest(data)
     runtime = choose_runtime([program.runtime for program in manifest.programs], config.runtime)
+    check_precision(find_runtime(runtime), config.precision)
     entries = manifest.files(runtime)
     total = sum(entry.size for entry in entries)
     if total > config.max_bundle_bytes:
@@ -58,14 +71,15 @@ def install_bundle(ref: BlobRef, *, fetch: Fetch, state: ClientState, config: Cl
     for entry in entries:
         if not state.has_file(ref.digest, entry):
             blob = BlobRef(digest=bytes.fromhex(entry.sha256), size=entry.size)
-            state.store_file(ref.digest, entry.file, fetch(blob, limit=entry.size))
+            fetch_to(blob, state.bundle_directory(ref.digest) / entry.file, limit=entry.size)
     # The manifest last: a directory that has it is whole.
     state.store_file(ref.digest, MANIFEST_FILE, data)
     bundle = Bundle(state.bundle_directory(ref.digest))
-    session = open_session(bundle, runtime, threads=config.threads)
+    session = open_session(bundle, runtime, threads=config.threads, precision=config.precision)
     run_self_test(bundle, session).raise_if_wrong()
     if config.feature_cache != "off" and TRUNK in manifest.program(runtime).graphs:
         run_self_test(bundle, session, in_parts=True).raise_if_wrong()
+    state.forget_bundles(but=ref.digest)
     logger.info("bundle %s runs on %s; self-test passed", manifest.name, runtime)
     return session
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
+from edgetrain.protocol.blob_readers import BlobReader
 from edgetrain.protocol.transport import Event, Transport
 
 
@@ -90,17 +92,33 @@ class LivingTransport:
         """See `Transport`."""
         return self._inner.bytes_received
 
-    def subscribe(self, topic: str) -> None:
+    def subscribe(self, topic: str, *, qos: Literal[0, 1] = 1) -> None:
         """See `Transport`."""
-        self._inner.subscribe(topic)
+        self._inner.subscribe(topic, qos=qos)
 
     def unsubscribe(self, topic: str) -> None:
         """See `Transport`."""
         self._inner.unsubscribe(topic)
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, transient: bool = False) -> None:
         """See `Transport`."""
-        self._inner.publish(topic, payload, retain=retain)
+        self._inner.publish(topic, payload, retain=retain, transient=transient)
+
+    def send_blob(
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]] = (),
+        *,
+        chunk_bytes: int = 0,
+        resend: bool = True,
+    ) -> None:
+        """See `Transport`."""
+        self._inner.send_blob(topic, reader, ranges, chunk_bytes=chunk_bytes, resend=resend)
+
+    def forget_blob(self, digest: bytes) -> None:
+        """See `Transport`."""
+        self._inner.forget_blob(digest)
 
     def receive(self, timeout: float) -> Event | None:
         """See `Transport`."""

@@ -28,6 +28,7 @@ from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.messages import (
     Announce,
+    BlobRef,
     Decline,
     DeviceState,
     Goodbye,
@@ -220,6 +221,12 @@ def crash_on_publish(matches):
                 Fatal.armed = False
                 raise Crash
             self._inner.publish(topic, payload, **options)
+
+        def send_blob(self, topic, *arguments, **options):
+            if Fatal.armed and matches(topic):
+                Fatal.armed = False
+                raise Crash
+            self._inner.send_blob(topic, *arguments, **options)
 
     return Fatal
 
@@ -643,8 +650,8 @@ def test_chunks_with_other_bytes_are_found_out_and_fetched_again(scene):
         if want.digest not in poisoned:
             poisoned.add(want.digest)
             blob = coordinator.blobs._blobs[want.digest]
-            wrong = bytes(len(blob.data))
-            for chunk in cut(blob.ref, wrong):
+            wrong = bytes(blob.reader.ref.size)
+            for chunk in cut(blob.reader.ref, wrong):
                 coordinator.transport.publish(coordinator.topics.to_client("pi", "blob"), chunk)
             return False
         return True
@@ -654,6 +661,24 @@ def test_chunks_with_other_bytes_are_found_out_and_fetched_again(scene):
     scene.run()
     assert len(scene.heard(Offer)) == 1
     assert len(poisoned) >= 5
+
+
+def test_a_plan_sent_again_with_other_blobs_replaces_the_one_whose_blobs_are_gone(scene):
+    """As by a coordinator that was killed after its plans had gone out, and started again."""
+    coordinator = scene.coordinator
+    (plan,) = rounds(scene, 1)
+    gone = msgspec.structs.replace(plan, parameters=BlobRef(digest=bytes(32), size=500))
+    invite, coordinator.on_ready = coordinator.on_ready, lambda _ready: coordinator.send(gone)
+
+    def on_want(want):
+        if want.digest == bytes(32):
+            invite()
+        return True
+
+    coordinator.on_want = on_want
+    scene.announce()
+    scene.run()
+    assert [offer.nonce for offer in scene.heard(Offer)] == [plan.nonce]
 
 
 def test_rubbish_is_ignored(scene):
@@ -816,7 +841,7 @@ def test_a_copy_of_an_earlier_runs_announcement_moves_nobody(scene):
     def next_run():
         if coordinator.run == old:
             coordinator.new_run(bytes(range(16)))
-            rounds(scene, 1)
+            rounds(scene, 1, nonce=b"of another run".ljust(16))
             invite = coordinator.on_ready
 
             def on_ready(ready):

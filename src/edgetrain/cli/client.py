@@ -18,7 +18,11 @@ logger = logging.getLogger(__name__)
 
 @click.command("client")
 @click.option("--config", type=click.Path(), help="TOML file with the settings; flags override it.")
-@click.option("--broker", metavar="HOST[:PORT]", help="Address of the MQTT broker.")
+@click.option(
+    "--broker",
+    metavar="ADDRESS",
+    help="Of the MQTT broker: HOST[:PORT], or mqtts://, ws:// or wss://HOST[:PORT][/PATH].",
+)
 @flags(ClientConfig)
 def command(config: str | None, broker: str | None, **given: Any) -> None:
     """Take part in a federation: train the coordinator's bundle on local data, send compressed updates."""
@@ -27,10 +31,12 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
     from edgetrain.edge_client.state import ClientState
     from edgetrain.protocol.names import check_name
     from edgetrain.protocol.signing import SigningKey
-    from edgetrain.protocol.transport.mqtt import MqttTransport, parse_broker
+    from edgetrain.protocol.transport.address import parse_address
+    from edgetrain.protocol.transport.mqtt import MqttTransport
 
     if broker:
-        given[setting("broker.host")], given[setting("broker.port")] = parse_broker(broker)
+        for name, value in parse_address(broker).settings():
+            given[setting(f"broker.{name}")] = value
     settings = load_settings(ClientConfig, config, given)
     check_name(settings.name, "client")
     check_name(settings.federation, "federation")
