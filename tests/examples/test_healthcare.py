@@ -24,8 +24,11 @@ def test_five_hospitals_learn_within_their_budget(tmp_path):
     rounds = [json.loads(line) for line in (out / "run/rounds.jsonl").read_text().splitlines()]
     ledger = json.loads((out / "privacy-hospitals.json").read_text())
     assert len(rounds) == ledger["releases"][0]["steps"] == 10
+    assert (ledger["releases"][0]["mechanism"], ledger["releases"][0]["shares"]) == ("discrete-gaussian", 5)
+    assert "secure aggregation of 5 clients" in done.stderr
     noise = ledger["releases"][0]["noise_multiplier"]
     for number, record in enumerate(rounds, 1):
+        # Five shares of noise are as good as one: the difference is far below what is compared.
         by_hand = spent([Release(mechanism="gaussian", noise_multiplier=noise, steps=number)], 1e-3).epsilon
         assert record["epsilon"] == pytest.approx(by_hand)
         assert f"{record['epsilon']:.3f} of 10" in done.stdout
