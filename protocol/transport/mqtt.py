@@ -126,6 +126,7 @@ class MqttTransport:
         self._connection = self._open()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
+        self._woken = False
         self._wake_write.setblocking(False)
         self._events.put((Connected(), None))
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
@@ -166,11 +167,17 @@ class MqttTransport:
         self._wake()
 
     def send_blob(
-        self, topic: str, reader: BlobReader, ranges: Iterable[tuple[int, int]] = (), *, chunk_bytes: int = 0
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]] = (),
+        *,
+        chunk_bytes: int = 0,
+        resend: bool = True,
     ) -> None:
         """See `Transport`."""
         with self._lock:
-            self._outgoing.put_blob(topic, reader, ranges, chunk_bytes)
+            self._outgoing.put_blob(topic, reader, ranges, chunk_bytes, resend=resend)
         self._wake()
 
     def forget_blob(self, digest: bytes) -> None:
@@ -265,6 +272,7 @@ class MqttTransport:
         with self._lock:
             self._outgoing.max_messages = connection.receive_maximum
             self._outgoing.max_payload = DEFAULT_CHUNK_BYTES + HEADER_BYTES
+            self._outgoing.max_message = max(limit - PACKET_OVERHEAD_BYTES, 0)
             if limit:
                 self._outgoing.max_payload = min(self._outgoing.max_payload, limit - PACKET_OVERHEAD_BYTES)
         if self._outgoing.max_payload < MIN_CHUNK_BYTES + HEADER_BYTES:
@@ -301,6 +309,8 @@ class MqttTransport:
     def _serve(self, connection: Connection) -> str:
         """Works until the connection is lost or we are to close; why."""
         while not self._closing.is_set():
+            # Before looking at what there is: what comes after this wakes again.
+            self._woken = False
             with self._lock:
                 now = time.monotonic()
                 self._feed(connection, now)
@@ -376,5 +386,9 @@ class MqttTransport:
                 done.set()
 
     def _wake(self) -> None:
+        # Once is enough until the network's thread has looked: a call into the kernel also gives the interpreter away.
+        if self._woken:
+            return
+        self._woken = True
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_write.send(b"x")
