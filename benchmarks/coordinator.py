@@ -193,7 +193,7 @@ def through_broker(size: int, updates: int) -> Result:
     """
     codec = DENSE if size < 100_000 else TOPK
     port = free_port()
-    broker = Mosquitto(port, settings="max_queued_messages 0\nmax_inflight_messages 500\n")
+    broker = Mosquitto(port)
     try:
         with tempfile.TemporaryDirectory() as folder:
             context = multiprocessing.get_context("spawn")
@@ -263,7 +263,7 @@ def drive(coordinator: Any, port: int, size: int, updates: int, codec: str) -> N
     plans: dict[str, Plan] = {}
     invited = threading.Event()
     client = paho.Client(CallbackAPIVersion.VERSION2, client_id="driver", protocol=MQTTProtocolVersion.MQTTv5)
-    client.max_inflight_messages_set(500)
+    client.max_inflight_messages_set(20)
     announced: list[bytes] = []
 
     def send(name: str, message: Any) -> None:

@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         "evaluation": {"by_clients": False},
     }  # fmt: skip
     (folder / "federation.toml").write_text(tomli_w.dumps(config))
-    broker = Mosquitto(port, settings="max_queued_messages 0\nmax_inflight_messages 200\n")
+    broker = Mosquitto(port)
     processes = []
     try:
         for driver in range(arguments.drivers):

@@ -124,14 +124,14 @@ def noise_cost(quick: bool) -> dict[str, float]:
 
 
 def in_turns(contenders: dict[str, Any], repeats: int) -> dict[str, float]:
-    """Median seconds of each; they take turns, so that whatever else the machine does hits all alike."""
+    """Median CPU seconds of each on one thread; they take turns, so that what the machine does hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 2):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             run()
             if repeat >= 2:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.thread_time() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -10,6 +10,7 @@ from msgspec import Meta
 from edgetrain.coordinator.adaptation import DeviceRule
 from edgetrain.coordinator.observability.config import ObservabilityConfig
 from edgetrain.coordinator.privacy.config import PrivacyConfig
+from edgetrain.coordinator.secure_config import SecureAggregationConfig
 from edgetrain.coordinator.selection import SelectionConfig
 from edgetrain.coordinator.strategies import StrategyTable
 from edgetrain.protocol.training import TrainingConfig
@@ -140,6 +141,7 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     stop: StopConfig = StopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     limits: LimitsConfig = LimitsConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     # What changes for devices of some kind; the first that fits counts.

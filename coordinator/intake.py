@@ -23,9 +23,11 @@ from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.records import ClientRow
 from edgetrain.coordinator.refusals import Kind, Refusals
 from edgetrain.coordinator.rounds import Part
+from edgetrain.coordinator.secure_round import SecureRound
 from edgetrain.protocol import BlobError, MessageError, SignatureError
 from edgetrain.protocol.blobs import parse_chunk
 from edgetrain.protocol.codecs import CodecSpec
+from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import (
     Decline,
     Goodbye,
@@ -35,6 +37,7 @@ from edgetrain.protocol.messages import (
     Ready,
     Refusal,
     Report,
+    Secure,
     Verdict,
     Want,
     Welcome,
@@ -219,6 +222,8 @@ class Intake:
                 self._on_offer(record, message, payload)
             case Want():
                 self._on_want(record, message)
+            case Secure():
+                self._on_secure(record, message)
             case Report():
                 self._on_report(record, message)
             case Goodbye():
@@ -281,6 +286,10 @@ class Intake:
             self._observe(events.ClientLeft(client, reason))
 
     def _on_ready(self, record: ClientRecord, ready: Ready) -> None:
+        if ready.connection is not None and not record.connection:
+            # Known from an earlier process of ours: it has to say which connection this is.
+            self._post.announce("open", client=record.name)
+            return
         if ready.connection is not None and ready.connection != record.connection:
             self.refusals.message(record.name, "replay", "a Ready of an earlier connection", signed=True)
             return
@@ -299,6 +308,8 @@ class Intake:
             # Back in the middle of a round: it may have lost the plan.
             current.state.advance(record.name, Part.INVITED)
             self._post.send(record.name, self._plan(current, record.name))
+        elif current and current.secure and record.name in current.state.parts:
+            current.secure.remind(record.name)
         elif self.evaluation_plan and record.name not in self.reports:
             self._post.send(record.name, self.evaluation_plan)
 
@@ -346,10 +357,13 @@ class Intake:
             self._verdicts.append((client, _accepted(offer, self.come_back(client))))
         elif offer.run != self._run:
             self._reject(client, offer, "replay", "is of another run")
-        elif current and offer.round == current.state.number and offer.nonce != current.state.nonce:
+        elif current and offer.round == current.state.number and offer.nonce not in current.nonces:
             self._reject(client, offer, "replay", f"round {offer.round} has another nonce")
         elif not current or not current.admits(offer.round, offer.nonce):
             self._reject(client, offer, "stale_round", f"round {offer.round} is closed: too late")
+        elif current.secure and current.secure.holds(client, offer.update.digest):
+            # In the sum; what becomes of that is not known yet.
+            current.secure.remind(client)
         elif objection := self._objection(client, offer, current):
             if objection[0] != "not_invited":
                 current.state.advance(client, Part.REFUSED)
@@ -385,6 +399,8 @@ class Intake:
             return "not_invited", "not invited to this round"
         if not 0 < offer.update.size <= self._max_update_bytes:
             return "oversize", f"the update has {offer.update.size} bytes, allowed are 1 to {self._max_update_bytes}"
+        if current.secure and (reason := current.secure.objection(client, offer.update.size)):
+            return "secure_aggregation", reason
         return None
 
     def _on_chunk(self, client: str, payload: bytes) -> None:
@@ -409,6 +425,9 @@ class Intake:
         """An update has arrived."""
         del current.uploads[client]
         offer = upload.offer
+        if current.secure:
+            self._on_masked(current.secure, client, upload)
+            return
         try:
             # A client that was invited before a restart: what its plan says, it said then.
             training = current.trainings.get(client) or self._plan(current, client).training
@@ -426,6 +445,26 @@ class Intake:
         self._audit.append(accepted_record(current.collection.rows[-1], offer.update.digest))
         accepted = current.state.count(Part.ACCEPTED)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
+
+    def _on_masked(self, secure: SecureRound, client: str, upload: Upload) -> None:
+        try:
+            secure.on_masked(client, upload.offer, upload.envelope, upload.assembler.finish())
+        except (SecureAggregationError, BlobError) as error:
+            self._reject(client, upload.offer, "secure_aggregation", str(error))
+        else:
+            record = self._roster[client]
+            record.resources, record.state = upload.offer.resources, upload.offer.state
+
+    def _on_secure(self, record: ClientRecord, message: Secure) -> None:
+        current = self.current
+        if not current or not current.secure or not current.admits(message.round, message.nonce):
+            return
+        try:
+            current.secure.on_message(record.name, record.public_key, message.body)
+        except SecureAggregationError as error:
+            self.refusals.message(record.name, "secure_aggregation", str(error), signed=True)
+            return
+        current.state.advance(record.name, Part.COLLECTING)
 
     def _reject(self, client: str, offer: Offer, kind: Kind, reason: str) -> None:
         if self.current:

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator.secure_records import SecureRecord
 from edgetrain.protocol.files import sync_directory
 from edgetrain.protocol.training import TrainingConfig
 
@@ -54,7 +55,7 @@ class UpdateAccepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
     training: TrainingConfig = TrainingConfig()
 
 
-Meta = RoundOpened | Invited | UpdateAccepted
+Meta = RoundOpened | Invited | UpdateAccepted | SecureRecord
 
 
 class Journal:

@@ -37,6 +37,7 @@ Kind = Literal[
     "unfit",  # lacks what everybody needs, or has another bundle
     "bad_update",  # decodes to nothing that may be folded
     "bad_report",
+    "secure_aggregation",  # does not fit its session; late, most likely
 ]
 # What an honest client does not do, however slow or lossy its link is.
 OFFENCES: frozenset[Kind] = frozenset(

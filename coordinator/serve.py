@@ -20,6 +20,7 @@ from edgetrain.coordinator.events import Observer
 from edgetrain.coordinator.observability import observers
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.secure_coordinator import SecureCoordinator
 from edgetrain.coordinator.strategies import make_strategy
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session
@@ -85,7 +86,9 @@ def coordinator_kind(config: FederationConfig) -> type[Coordinator]:
     Raises:
         ConfigError: there is no such strategy.
     """
-    return BufferedCoordinator if make_strategy(config.strategy).asynchronous else Coordinator
+    if make_strategy(config.strategy).asynchronous and not config.secure_aggregation.enabled:
+        return BufferedCoordinator
+    return SecureCoordinator if config.secure_aggregation.enabled else Coordinator
 
 
 class Evaluator:

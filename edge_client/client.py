@@ -33,12 +33,13 @@ from edgetrain.edge_client.policy import Policy
 from edgetrain.edge_client.privacy_budget import DeviceBudget
 from edgetrain.edge_client.runtimes import available_runtimes
 from edgetrain.edge_client.runtimes.base import Session, Vector
+from edgetrain.edge_client.secure_aggregation import SecureParticipation
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.trainer import evaluate, train
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import Limits, decode, encode, supported_stages
-from edgetrain.protocol.errors import ConfigError
+from edgetrain.protocol.errors import ConfigError, SecureAggregationError
 from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import (
     Decline,
@@ -125,6 +126,7 @@ class Client:
             clock=clock,
         )
         self._mail.introduce = self._introduce
+        self._secure = SecureParticipation(config, state=state, mail=self._mail)
         self._budget = DeviceBudget(state.path / "privacy.json", config.name, config.privacy)
         # Training plans that are finished, with the reason why not again; "" if the update was accepted.
         self._done: dict[bytes, str] = {}
@@ -309,10 +311,17 @@ class Client:
             except StateError as error:
                 # A full or a read-only disk: what is on it counts, and somebody may make room.
                 logger.error("round %d: declined: %s", plan.round, error)  # noqa: TRY400 - it says what and where
-                self._mail.upload = None
+                self._mail.end_upload()
                 self._take_up_feedback()
                 self._decline(plan, str(error)[:1000])
-            except (TrainingError, CodecError, BlobError, ConfigError, PrivacyError) as error:
+            except (
+                TrainingError,
+                CodecError,
+                BlobError,
+                ConfigError,
+                PrivacyError,
+                SecureAggregationError,
+            ) as error:
                 logger.warning("round %d: %s", plan.round, error)
                 self._finish(plan.nonce, str(error)[:1000])
                 self._decline(plan, str(error)[:1000])
@@ -327,6 +336,11 @@ class Client:
         assert self._held, "joined"
         assert self._feedback, "joined"
         assert self._training_data, "joined"
+        self._secure.check(plan)
+        if plan.secure and self._feedback.trained_on == plan.vector:
+            # An attempt at this round was given up: what was learnt waits in the residual.
+            self._aggregate_securely(plan)
+            return
         self._budget.check(plan.training, len(self._training_data))
         parameters = self._personalized(plan, self._held.advance(plan, self._fetch_for(plan)))
         server_control = self._server_control(plan)
@@ -346,6 +360,12 @@ class Client:
                 self._decline(plan, result.stopped)
             return
         self._budget.charge(plan.training, len(self._training_data))
+        if plan.secure:
+            if self._personal:
+                self._personal.keep(result.parameters)
+            self._feedback.hold(self._shared(result.parameters - parameters), trained_on=plan.vector)
+            self._aggregate_securely(plan, self._clock() - started)
+            return
         offsets = tuple(entry.offset for entry in self._session.manifest.parameters)
         update = self._feedback.prepare(
             self._shared(result.parameters - parameters),
@@ -382,6 +402,22 @@ class Client:
             control,
         )
         self._settle_pending()
+
+    def _aggregate_securely(self, plan: Plan, seconds: float = 0.0) -> None:
+        """Takes part with what is in the residual, after so many seconds of training."""
+        assert self._feedback, "joined"
+        assert self._training_data, "joined"
+        masked = self._secure.take_part(
+            plan,
+            self._feedback,
+            weight=len(self._training_data),
+            seed=_mix_seed(plan.seed, self._config.name + "/codec", plan.round),
+            resources=lambda: self._resources(seconds),
+            fetch=self._fetch_for(plan),
+            is_over=lambda: self._is_over(plan),
+        )
+        if masked:
+            self._settle_pending()
 
     def _evaluate_round(self, plan: Plan) -> None:
         assert self._session, "joined"
@@ -420,7 +456,14 @@ class Client:
             mail.resume_upload()
         else:
             mail.send_upload()
-        mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
+        over: RunOver | None = None
+        try:
+            mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
+        except RunOver as error:
+            # It may have been accepted just before the end.
+            over = error
+            if digest not in mail.verdicts or not mail.verdicts[digest].accepted:
+                raise
         mail.end_upload()
         verdict = mail.verdicts[digest]
         if verdict.accepted and offer.control_bytes:
@@ -434,6 +477,8 @@ class Client:
             logger.info("round %d: update of %d bytes accepted", offer.round, offer.update.size)
         else:
             logger.warning("round %d: update refused: %s", offer.round, verdict.reason)
+        if over:
+            raise over
         if verdict.accepted and verdict.come_back_seconds and self._config.leave_when_idle:
             raise ComeBack(verdict.come_back_seconds)
 

@@ -12,6 +12,22 @@ from edgetrain.edge_client.privacy_budget import DevicePrivacy
 from edgetrain.protocol.transport.mqtt import BrokerConfig
 
 
+class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[secure_aggregation]: what this client asks of it."""
+
+    required: Annotated[
+        bool, Meta(description="send updates in secure aggregation only: decline every plan without it")
+    ] = False
+    least_clients: Annotated[int, Meta(description="decline secure aggregation with fewer clients than this", ge=2)] = 3
+    enrolled: Annotated[
+        str,
+        Meta(
+            description="file with the clients that may take part, a name and its Ed25519 public key in hex on each "
+            "line; without it the coordinator's word counts"
+        ),
+    ] = ""
+
+
 class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole file. The descriptions are the flags' help texts."""
 
@@ -34,6 +50,10 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             description="the coordinator's public key in hex; without it the first one seen is trusted and remembered"
         ),
     ] = ""
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"],
+        Meta(description="arithmetic of matrix products and convolutions; 16 bits on the runtime torch only"),
+    ] = "fp32"
     feature_cache: Annotated[
         Literal["float16", "int8", "float32", "off"],
         Meta(description="how the outputs of the frozen part are kept on disk, so that it runs once per sample"),
@@ -54,6 +74,7 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     policy: PolicyConfig = PolicyConfig()
     privacy: DevicePrivacy = DevicePrivacy()
     broker: BrokerConfig = BrokerConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
 
     def __repr__(self) -> str:
         """Without keys: this may end in a log."""

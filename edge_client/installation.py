@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.runtimes import available_runtimes, open_session
+from edgetrain.edge_client.runtimes import available_runtimes, check_precision, find_runtime, open_session
 from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.runtimes.parts import TRUNK
 from edgetrain.edge_client.selftest import run_self_test
@@ -53,7 +53,7 @@ def install_bundle(
 
     Raises:
         BundleError: too large, for other runtimes, or it fails its self-test here.
-        SessionError: the runtime cannot run it.
+        SessionError: the runtime cannot run it, or not in the precision that is asked for.
         StateError: it cannot be stored.
     """
     data = state.read_manifest(ref.digest)
@@ -61,6 +61,7 @@ def install_bundle(
         data = fetch(ref, limit=MAX_MANIFEST_BYTES)
     manifest = decode_manifest(data)
     runtime = choose_runtime([program.runtime for program in manifest.programs], config.runtime)
+    check_precision(find_runtime(runtime), config.precision)
     entries = manifest.files(runtime)
     total = sum(entry.size for entry in entries)
     if total > config.max_bundle_bytes:
@@ -74,7 +75,7 @@ def install_bundle(
     # The manifest last: a directory that has it is whole.
     state.store_file(ref.digest, MANIFEST_FILE, data)
     bundle = Bundle(state.bundle_directory(ref.digest))
-    session = open_session(bundle, runtime, threads=config.threads)
+    session = open_session(bundle, runtime, threads=config.threads, precision=config.precision)
     run_self_test(bundle, session).raise_if_wrong()
     if config.feature_cache != "off" and TRUNK in manifest.program(runtime).graphs:
         run_self_test(bundle, session, in_parts=True).raise_if_wrong()

@@ -27,6 +27,7 @@ from edgetrain.protocol.messages import (
     Plan,
     Refusal,
     RoundClosed,
+    Secure,
     Verdict,
     Want,
     Welcome,
@@ -120,6 +121,8 @@ class Mailbox:
         self.upload: tuple[BlobRef, bytes] | None = None
         # Called when the coordinator may not know that we are here.
         self.introduce: Callable[[], None] = lambda: None
+        # Called for every step of secure aggregation; must not wait for anything.
+        self.on_secure: Callable[[Secure], None] = lambda _message: None
         self._download: Download | None = None
         # When the whole upload goes out if nobody has asked for a part of it.
         self._upload_due: float | None = None
@@ -303,6 +306,9 @@ class Mailbox:
                 self.verdicts[message.digest] = message
             case RoundClosed():
                 self.closed.append(message.nonce)
+            case Secure():
+                if message.run == self.joined:
+                    self.on_secure(message)
             case Want():
                 if self.upload and self.upload[0].digest == message.digest:
                     self.send_upload(message.ranges, chunk_bytes=message.chunk_bytes)

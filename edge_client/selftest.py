@@ -13,6 +13,7 @@ import numpy as np
 from edgetrain.edge_client.errors import SessionError
 from edgetrain.edge_client.runtimes.base import Batch, Session, Vector
 from edgetrain.edge_client.runtimes.leaves import Array, flatten, halves, leaf_key, unflatten
+from edgetrain.edge_client.runtimes.torch_precision import TOLERANCES
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Manifest, probe_signs
 
@@ -89,7 +90,8 @@ def run_self_test(
     """
     manifest = bundle.manifest
     expected = manifest.self_test
-    tolerance = expected.tolerance if tolerance is None else tolerance
+    if tolerance is None:
+        tolerance = max(expected.tolerance, TOLERANCES[getattr(session, "precision", "fp32")])
     batch, weights = read_self_test(bundle)
     if in_parts:
         session, batch = _on_features(session, batch)

@@ -8,6 +8,7 @@ partial/             blobs on their way in, see `protocol.partial`
 residual.bin         see `error_feedback`
 control.bin          see `control_variate`
 personal.bin         see `personal`
+secure.bin           see `secure_aggregation`
 privacy.json         see `privacy_budget`
 """
 

@@ -255,7 +255,5 @@ def _feature_error(problem: Problem, batches: Sequence[Batch], trunk: TracedGrap
 def _unlike(calibration: float, example: float) -> tuple[str, ...]:
     if example <= max(_OFF, _UNLIKE * calibration):
         return ()
-    return (
-        f"the calibration data are not like the example batch: its features are off by {example:.1%}, those of the "
-        f"calibration data by {calibration:.1%}",
-    )
+    shares = f"its features are off by {example:.1%}, those of the calibration data by {calibration:.1%}"
+    return (f"the calibration data are not like the example batch: {shares}",)

@@ -37,16 +37,20 @@ _BUILT_IN = {
 }
 
 
-def open_session(bundle: BundlePath | Bundle, runtime: str | None = None, *, threads: int = 1) -> Session:
+def open_session(
+    bundle: BundlePath | Bundle, runtime: str | None = None, *, threads: int = 1, precision: str = "fp32"
+) -> Session:
     """Loads a bundle on a runtime.
 
     Args:
         bundle: an opened bundle, or the path of a bundle directory or `.edge` archive.
         runtime: a name as in `available_runtimes`; None takes the bundle's first program that can run here.
         threads: threads of one step; 0 lets the runtime choose.
+        precision: "fp32"; or "fp16" or "bf16" for the products of a step, where the runtime can.
 
     Raises:
-        SessionError: the runtime is unknown, not installed or too old, or the program does not load.
+        SessionError: the runtime is unknown, not installed or too old, cannot compute in that precision, or the
+            program does not load.
         BundleError: no bundle, a corrupt one, or one without a program for `runtime`.
     """
     if threads < 0:
@@ -54,16 +58,40 @@ def open_session(bundle: BundlePath | Bundle, runtime: str | None = None, *, thr
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     if runtime is not None:
         opened.manifest.program(runtime)
-        return _usable(runtime).open(opened, threads=threads)
+        return _open(_usable(runtime), opened, threads, precision)
     reasons = []
     for program in opened.manifest.programs:
         try:
             chosen = _usable(program.runtime)
+            check_precision(chosen, precision)
         except SessionError as error:
             reasons.append(str(error))
         else:
-            return chosen.open(opened, threads=threads)
+            return _open(chosen, opened, threads, precision)
     raise SessionError(f"none of the runtimes of bundle {opened.manifest.name!r} can run here: " + "; ".join(reasons))
+
+
+def check_precision(runtime: Runtime, precision: str) -> None:
+    """Refuses a precision that a runtime does not compute in.
+
+    Raises:
+        SessionError: with the reason.
+    """
+    allowed: tuple[str, ...] = getattr(runtime, "precisions", ("fp32",))
+    if precision not in allowed:
+        raise SessionError(
+            f"runtime {runtime.name} computes in {', '.join(allowed)}, not in {precision}: mixed precision is for "
+            "the runtime torch, on processors with 16-bit arithmetic. To save bytes elsewhere, export with --frozen"
+        )
+
+
+def _open(runtime: Runtime, bundle: Bundle, threads: int, precision: str) -> Session:
+    check_precision(runtime, precision)
+    if precision == "fp32":
+        return runtime.open(bundle, threads=threads)
+    opener: Any = runtime
+    session: Session = opener.open(bundle, threads=threads, precision=precision)
+    return session
 
 
 def registered_runtimes() -> tuple[str, ...]:

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.runtimes.base import Vector
+from edgetrain.edge_client.runtimes.base import Batch, Session, StepResult, Vector
 from edgetrain.edge_client.runtimes.leaves import Array
-from edgetrain.edge_client.runtimes.parts import num_parameters
+from edgetrain.edge_client.runtimes.parts import TRUNK, num_parameters
 from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line, view
+from edgetrain.edge_client.runtimes.torch_precision import PRECISIONS, LossScale, in_low_precision
 from edgetrain.edge_client.runtimes.versions import check_minimum
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Graph, Manifest
@@ -32,6 +34,7 @@ class TorchRuntime:
     """Torch on the CPU."""
 
     name = "torch"
+    precisions = PRECISIONS
 
     def available(self) -> str | None:
         """None if torch is installed, else the pip line. Does not import it, which takes seconds."""
@@ -39,8 +42,8 @@ class TorchRuntime:
             return "runtime torch is not installed: pip install torch"
         return None
 
-    def open(self, bundle: Bundle, *, threads: int) -> TorchSession:
-        """Loads the bundle's program for torch.
+    def open(self, bundle: Bundle, *, threads: int, precision: str = "fp32") -> TorchSession:
+        """Loads the bundle's program for torch, its products in `precision`.
 
         `threads` is set for the whole process: torch knows no other way.
 
@@ -53,11 +56,43 @@ class TorchRuntime:
         check_minimum(bundle.manifest, self.name, torch.__version__, "torch")
         if threads:
             torch.set_num_threads(threads)
-        return TorchSession(self.name, bundle, threads=threads)
+        return TorchSession(self.name, bundle, threads=threads, precision=precision)
 
 
 class TorchSession(GraphSession):
     """One bundle on torch. See `base.Session`."""
+
+    def __init__(
+        self, runtime: str, bundle: Bundle, *, threads: int, head: bool = False, precision: str = "fp32"
+    ) -> None:
+        self.precision = precision
+        self._scale = LossScale() if precision == "fp16" else None
+        super().__init__(runtime, bundle, threads=threads, head=head)
+
+    def head(self) -> Session | None:
+        """A session that trains on features, or None."""
+        if TRUNK not in self._graphs:
+            return None
+        return TorchSession(self.runtime, self.bundle, threads=self.threads, head=True, precision=self.precision)
+
+    def step(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
+        """Loss and gradients of one micro-batch; with fp16, of scaled weights."""
+        if self._scale is None:
+            return super().step(parameters, batch, weights)
+        staged = self.staging.arrays[self.manifest.batch.weights.name]
+        while True:
+            self.staging.fill(batch, weights)
+            scale = np.float32(self._scale.value)
+            np.multiply(staged, scale, out=staged)
+            outputs = self._run("step", parameters)
+            if np.isfinite(self.gradients).all():
+                self._scale.succeeded()
+                break
+            if not self._scale.overflowed():
+                break
+        np.divide(self.gradients, scale, out=self.gradients)
+        metrics = {name: value / scale for name, value in self._metrics(outputs).items()}
+        return StepResult(float(outputs[0]) / float(scale), float(outputs[1]) / float(scale), metrics, self.gradients)
 
     def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
         """Loads a graph."""
@@ -67,6 +102,8 @@ class TorchSession(GraphSession):
         try:
             program = torch.export.load(io.BytesIO(self.bundle.read(graph.file)))
             module: Program = program.module()
+            if self.precision != "fp32":
+                module = in_low_precision(program.module(check_guards=False), self.precision)
         except Exception as error:  # whatever unpickling, unzipping and checking the program raise
             raise SessionError(
                 f"{self.bundle.path}: torch {torch.__version__} cannot load {graph.file.file}: {first_line(error)}"

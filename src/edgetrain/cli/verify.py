@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 @click.argument("bundle")
 @click.option("--runtime", help="Runtime to check. [default: the first of the bundle's that is installed]")
 @click.option("--threads", type=click.IntRange(min=0), default=1, show_default=True, help="Threads; 0 lets it choose.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True, help="Of products."
+)
 @click.option("--tolerance", type=float, help="Largest relative error that passes.")
-def command(bundle: str, runtime: str | None, threads: int, tolerance: float | None) -> None:
+def command(bundle: str, runtime: str | None, threads: int, precision: str, tolerance: float | None) -> None:
     """Run the self-test of BUNDLE on this machine.
 
     Compares loss and gradients with what eager torch computed at export. Exit status 0 if they agree, 1 if not.
@@ -27,7 +30,7 @@ def command(bundle: str, runtime: str | None, threads: int, tolerance: float | N
     from edgetrain.protocol.bundle import Bundle
 
     opened = Bundle(bundle)
-    session = open_session(opened, runtime, threads=threads)
+    session = open_session(opened, runtime, threads=threads, precision=precision)
     reports = [("", run_self_test(opened, session, tolerance=tolerance))]
     if TRUNK in opened.manifest.program(session.runtime).graphs:
         reports.append((", trunk and head", run_self_test(opened, session, tolerance=tolerance, in_parts=True)))
