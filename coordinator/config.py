@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+import tomli_w
 from msgspec import Meta
 
 from edgetrain.coordinator.adaptation import DeviceRule
@@ -146,3 +147,14 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     privacy: PrivacyConfig = PrivacyConfig()
     # What changes for devices of some kind; the first that fits counts.
     devices: tuple[DeviceRule, ...] = ()
+
+
+def to_toml(settings: msgspec.Struct) -> str:
+    """Settings as TOML text, without those that are nil: TOML has no word for it."""
+    return tomli_w.dumps(_without_nil(msgspec.to_builtins(settings)))
+
+
+def _without_nil(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nil(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nil(entry) for entry in value] if isinstance(value, list | tuple) else value
