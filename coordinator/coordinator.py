@@ -27,7 +27,7 @@ from edgetrain.coordinator.rounds import Outcome, Part
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.spread import evaluation_of
 from edgetrain.coordinator.stopping import metric_series, stop_reason
-from edgetrain.coordinator.strategies import described
+from edgetrain.coordinator.strategies import Strategy, described
 from edgetrain.coordinator.traffic import count_traffic
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.groups import elements_of
@@ -78,7 +78,7 @@ class Coordinator:
         self._evaluate = evaluate
         self._observe = observe
         self._clock = clock
-        self._strategy = checked_strategy(config)
+        self._strategy = self._make_strategy()
         self._server_state = directory.load_server_state()
         self._lottery = Lottery.of(self._strategy.private)
         # What the devices keep to themselves stays as it was exported here.
@@ -103,6 +103,9 @@ class Coordinator:
         # Last: it locks a file until `run` ends.
         self._budget = open_budget(config, self._strategy, directory.records)
         self._started = clock()
+
+    def _make_strategy(self) -> Strategy:
+        return checked_strategy(self._config)
 
     def run(self) -> Summary:
         """Runs until a stop condition holds.

@@ -38,5 +38,7 @@ class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_
     explore: Annotated[float, Meta(gt=0, le=1)] = 0.5
     # Clients scale what they send down to this L2 norm, and so does the coordinator with the mean; 0 for no limit.
     max_norm: Annotated[float, Meta(ge=0)] = 0.0
-    # Largest magnitude of the noise that each client adds to a value, in quantization steps.
-    noise_bound: Annotated[int, Meta(ge=0, lt=2**40)] = 0
+    # Differential privacy of clients, also from the coordinator: deviation of the noise that all add together, in
+    # `max_norm`; 0 for none. Needs a budget in [privacy].
+    noise_multiplier: Annotated[float, Meta(ge=0)] = 0.0
+    noise: Literal["discrete-gaussian", "skellam"] = "discrete-gaussian"

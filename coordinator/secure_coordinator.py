@@ -27,8 +27,8 @@ from edgetrain.coordinator.records import ClientRow
 from edgetrain.coordinator.rounds import Part
 from edgetrain.coordinator.secure_records import SecureOpened, SecureRecord
 from edgetrain.coordinator.secure_round import SecureRound
-from edgetrain.coordinator.secure_settings import chosen_positions, remembered, round_settings
-from edgetrain.coordinator.strategies import Contribution
+from edgetrain.coordinator.secure_settings import chosen_positions, remembered, round_settings, with_noise
+from edgetrain.coordinator.strategies import Contribution, Strategy
 from edgetrain.protocol.codecs import SparseOrDense
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import Verdict
@@ -46,6 +46,9 @@ class SecureCoordinator(Coordinator):
         super().__init__(*arguments, **settings)
         # Rounds in a row that have ended without a change.
         self._spent = 0
+
+    def _make_strategy(self) -> Strategy:
+        return with_noise(self._config, super()._make_strategy(), self._bundle.manifest.num_parameters)
 
     def _run_round(self, number: int) -> None:
         limit = self._config.rounds.max_failures
@@ -161,7 +164,9 @@ class SecureCoordinator(Coordinator):
         settings = decode_settings(secure.settings)
         num_parameters, state = len(self._parameters), current.state
         support = support_of(settings, num_parameters, self._positions(settings))
-        mean = limited(total.mean, settings.max_norm)
+        # With noise, every client in it or not must make the same difference: so not by the number that came.
+        fixed = total.mean * (len(secure.survivors) / self._config.rounds.goal)
+        mean = fixed.astype(np.float32) if settings.noise_multiplier else limited(total.mean, settings.max_norm)
         indices = support if len(support) < num_parameters else None
         roster = self._clients.roster
         rows = [

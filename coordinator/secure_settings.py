@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.strategies import ServerState, Strategy, described
+from edgetrain.coordinator.strategies import Private, ServerState, Strategy, described
 from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.codecs.selection import count_of
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer, Total, next_range
 from edgetrain.protocol.secure_aggregation.graph import is_secure
 from edgetrain.protocol.secure_aggregation.messages import Settings
+from edgetrain.protocol.secure_aggregation.noise import noise_bound, noise_of
 from edgetrain.protocol.secure_aggregation.support import choose_positions
 
 # What is remembered from round to round, beside what the strategy remembers.
@@ -72,7 +75,9 @@ def _objection(config: FederationConfig, strategy: Strategy) -> str | None:
         return "stop.metric 'train_loss' is made of what clients say of their single updates; use 'loss'"
     if config.selection.method == "utility":
         return "selection 'utility' ranks clients by the losses of their updates; use 'random'"
-    if secure.noise_bound and (secure.weighting != "equal" or secure.adapt_range):
+    if secure.noise_multiplier and not secure.max_norm:
+        return "noise is measured in secure_aggregation.max_norm, to which clients clip: set it"
+    if secure.noise_multiplier and (secure.weighting != "equal" or secure.adapt_range):
         return (
             "noise is added to values only: with it set secure_aggregation.weighting to 'equal' and "
             "secure_aggregation.adapt_range to false, which would be summed without"
@@ -125,7 +130,7 @@ def round_settings(
     count = num_parameters if codec.select == "dense" else count_of(codec, num_parameters)
     positions = chosen_positions(config, count, state)
     known = state.get(RANGE)
-    return Settings(
+    settings = Settings(
         minimum=config.rounds.least,
         count=count,
         seed=(config.seed + number) % 2**53,
@@ -136,12 +141,31 @@ def round_settings(
             range=float(known[0]) if known is not None and secure.adapt_range else secure.value_range,
             max_weight=max(1, largest_weight) if secure.weighting == "examples" else 0,
             octaves=secure.adapt_range,
-            noise_bound=secure.noise_bound,
         ),
         colluding=secure.max_colluding,
         lying=secure.server_may_lie,
         max_norm=secure.max_norm,
+        noise_multiplier=secure.noise_multiplier,
+        noise=secure.noise,
     )
+    noise = noise_of(settings)
+    if noise is None:
+        return settings
+    quantizer = msgspec.structs.replace(settings.quantizer, noise_bound=noise_bound(noise))
+    return msgspec.structs.replace(settings, quantizer=quantizer)
+
+
+def with_noise(config: FederationConfig, strategy: Strategy, num_parameters: int) -> Strategy:
+    """The strategy, private if the clients add noise.
+
+    Raises:
+        PrivacyError: the grid is too fine or too coarse for the noise.
+    """
+    settings = round_settings(config, number=1, num_parameters=num_parameters, state={}, largest_weight=1)
+    noise, max_norm = noise_of(settings), config.secure_aggregation.max_norm
+    if noise is None:
+        return strategy
+    return replace(strategy, private=Private(release=noise.release, clip_norm=lambda _state: max_norm))
 
 
 def remembered(

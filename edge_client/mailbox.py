@@ -47,8 +47,9 @@ T = TypeVar("T")
 
 # A question without an answer is repeated after so long.
 REPEAT_SECONDS = 10.0
-# After a restart the coordinator may have most of an update already: it gets so long to ask for the rest.
-RESUME_SECONDS = 1.0
+# After a restart the coordinator may have most of an update already: it gets so long to ask for the rest. It does so
+# at once if it has a part, and after 3 s if it has nothing.
+RESUME_SECONDS = 5.0
 # Upper bound of one wait for events.
 POLL_SECONDS = 0.5
 # So many damaged copies of a blob are no accident.
@@ -152,7 +153,8 @@ class Mailbox:
         if self.upload:
             ref, data = self.upload
             topic = self._topics.from_client(self._name, "blob")
-            self._transport.send_blob(topic, MemoryBlob(data, ref), ranges, chunk_bytes=chunk_bytes)
+            # After a reconnect the coordinator is offered it again, and says what it lacks.
+            self._transport.send_blob(topic, MemoryBlob(data, ref), ranges, chunk_bytes=chunk_bytes, resend=False)
 
     def resume_upload(self) -> None:
         """Waits a moment for the coordinator to say what it lacks of the upload, then sends all of it."""

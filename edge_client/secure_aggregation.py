@@ -26,20 +26,21 @@ from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.messages import BlobRef, Decline, Offer, Plan, Resources, Secure
+from edgetrain.protocol.privacy.randomness import Keystream
 from edgetrain.protocol.secure_aggregation import member as members
-from edgetrain.protocol.secure_aggregation.arithmetic import Noise, quantize
+from edgetrain.protocol.secure_aggregation.arithmetic import quantize
 from edgetrain.protocol.secure_aggregation.member import Member
 from edgetrain.protocol.secure_aggregation.messages import (
     Agreements,
     Boxes,
     FromServer,
     RosterReady,
-    Settings,
     Survivors,
     decode_from_server,
     decode_settings,
     session_digest,
 )
+from edgetrain.protocol.secure_aggregation.noise import share_of
 from edgetrain.protocol.secure_aggregation.support import support_of
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,6 @@ class SecureParticipation:
         # The newest of each that has not been looked at.
         self._roster_ready: RosterReady | None = None
         self._boxes: Boxes | None = None
-        # Adds noise to the integers of a round before they are masked; None for none.
-        self.noise: Callable[[Plan, Settings], Noise | None] = lambda _plan, _settings: None
         enrolled = config.secure_aggregation.enrolled
         self._is_enrolled = read_enrolled(Path(enrolled)) if enrolled else (lambda _name, _key: True)
         mail.on_secure = self._on_message
@@ -156,14 +155,15 @@ class SecureParticipation:
         if not self._wait(plan, lambda: self._boxes is not None, is_over):
             return False
         assert self._boxes, "just waited for"
-        values = limited(feedback.residual[support], settings.max_norm)
+        noise = share_of(settings, Keystream())
         quantized = quantize(
-            values,
+            limited(feedback.residual[support], settings.max_norm),
             weight,
             settings.quantizer,
             member.cast.layout,
             seed=seed,
-            noise=self.noise(plan, settings),
+            noise=noise,
+            exact_norm=settings.max_norm if noise else 0.0,
         )
         member, payload = members.mask(member, self._boxes, quantized.integers)
         # Before the update is stored: its keys are gone, so that nothing else is ever masked with them.

@@ -105,10 +105,16 @@ class LivingTransport:
         self._inner.publish(topic, payload, retain=retain, transient=transient)
 
     def send_blob(
-        self, topic: str, reader: BlobReader, ranges: Iterable[tuple[int, int]] = (), *, chunk_bytes: int = 0
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]] = (),
+        *,
+        chunk_bytes: int = 0,
+        resend: bool = True,
     ) -> None:
         """See `Transport`."""
-        self._inner.send_blob(topic, reader, ranges, chunk_bytes=chunk_bytes)
+        self._inner.send_blob(topic, reader, ranges, chunk_bytes=chunk_bytes, resend=resend)
 
     def forget_blob(self, digest: bytes) -> None:
         """See `Transport`."""

@@ -90,6 +90,20 @@ def skellam(deviation: float) -> Noise:
     return draw
 
 
+def largest(kind: Callable[[float], Noise], deviation: float) -> int:
+    """No noise of that kind and deviation is larger in magnitude, for arithmetic that must not overflow.
+
+    Args:
+        kind: `rounded_gaussian`, `discrete_gaussian` or `skellam`.
+        deviation: as for that.
+    """
+    if kind is skellam:
+        _, table = _poisson_table(deviation**2 / 2)
+        return len(table.high)
+    stairs = _staircase(deviation, kind is discrete_gaussian)
+    return math.ceil((len(stairs.stairs.high) + 1) * 2.0**stairs.log_width)
+
+
 def _checked(deviation: float, most: float) -> float:
     if not 0 < deviation <= most:
         raise PrivacyError(f"noise of deviation {deviation:g} steps of the grid: must be above 0 and at most {most:g}")

@@ -35,6 +35,7 @@ import numpy.typing as npt
 
 from edgetrain.protocol.codecs.hashing import STREAM_ROUNDING, uniform
 from edgetrain.protocol.errors import SecureAggregationError
+from edgetrain.protocol.privacy.clipping import clip_to_grid
 from edgetrain.protocol.secure_aggregation.masks import Words, word_type
 
 Vector = npt.NDArray[np.float32]
@@ -129,7 +130,14 @@ class Quantized:
 
 
 def quantize(
-    values: Vector, weight: int, quantizer: Quantizer, layout: Layout, *, seed: int, noise: Noise | None = None
+    values: Vector,
+    weight: int,
+    quantizer: Quantizer,
+    layout: Layout,
+    *,
+    seed: int,
+    noise: Noise | None = None,
+    exact_norm: float = 0.0,
 ) -> Quantized:
     """A client's contribution.
 
@@ -139,6 +147,7 @@ def quantize(
         quantizer: of the round.
         layout: of the session.
         seed: for rounding.
+        exact_norm: L2 norm that the integers keep to after rounding, then to the nearest; 0 for no such norm.
         noise: added to the values before they are masked; it stays out of `decoded`.
 
     Raises:
@@ -150,7 +159,10 @@ def quantize(
     largest = LARGEST[quantizer.kind]
     step = quantizer.range / largest
     scaled = values.astype(np.float64) * (share / step)
-    rounded = np.floor(scaled + uniform(seed, STREAM_ROUNDING, len(scaled)).astype(np.float64))
+    if exact_norm:
+        rounded = clip_to_grid(scaled, exact_norm / step, 1.0)[0].astype(np.float64)
+    else:
+        rounded = np.floor(scaled + uniform(seed, STREAM_ROUNDING, len(scaled)).astype(np.float64))
     integers = np.clip(rounded, -largest, largest).astype(np.int64)
     decoded = (integers * (step / share)).astype(np.float32)
     if noise is not None:

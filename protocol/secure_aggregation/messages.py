@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -63,6 +63,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lying: bool = True
     # A client scales its values down to this L2 norm before they are quantized; 0 for no limit.
     max_norm: Annotated[float, Meta(ge=0)] = 0.0
+    # Deviation of the noise of all clients together, in `max_norm`; 0 for none. Then the norm holds after rounding.
+    noise_multiplier: Annotated[float, Meta(ge=0)] = 0.0
+    noise: Literal["discrete-gaussian", "skellam"] = "discrete-gaussian"
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):

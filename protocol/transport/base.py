@@ -77,7 +77,13 @@ class Transport(Protocol):
         ...
 
     def send_blob(
-        self, topic: str, reader: BlobReader, ranges: Iterable[tuple[int, int]] = (), *, chunk_bytes: int = 0
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]] = (),
+        *,
+        chunk_bytes: int = 0,
+        resend: bool = True,
     ) -> None:
         """Queues chunks of a blob; messages overtake them. Does not wait, and takes no memory for them.
 
@@ -89,6 +95,8 @@ class Transport(Protocol):
             reader: of the blob; called from the network's thread.
             ranges: half-open byte ranges; none for all.
             chunk_bytes: most payload bytes in one chunk; 0 for as many as suit the link.
+            resend: False: a lost connection drops what is queued and on the way; the receiver, who knows what
+                has arrived, will ask for the rest.
         """
         ...
 

@@ -105,7 +105,13 @@ class MemoryTransport:
         self._broker.publish(topic, payload, retain=retain)
 
     def send_blob(
-        self, topic: str, reader: BlobReader, ranges: Iterable[tuple[int, int]] = (), *, chunk_bytes: int = 0
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]] = (),
+        *,
+        chunk_bytes: int = 0,
+        resend: bool = True,  # noqa: ARG002
     ) -> None:
         """See `Transport`. Nothing waits here: there is no link to wait for."""
         size, most = reader.ref.size, min(chunk_bytes or DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES)

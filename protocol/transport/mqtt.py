@@ -167,11 +167,17 @@ class MqttTransport:
         self._wake()
 
     def send_blob(
-        self, topic: str, reader: BlobReader, ranges: Iterable[tuple[int, int]] = (), *, chunk_bytes: int = 0
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]] = (),
+        *,
+        chunk_bytes: int = 0,
+        resend: bool = True,
     ) -> None:
         """See `Transport`."""
         with self._lock:
-            self._outgoing.put_blob(topic, reader, ranges, chunk_bytes)
+            self._outgoing.put_blob(topic, reader, ranges, chunk_bytes, resend=resend)
         self._wake()
 
     def forget_blob(self, digest: bytes) -> None:
@@ -266,6 +272,7 @@ class MqttTransport:
         with self._lock:
             self._outgoing.max_messages = connection.receive_maximum
             self._outgoing.max_payload = DEFAULT_CHUNK_BYTES + HEADER_BYTES
+            self._outgoing.max_message = max(limit - PACKET_OVERHEAD_BYTES, 0)
             if limit:
                 self._outgoing.max_payload = min(self._outgoing.max_payload, limit - PACKET_OVERHEAD_BYTES)
         if self._outgoing.max_payload < MIN_CHUNK_BYTES + HEADER_BYTES:

@@ -51,6 +51,7 @@ class _Blob:
     todo: RangeSet = field(default_factory=RangeSet)
     on_the_way: RangeSet = field(default_factory=RangeSet)
     forgotten: bool = False
+    resend: bool = True
 
 
 class Outgoing:
@@ -61,7 +62,8 @@ class Outgoing:
     """
 
     def __init__(self, *, rate: float = 0.0) -> None:
-        # Largest payload that the broker takes.
+        # Largest payload of any message that the broker takes, and of a chunk.
+        self.max_message = 0
         self.max_payload = DEFAULT_CHUNK_BYTES + HEADER_BYTES
         # Messages that may be unacknowledged.
         self.max_messages = 1
@@ -90,7 +92,15 @@ class Outgoing:
         """Queues a message."""
         self._control.append(message)
 
-    def put_blob(self, topic: str, reader: BlobReader, ranges: Iterable[tuple[int, int]], chunk_bytes: int) -> None:
+    def put_blob(
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]],
+        chunk_bytes: int,
+        *,
+        resend: bool = True,
+    ) -> None:
         """Queues parts of a blob, but for those that wait already or are on the way to that topic.
 
         Args:
@@ -98,6 +108,7 @@ class Outgoing:
             reader: of the blob.
             ranges: half-open byte ranges; none for all.
             chunk_bytes: most payload bytes in one chunk; 0 for as many as suit the link.
+            resend: whether it survives a lost connection.
         """
         size = reader.ref.size
         wanted = RangeSet((start, min(stop, size)) for start, stop in (tuple(ranges) or ((0, size),)))
@@ -105,7 +116,7 @@ class Outgoing:
         blob = self._blobs.get(key)
         if blob is None:
             blob = self._blobs[key] = _Blob(topic, reader, chunk_bytes)
-        blob.reader, blob.chunk_bytes = reader, chunk_bytes
+        blob.reader, blob.chunk_bytes, blob.resend = reader, chunk_bytes, resend
         waits = bool(blob.todo)
         for start, stop in wanted.without(blob.on_the_way):
             blob.todo.add(start, stop)
@@ -123,8 +134,15 @@ class Outgoing:
         """What goes now, if anything may."""
         if len(self._sent) >= self.max_messages:
             return None
-        if self._control:
-            return self._control.popleft()
+        while self._control:
+            message = self._control.popleft()
+            if not self.max_message or len(message.payload) <= self.max_message:
+                return message
+            # It would close the connection, and be sent again after the next one was made.
+            logger.error(
+                "a message of %d bytes to %s is dropped: the broker takes %d; raise its packet limit",
+                len(message.payload), message.topic, self.max_message,
+            )  # fmt: skip
         while self._turns:
             if self._bulk_sent >= self.meter.window_bytes() or self._bucket.wait(now) > 0:
                 return None
@@ -164,7 +182,10 @@ class Outgoing:
         self._last_acknowledged = now
 
     def connection_lost(self) -> None:
-        """What was on the way goes again, first of all."""
+        """What was on the way goes again, first of all; but for blobs whose receiver will ask for the rest."""
+        for blob in [blob for blob in self._blobs.values() if not blob.resend]:
+            self._blobs.pop((blob.topic, blob.reader.ref.digest)).forgotten = True
+        self._turns = deque(blob for blob in self._turns if not blob.forgotten)
         lost = [what for what, _ in self._sent.values()]
         self._sent.clear()
         self._bulk_sent = 0

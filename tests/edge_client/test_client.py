@@ -841,7 +841,7 @@ def test_a_copy_of_an_earlier_runs_announcement_moves_nobody(scene):
     def next_run():
         if coordinator.run == old:
             coordinator.new_run(bytes(range(16)))
-            rounds(scene, 1)
+            rounds(scene, 1, nonce=b"of another run".ljust(16))
             invite = coordinator.on_ready
 
             def on_ready(ready):

@@ -15,9 +15,9 @@ from edgetrain.coordinator.broker import find_mosquitto
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.config import convert, read_toml
 from edgetrain.protocol.errors import TransportError
-from edgetrain.protocol.transport import Received
+from edgetrain.protocol.transport import Disconnected, Received
 from edgetrain.protocol.transport.mqtt import MqttTransport
-from support.brokers import received
+from support.brokers import next_event, received
 from support.enrolled import EnrolledFederation, edgetrain
 from support.federation import ENVIRONMENT
 from support.processes import wait_for
@@ -213,7 +213,7 @@ def test_a_revoked_client_is_dropped_by_a_running_broker_and_enrolled_anew_comes
     assert received(coordinator, 1) == [("edgetrain/fed/from/b/message", b"before")]
     federation.revoke("b")
     running.reload()
-    wait_for(lambda: not b._client.is_connected(), "the broker to drop b", seconds=10)
+    next_event(b, Disconnected)
     with pytest.raises(TransportError):
         federation.connect("b")
     b.publish("edgetrain/fed/from/b/message", b"after")

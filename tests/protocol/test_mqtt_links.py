@@ -64,6 +64,10 @@ def test_chunks_fit_into_the_packets_that_the_broker_takes(start, version):
         assembled.add(parse_chunk(payload))
     assert max(sizes) == 3000 - 256, "the packet's header, topic and properties have room"
     assembled.finish()
+    # One that is too large costs itself only, not the connection.
+    speaker.publish("blob", bytes(5000))
+    speaker.publish("blob", b"small")
+    assert received(listener, 1) == [("blob", b"small")]
 
 
 def test_a_broker_for_tiny_packets_is_refused(start):

@@ -123,6 +123,18 @@ def test_a_lost_connection_sends_again_what_was_not_acknowledged_and_nothing_els
     assert [(what.start, what.stop) for what in again[1:]] == [(n, n + 1000) for n in range(4000, 10_000, 1000)]
 
 
+def test_a_blob_whose_receiver_asks_is_dropped_with_the_connection():
+    outgoing = fast()
+    blob = MemoryBlob(bytes(10_000))
+    outgoing.put_blob("t", blob, (), 1000, resend=False)
+    for packet in range(4):
+        outgoing.sent(packet, outgoing.next(0.0), 0.0)
+    outgoing.connection_lost()
+    assert outgoing.empty
+    outgoing.put_blob("t", blob, [(2000, 10_000)], 1000, resend=False)
+    assert [what.start for _, what in drained(outgoing)] == list(range(2000, 10_000, 1000))
+
+
 def test_a_forgotten_blob_stays_forgotten_after_a_reconnect():
     outgoing = fast()
     blob = MemoryBlob(bytes(5000))

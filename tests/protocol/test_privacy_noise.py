@@ -96,6 +96,14 @@ def test_ties_in_a_table_are_broken_by_further_bits():
     assert noise._pick(table, scripted, 4).tolist() == [1, 0, 2, 3]
 
 
+@pytest.mark.parametrize(("kind", "deviation"), CASES)
+def test_the_largest_noise_is_known(kind, deviation):
+    bound = noise.largest(kind, deviation)
+    assert np.abs(kind(deviation)(Keystream(KEY), 100_000)).max() <= bound
+    # As far as the tail goes; for skellam, from one end of a Poisson table to the other.
+    assert 13.5 * deviation <= bound <= (20 * deviation + 230 if kind is skellam else 14.6 * deviation + 3)
+
+
 def test_the_same_bytes_give_the_same_noise_and_no_other_do():
     draw = rounded_gaussian(2.0**30)
     np.testing.assert_array_equal(draw(Keystream(KEY), 1000), draw(Keystream(KEY), 1000))
