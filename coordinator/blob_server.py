@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, blob_ref, cut
+from edgetrain.protocol.blob_readers import BlobReader, MemoryBlob
+from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, MIN_CHUNK_BYTES
 from edgetrain.protocol.messages import BlobRef
 from edgetrain.protocol.names import Topics
+from edgetrain.protocol.transport import Transport
 
 # How long a first request waits for others, so that one publication serves them all.
 GATHER_SECONDS = 0.05
@@ -15,8 +16,7 @@ GATHER_SECONDS = 0.05
 
 @dataclass(slots=True)
 class _Blob:
-    ref: BlobRef
-    data: bytes
+    reader: BlobReader
     # Number of clients expected to ask; 0 if unknown.
     audience: int = 0
     waiting: set[str] = field(default_factory=set)
@@ -28,39 +28,43 @@ class BlobServer:
 
     Args:
         topics: of the federation.
-        publish: (topic, payload) -> None.
+        transport: connected; it cuts the chunks when they can leave, so that what is queued takes no memory.
         chunk_bytes: most payload bytes in one chunk.
     """
 
-    def __init__(
-        self, topics: Topics, publish: Callable[[str, bytes], None], chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    ) -> None:
+    def __init__(self, topics: Topics, transport: Transport, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> None:
         self._topics = topics
-        self._publish = publish
+        self._transport = transport
         self._chunk_bytes = chunk_bytes
         self._blobs: dict[bytes, _Blob] = {}
 
-    def add(self, data: bytes) -> BlobRef:
+    def add(self, data: bytes | memoryview) -> BlobRef:
+        """Makes a blob available; of a mapped file only what is being sent is in memory."""
+        return self.add_reader(MemoryBlob(data))
+
+    def add_reader(self, reader: BlobReader) -> BlobRef:
         """Makes a blob available."""
-        ref = blob_ref(data)
-        self._blobs.setdefault(ref.digest, _Blob(ref, data))
-        return ref
+        self._blobs.setdefault(reader.ref.digest, _Blob(reader))
+        return reader.ref
 
     def expect(self, ref: BlobRef, *, audience: int) -> None:
         """Says how many clients will ask for a blob: when so many have, it goes out without further wait."""
         self._blobs[ref.digest].audience = audience
 
     def remove(self, ref: BlobRef) -> None:
-        """Forgets a blob."""
+        """Forgets a blob, and what of it has not left yet."""
         self._blobs.pop(ref.digest, None)
+        self._transport.forget_blob(ref.digest)
 
-    def want(self, client: str, digest: bytes, ranges: tuple[tuple[int, int], ...], now: float) -> bool:
+    def want(
+        self, client: str, digest: bytes, ranges: tuple[tuple[int, int], ...], now: float, chunk_bytes: int = 0
+    ) -> bool:
         """A client asks; False if there is no such blob."""
         blob = self._blobs.get(digest)
         if blob is None:
             return False
         if ranges:
-            self._send(blob, self._topics.to_client(client, "blob"), _merge(ranges))
+            self._send(blob, self._topics.to_client(client, "blob"), ranges, chunk_bytes)
             return True
         if not blob.waiting:
             blob.due = now + GATHER_SECONDS
@@ -77,7 +81,7 @@ class BlobServer:
                 if len(blob.waiting) == 1:
                     topic = self._topics.to_client(next(iter(blob.waiting)), "blob")
                 else:
-                    topic = self._topics.broadcast_blob(blob.ref.digest)
+                    topic = self._topics.broadcast_blob(blob.reader.ref.digest)
                 blob.waiting.clear()
                 self._send(blob, topic, ())
 
@@ -85,17 +89,6 @@ class BlobServer:
         """When `tick` has something to do, if ever."""
         return min((blob.due for blob in self._blobs.values() if blob.waiting), default=None)
 
-    def _send(self, blob: _Blob, topic: str, ranges: tuple[tuple[int, int], ...]) -> None:
-        for chunk in cut(blob.ref, blob.data, ranges, self._chunk_bytes):
-            self._publish(topic, chunk)
-
-
-def _merge(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """The same bytes, each once: a request is never answered with more than the blob."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        elif start < stop:
-            merged.append((start, stop))
-    return tuple(merged)
+    def _send(self, blob: _Blob, topic: str, ranges: tuple[tuple[int, int], ...], chunk_bytes: int = 0) -> None:
+        wanted = min(chunk_bytes or self._chunk_bytes, self._chunk_bytes)
+        self._transport.send_blob(topic, blob.reader, ranges, chunk_bytes=max(wanted, MIN_CHUNK_BYTES))

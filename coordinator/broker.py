@@ -96,7 +96,7 @@ class Mosquitto:
         log = Path(self._directory.name) / "mosquitto.log"
         config.write_text(
             f"listener {port} {HOST}\nallow_anonymous true\npersistence false\n"
-            f"max_queued_messages 0\nmax_inflight_messages 0\nset_tcp_nodelay true\n{settings}",
+            f"max_queued_messages 0\nmax_inflight_messages 64\nset_tcp_nodelay true\n{settings}",
             encoding="ascii",
         )
         with log.open("wb") as output:
@@ -123,13 +123,18 @@ class EmbeddedBroker:
     """aMQTT in a thread of this process.
 
     It speaks MQTT 3.1.1 only and leaves an MQTT 5 CONNECT unanswered, so say so to those who connect.
+
+    Args:
+        port: to listen on, on the loopback interface.
+        websocket_port: to listen on for MQTT over WebSockets; 0 for none.
     """
 
     mqtt_version: Literal["auto", "3.1.1"] = "3.1.1"
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, websocket_port: int = 0) -> None:
         self.port = port
-        self._loop = asyncio.new_event_loop()
+        self._websocket_port = websocket_port
+        self._loop = asyncio.SelectorEventLoop()
         self._failure: BaseException | None = None
         self._end = asyncio.Event()
         # Set when it listens, or never will.
@@ -160,15 +165,18 @@ class EmbeddedBroker:
 
     async def _serve(self) -> None:
         try:
-            from amqtt.broker import Broker  # noqa: PLC0415
+            from edgetrain.coordinator.amqtt_broker import Broker  # noqa: PLC0415
         except ImportError as error:
             raise BrokerError("the embedded broker needs amqtt: pip install 'edgetrain[coordinator]'") from error
-        for name in ("amqtt", "transitions"):
+        for name in ("amqtt", "transitions", "websockets"):
             # It calls it an error when a client just goes away.
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        listeners = {"default": {"type": "tcp", "bind": f"{HOST}:{self.port}"}}
+        if self._websocket_port:
+            listeners["websocket"] = {"type": "ws", "bind": f"{HOST}:{self._websocket_port}"}
         broker = Broker(
             {
-                "listeners": {"default": {"type": "tcp", "bind": f"{HOST}:{self.port}"}},
+                "listeners": listeners,
                 "plugins": {"amqtt.plugins.authentication.AnonymousAuthPlugin": {"allow_anonymous": True}},
             }
         )
@@ -177,16 +185,41 @@ class EmbeddedBroker:
         try:
             await self._end.wait()
         finally:
-            # It would do so last, and wait for acknowledgements before, if need be for ever.
-            for server in broker._servers.values():  # noqa: SLF001
-                if server.instance is not None:
-                    server.instance.close()
+            servers = [server.instance for server in broker._servers.values() if server.instance]  # noqa: SLF001
+            # asyncio loses the socket of a connection whose listener is closed within two steps of accepting it.
+            for server in servers:
+                for listening in server.sockets:
+                    self._loop.remove_reader(listening.fileno())
+            for _ in range(3):
+                await asyncio.sleep(0)
+            # The broker would do so last, and wait for acknowledgements before, if need be for ever.
+            for server in servers:
+                server.close()
             await asyncio.wait({asyncio.create_task(broker.shutdown())}, timeout=STOP_SECONDS)
-            # Some of its tasks need to be told more than once, and make new ones meanwhile.
-            deadline = self._loop.time() + STOP_SECONDS
-            while (left := asyncio.all_tasks() - {asyncio.current_task()}) and self._loop.time() < deadline:
-                for task in left:
-                    task.cancel()
+            await self._let_go()
+
+    async def _let_go(self) -> None:
+        """Ends every task and closes every connection: none is left to the garbage collector of a later test."""
+        # asyncio would log a traceback for each connection that had not said who it is.
+        self._loop.set_exception_handler(lambda _loop, _context: None)
+        # Some of its tasks need to be told more than once, and make new ones meanwhile.
+        deadline = self._loop.time() + STOP_SECONDS
+        while self._loop.time() < deadline:
+            await asyncio.sleep(0)
+            # All that were ever accepted, also those that no task of the broker has looked at yet.
+            open_transports = [
+                transport
+                for transport in list(self._loop._transports.values())  # type: ignore[attr-defined]  # noqa: SLF001
+                if transport._sock is not None  # noqa: SLF001
+            ]
+            for transport in open_transports:
+                transport.abort()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            if not left and not open_transports:
+                return
+            if left:
                 await asyncio.wait(left, timeout=0.1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from edgetrain.coordinator.audit import AuditLog
-from edgetrain.coordinator.audit.records import Aggregated, Command, Ended, Invited
+from edgetrain.coordinator.audit.records import Aggregated, Command, Ended, Invited, PrivacySpent
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.records import RoundRecord
 from edgetrain.protocol.messages import LogPoint, Plan, encode_message
@@ -41,6 +41,15 @@ class Chronicle:
         self._audit.append(
             Aggregated(round=record.round, accepted=record.accepted, parameters=record.parameters_sha256)
         )
+        self._audit.commit()
+
+    def privacy_spent(self, number: int, *, epsilon: float, delta: float, mechanism: str) -> None:
+        """What the federation has spent of its privacy budget, with the round whose noisy sum was just paid for.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        self._audit.append(PrivacySpent(round=number, epsilon=epsilon, delta=delta, mechanism=mechanism))
         self._audit.commit()
 
     def ended(self, status: str, reason: str) -> None:

@@ -58,6 +58,9 @@ class Roster:
     def __len__(self) -> int:
         return len(self._clients)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._clients
+
     def __getitem__(self, name: str) -> ClientRecord:
         return self._clients[name]
 

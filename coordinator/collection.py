@@ -11,6 +11,13 @@ from edgetrain.coordinator.journal import Invited, Journal, RoundOpened, UpdateA
 from edgetrain.coordinator.journal_reading import JournalReader
 from edgetrain.coordinator.records import ClientRow
 from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.secure_records import (
+    SecureClosed,
+    SecureMasked,
+    SecureOpened,
+    SecureReceived,
+    SecureRecord,
+)
 from edgetrain.coordinator.strategies import Contribution, ServerState, Strategy
 from edgetrain.protocol import CodecError, MessageError
 from edgetrain.protocol.codecs import Limits, SparseOrDense, decode
@@ -50,6 +57,8 @@ class Collection:
         # Whether an earlier process has invited anybody, or nobody on purpose.
         self.was_invited = False
         self.rows: list[ClientRow] = []
+        # Of secure aggregation, as an earlier process has noted them.
+        self.secure_records: list[tuple[SecureRecord, bytes]] = []
         self.update_bytes = 0
 
     def open(self, directory: RunDirectory, opened: RoundOpened) -> RoundOpened:
@@ -80,8 +89,8 @@ class Collection:
             )
         self._journal = Journal(path, length=reader.length, salt=first.salt)
         if reader.length == 0:
+            # Not synced yet: how the round was opened is in the database, too.
             self._journal.append(first)
-            self._journal.commit()
         return first
 
     def _take_back(self, reader: JournalReader, opened: RoundOpened, noted: RoundOpened | None) -> RoundOpened | None:
@@ -109,6 +118,8 @@ class Collection:
                             f"{reader.path}: the update of {meta.client} cannot be taken back: {error}. Go on with "
                             "the settings and the version of edgetrain that accepted it."
                         ) from error
+                case SecureOpened() | SecureReceived() | SecureMasked() | SecureClosed():
+                    self.secure_records.append((meta, payload))
         return first
 
     def _replay(self, meta: UpdateAccepted, update: bytes) -> None:
@@ -143,6 +154,31 @@ class Collection:
         assert self._journal is not None, "open comes first"
         self._fold(client, offer, update, training)
         self._journal.append(UpdateAccepted(client=client, envelope=envelope, training=training), update)
+
+    def note(self, record: SecureRecord, payload: bytes = b"") -> None:
+        """Appends a step of secure aggregation to the journal; `commit` makes it durable.
+
+        Raises:
+            RunError: the journal cannot be written.
+        """
+        assert self._journal is not None, "open comes first"
+        self._journal.append(record, payload)
+
+    def fold_sum(self, contribution: Contribution, rows: Sequence[ClientRow], digests: dict[str, bytes]) -> None:
+        """Folds what secure aggregation has summed, as one contribution.
+
+        Args:
+            contribution: the weighted mean, with the sum of the weights.
+            rows: one for each client in it.
+            digests: of their masked updates.
+
+        Raises:
+            UpdateRefused: the strategy will not have it.
+        """
+        self.partial = self._strategy.fold(self.partial, contribution)
+        self.rows.extend(rows)
+        self.update_bytes += sum(row.update_bytes for row in rows)
+        self.digests |= digests
 
     def commit(self) -> None:
         """Returns when everything accepted is on the disk."""

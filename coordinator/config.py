@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+import tomli_w
 from msgspec import Meta
 
 from edgetrain.coordinator.adaptation import DeviceRule
 from edgetrain.coordinator.observability.config import ObservabilityConfig
 from edgetrain.coordinator.privacy.config import PrivacyConfig
+from edgetrain.coordinator.secure_config import SecureAggregationConfig
 from edgetrain.coordinator.selection import SelectionConfig
 from edgetrain.coordinator.strategies import StrategyTable
 from edgetrain.protocol.training import TrainingConfig
@@ -140,7 +142,19 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     stop: StopConfig = StopConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     limits: LimitsConfig = LimitsConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     # What changes for devices of some kind; the first that fits counts.
     devices: tuple[DeviceRule, ...] = ()
+
+
+def to_toml(settings: msgspec.Struct) -> str:
+    """Settings as TOML text, without those that are nil: TOML has no word for it."""
+    return tomli_w.dumps(_without_nil(msgspec.to_builtins(settings)))
+
+
+def _without_nil(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nil(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nil(entry) for entry in value] if isinstance(value, list | tuple) else value

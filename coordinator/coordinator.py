@@ -27,7 +27,7 @@ from edgetrain.coordinator.rounds import Outcome, Part
 from edgetrain.coordinator.run_directory import RunDirectory
 from edgetrain.coordinator.spread import evaluation_of
 from edgetrain.coordinator.stopping import metric_series, stop_reason
-from edgetrain.coordinator.strategies import described
+from edgetrain.coordinator.strategies import Strategy, described
 from edgetrain.coordinator.traffic import count_traffic
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.groups import elements_of
@@ -78,7 +78,7 @@ class Coordinator:
         self._evaluate = evaluate
         self._observe = observe
         self._clock = clock
-        self._strategy = checked_strategy(config)
+        self._strategy = self._make_strategy()
         self._server_state = directory.load_server_state()
         self._lottery = Lottery.of(self._strategy.private)
         # What the devices keep to themselves stays as it was exported here.
@@ -103,6 +103,9 @@ class Coordinator:
         # Last: it locks a file until `run` ends.
         self._budget = open_budget(config, self._strategy, directory.records)
         self._started = clock()
+
+    def _make_strategy(self) -> Strategy:
+        return checked_strategy(self._config)
 
     def run(self) -> Summary:
         """Runs until a stop condition holds.
@@ -148,9 +151,10 @@ class Coordinator:
             # It was obeyed by the process before.
             write_request(self._directory.path, "run")
         for entry in self._bundle.manifest.files():
-            self._blobs.add(self._bundle.read(entry))
+            self._blobs.add(self._bundle.map(entry))
         # The announcement follows when the transport says that it is connected.
-        self._transport.subscribe(self._topics.from_client("+", "#"))
+        for kind in ("message", "blob"):
+            self._transport.subscribe(self._topics.from_client("+", kind))
         if self._round_number == 0:
             self._evaluate_after(0, self._parameters)
 
@@ -248,7 +252,7 @@ class Coordinator:
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
         self._dismiss(current)
-        epsilon = self._budget.charge() if self._budget else None
+        epsilon = self._pay(state.number)
         parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
@@ -267,7 +271,6 @@ class Coordinator:
             bytes_down=bytes_down,
             epsilon=epsilon,
         )
-        self._clients.save()
         rows = client_rows(current)
         self._history.add(rows)
         self._history.durations.extend(current.durations.values())
@@ -278,13 +281,25 @@ class Coordinator:
             rows,
             server_state=server_state,
             strategy=described(self._strategy),
+            clients=self._clients.listed(),
         )
         collection.close()
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._intake.current = None
+        self._intake.forget_uploads()
         self._chronicle.publish()
         self._observe(events.RoundEnded(record))
+
+    def _pay(self, number: int) -> float | None:
+        """Pays for a round out of the privacy budget, if there is one, before its noisy sum is looked at."""
+        if self._budget is None:
+            return None
+        epsilon = self._budget.charge()
+        self._chronicle.privacy_spent(
+            number, epsilon=epsilon, delta=self._budget.delta, mechanism=self._budget.mechanism
+        )
+        return epsilon
 
     def _dismiss(self, current: OpenRound) -> None:
         """Whoever still trains for the round may stop."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
-from edgetrain.coordinator.authority.registry import REGISTRY_FILE, Enrolment, read_registry
+from edgetrain.coordinator.authority.registry import REGISTRY_FILE, AuthorityError, Enrolment, read_registry
+
+logger = logging.getLogger(__name__)
 
 Objection = tuple[Literal["not_enrolled", "revoked"], str]
 
@@ -29,7 +32,7 @@ class Enrolments:
         """What is new or different since the last call; at the first, everything.
 
         Raises:
-            AuthorityError: the registry cannot be read.
+            AuthorityError: the registry cannot be read, at the first call.
         """
         try:
             status = self._path.stat()
@@ -38,23 +41,31 @@ class Enrolments:
             stamp = None
         if stamp is not None and stamp == self._stamp:
             return []
-        entries = {entry.name: entry for entry in read_registry(self._path.parent)}
+        try:
+            entries = {entry.name: entry for entry in read_registry(self._path.parent)}
+        except AuthorityError as error:
+            if self._stamp is None:
+                raise
+            # What was known holds: a damaged file ends no run, and lets nobody in.
+            logger.error("%s; the enrolments stay as they were", error)  # noqa: TRY400
+            self._stamp = stamp or (0, 0, 0)
+            return []
         changed = [entry for name, entry in entries.items() if self._entries.get(name) != entry]
         self._entries, self._stamp = entries, stamp
         return changed
 
-    def objection(self, client: str, public_key: bytes | None = None) -> Objection | None:
+    def objection(self, client: str, public_key: bytes) -> Objection | None:
         """Why a client may not take part, or None.
 
         Args:
             client: its name.
-            public_key: that it uses, or None if that has been looked at before.
+            public_key: that it uses.
         """
         entry = self._entries.get(client)
         if entry is None:
             return "not_enrolled", f"{client!r} is not enrolled here: edgetrain enroll {client}"
         if entry.revoked_at:
             return "revoked", f"{client!r} was revoked on {entry.revoked_at}"
-        if public_key is not None and public_key.hex() != entry.public_key:
+        if public_key.hex() != entry.public_key:
             return "not_enrolled", f"the name {client!r} is enrolled with another key: use its own device file"
         return None

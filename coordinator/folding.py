@@ -17,6 +17,8 @@ from edgetrain.protocol.codecs import SparseOrDense
 
 FRACTION_BITS = 30
 _LIMIT = 2**63 - 1
+# Elements that are folded at a time.
+_PIECE = 1 << 15
 
 
 class FixedPointSum:
@@ -44,30 +46,36 @@ class FixedPointSum:
         Raises:
             UpdateRefused: of another length, or so large that the sum could overflow. Nothing was added.
         """
-        scaled, largest = self._scaled(update, weight, scale)
-        quantized = np.rint(scaled).astype(np.int64)
-        if update.indices is None:
-            self.total += quantized
-        else:
-            self.total[update.indices] += quantized
+        factor, largest = self._checked(update, weight, scale)
+        # In pieces that stay in the processor's cache.
+        for start in range(0, len(update.values), _PIECE):
+            piece = slice(start, start + _PIECE)
+            scaled = np.multiply(update.values[piece], factor, dtype=np.float64)
+            quantized = np.rint(scaled, out=scaled).astype(np.int64)
+            if update.indices is None:
+                self.total[piece] += quantized
+            else:
+                self.total[update.indices[piece]] += quantized
         self._bound += largest + 1
         self.weight += weight
         self.count += 1
 
     def check(self, update: SparseOrDense, weight: int, scale: float = 1.0) -> None:
         """Raises what `add` would raise, and adds nothing: for those who fill two sums with one update."""
-        self._scaled(update, weight, scale)
+        self._checked(update, weight, scale)
 
-    def _scaled(self, update: SparseOrDense, weight: int, scale: float) -> tuple[npt.NDArray[np.float64], int]:
-        """The values in units of 2^-30, not yet rounded, and a bound of the largest."""
+    def _checked(self, update: SparseOrDense, weight: int, scale: float) -> tuple[float, int]:
+        """What makes values units of 2^-30, and the largest of them in these units."""
         if update.num_parameters != len(self.total):
             raise UpdateRefused(f"the update has {update.num_parameters} parameters, the model has {len(self.total)}")
-        scaled = update.values.astype(np.float64)
-        scaled *= float(weight) * scale * 2.0**FRACTION_BITS
-        largest = float(np.max(np.abs(scaled), initial=0.0))
+        factor = float(weight) * scale * 2.0**FRACTION_BITS
+        values = update.values
+        # Rounding is monotonic: the largest product is that of the largest value. A NaN stays one.
+        bounds = np.array([np.max(values, initial=0), np.min(values, initial=0)], np.float64)
+        largest = float(np.max(np.abs(bounds * factor)))
         if not np.isfinite(largest) or self._bound + int(largest) + 1 > _LIMIT:
             raise UpdateRefused("the update's values are too large to be summed exactly")
-        return scaled, int(largest)
+        return factor, int(largest)
 
     def mean(self) -> npt.NDArray[np.float64]:
         """The weighted mean, float64 [num_parameters]; zeros if nothing was added."""

@@ -5,9 +5,11 @@ Everything that arrives is hostile until its signature, its sender and its round
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 from edgetrain import __version__
 from edgetrain.coordinator import events
@@ -15,15 +17,17 @@ from edgetrain.coordinator.audit import AuditLog, records
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients import ClientRecord, Roster
 from edgetrain.coordinator.enrolments import Enrolments
-from edgetrain.coordinator.errors import UpdateRefused
+from edgetrain.coordinator.errors import RunError, UpdateRefused
 from edgetrain.coordinator.open_round import OpenRound, Upload
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.records import ClientRow
 from edgetrain.coordinator.refusals import Kind, Refusals
 from edgetrain.coordinator.rounds import Part
+from edgetrain.coordinator.secure_round import SecureRound
 from edgetrain.protocol import BlobError, MessageError, SignatureError
-from edgetrain.protocol.blobs import Assembler, parse_chunk
+from edgetrain.protocol.blobs import parse_chunk
 from edgetrain.protocol.codecs import CodecSpec
+from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import (
     Decline,
     Goodbye,
@@ -33,19 +37,22 @@ from edgetrain.protocol.messages import (
     Ready,
     Refusal,
     Report,
+    Secure,
     Verdict,
     Want,
     Welcome,
     decode_from_client,
 )
 from edgetrain.protocol.names import Topics
+from edgetrain.protocol.partial import assemble, forget_partial_blobs
 from edgetrain.protocol.signing import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, VersionError, unseal, verify
 from edgetrain.protocol.transport import Received
 
 logger = logging.getLogger(__name__)
 
-# An upload that has not moved for so long is asked for again.
+# An upload that has not moved for so long is asked for again; twice as long the next time, up to a maximum.
 STALL_SECONDS = 3.0
+MAX_STALL_SECONDS = 60.0
 MAX_RANGES = 512
 # Brokers that carry larger messages are rare, and clients that send them rarer.
 MAX_CHUNK_BYTES = 1 << 20
@@ -65,6 +72,7 @@ class Intake:
         roster: the clients.
         plan: makes the open round's plan for a client, for those who may have lost it.
         max_update_bytes: of one update.
+        uploads: directory for updates on their way in; what is there is taken up when its client offers it again.
         observe: is told what happens.
         audit: the run's log.
         refusals: keeps the books on who was refused.
@@ -83,6 +91,7 @@ class Intake:
         roster: Roster,
         plan: Callable[[OpenRound, str], Plan],
         max_update_bytes: int,
+        uploads: Path,
         observe: events.Observer,
         audit: AuditLog,
         refusals: Refusals,
@@ -97,6 +106,7 @@ class Intake:
         self._roster = roster
         self._plan = plan
         self._max_update_bytes = max_update_bytes
+        self._uploads = uploads
         self._observe = observe
         self._audit = audit
         self.refusals = refusals
@@ -164,10 +174,23 @@ class Intake:
         """Asks for the missing parts of uploads that have stopped."""
         now = self._clock()
         for client, upload in self.current.uploads.items() if self.current else ():
-            if now - upload.moved_at >= STALL_SECONDS:
-                upload.moved_at = now
-                missing = tuple(upload.assembler.missing()[:MAX_RANGES])
-                self._post.send(client, Want(digest=upload.offer.update.digest, ranges=missing))
+            if now - upload.moved_at >= min(STALL_SECONDS * 2.0**upload.stalls, MAX_STALL_SECONDS):
+                upload.stalls = min(upload.stalls + 1, 10)
+                self._ask_for(client, upload)
+
+    def forget_uploads(self) -> None:
+        """Deletes what nobody will send the rest of."""
+        uploads = self.current.uploads if self.current else {}
+        for directory in self._uploads.glob("*"):
+            upload = uploads.get(directory.name)
+            forget_partial_blobs(directory, keep=[upload.offer.update.digest] if upload else [])
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+    def _ask_for(self, client: str, upload: Upload) -> None:
+        upload.moved_at = self._clock()
+        missing = tuple(upload.assembler.missing()[:MAX_RANGES])
+        self._post.send(client, Want(digest=upload.offer.update.digest, ranges=missing))
 
     # --- messages ------------------------------------------------------------------------------------
 
@@ -182,7 +205,7 @@ class Intake:
             self._on_hello(client, message)
             return
         record = self._roster.get(client)
-        if record and self._enrolments and (objection := self._enrolments.objection(client)):
+        if record and self._enrolments and (objection := self._enrolments.objection(client, record.public_key)):
             self.refusals.message(client, *objection)
             return
         if record is None:
@@ -199,6 +222,8 @@ class Intake:
                 self._on_offer(record, message, payload)
             case Want():
                 self._on_want(record, message)
+            case Secure():
+                self._on_secure(record, message)
             case Report():
                 self._on_report(record, message)
             case Goodbye():
@@ -261,6 +286,10 @@ class Intake:
             self._observe(events.ClientLeft(client, reason))
 
     def _on_ready(self, record: ClientRecord, ready: Ready) -> None:
+        if ready.connection is not None and not record.connection:
+            # Known from an earlier process of ours: it has to say which connection this is.
+            self._post.announce("open", client=record.name)
+            return
         if ready.connection is not None and ready.connection != record.connection:
             self.refusals.message(record.name, "replay", "a Ready of an earlier connection", signed=True)
             return
@@ -279,6 +308,8 @@ class Intake:
             # Back in the middle of a round: it may have lost the plan.
             current.state.advance(record.name, Part.INVITED)
             self._post.send(record.name, self._plan(current, record.name))
+        elif current and current.secure and record.name in current.state.parts:
+            current.secure.remind(record.name)
         elif self.evaluation_plan and record.name not in self.reports:
             self._post.send(record.name, self.evaluation_plan)
 
@@ -293,7 +324,7 @@ class Intake:
         invited = current and current.state.parts.get(record.name) is Part.INVITED
         if current and invited and any(want.digest == blob.digest for blob in current.blobs):
             current.state.advance(record.name, Part.TRAINING)
-        if not self._blobs.want(record.name, want.digest, want.ranges, self._clock()):
+        if not self._blobs.want(record.name, want.digest, want.ranges, self._clock(), want.chunk_bytes):
             logger.debug("%s wants a blob that is no more: %s", record.name, want.digest.hex()[:12])
 
     def _on_report(self, record: ClientRecord, report: Report) -> None:
@@ -326,10 +357,13 @@ class Intake:
             self._verdicts.append((client, _accepted(offer, self.come_back(client))))
         elif offer.run != self._run:
             self._reject(client, offer, "replay", "is of another run")
-        elif current and offer.round == current.state.number and offer.nonce != current.state.nonce:
+        elif current and offer.round == current.state.number and offer.nonce not in current.nonces:
             self._reject(client, offer, "replay", f"round {offer.round} has another nonce")
         elif not current or not current.admits(offer.round, offer.nonce):
             self._reject(client, offer, "stale_round", f"round {offer.round} is closed: too late")
+        elif current.secure and current.secure.holds(client, offer.update.digest):
+            # In the sum; what becomes of that is not known yet.
+            current.secure.remind(client)
         elif objection := self._objection(client, offer, current):
             if objection[0] != "not_invited":
                 current.state.advance(client, Part.REFUSED)
@@ -337,10 +371,26 @@ class Intake:
             self._reject(client, offer, *objection)
         else:
             known = current.uploads.get(client)
-            if known is None or known.offer.update != offer.update:
-                assembler = Assembler(offer.update, limit=self._max_update_bytes)
-                current.uploads[client] = Upload(offer, envelope, assembler, self._clock())
+            if known is not None and known.offer.update == offer.update:
+                # It has lost the connection, or its patience.
+                self._ask_for(client, known)
+            else:
+                if known is not None:
+                    known.assembler.discard()
+                upload = current.uploads[client] = self._open_upload(client, offer, envelope)
+                if upload.assembler.missing() != [(0, offer.update.size)]:
+                    # Begun before a restart. Else its chunks follow the offer, or are asked for.
+                    self._ask_for(client, upload)
             current.state.advance(client, Part.COLLECTING)
+
+    def _open_upload(self, client: str, offer: Offer, envelope: bytes) -> Upload:
+        # A directory each: two who offer the same bytes must not share a file.
+        directory = self._uploads / client
+        try:
+            assembler = assemble(offer.update, directory, limit=self._max_update_bytes)
+        except OSError as error:
+            raise RunError(f"{directory}: cannot be used: {error}") from error
+        return Upload(offer, envelope, assembler, self._clock())
 
     def _objection(self, client: str, offer: Offer, current: OpenRound) -> tuple[Kind, str] | None:
         if client in current.collection.digests:
@@ -349,6 +399,8 @@ class Intake:
             return "not_invited", "not invited to this round"
         if not 0 < offer.update.size <= self._max_update_bytes:
             return "oversize", f"the update has {offer.update.size} bytes, allowed are 1 to {self._max_update_bytes}"
+        if current.secure and (reason := current.secure.objection(client, offer.update.size)):
+            return "secure_aggregation", reason
         return None
 
     def _on_chunk(self, client: str, payload: bytes) -> None:
@@ -361,15 +413,25 @@ class Intake:
         chunk = parse_chunk(payload)
         if chunk.digest != upload.offer.update.digest:
             return
-        upload.moved_at = self._clock()
-        if not upload.assembler.add(chunk):
-            return
+        upload.moved_at, upload.stalls = self._clock(), 0
+        try:
+            if not upload.assembler.add(chunk):
+                return
+        except OSError as error:
+            raise RunError(f"{self._uploads}: cannot store an update: {error}") from error
+        self._take(client, current, upload)
+
+    def _take(self, client: str, current: OpenRound, upload: Upload) -> None:
+        """An update has arrived."""
         del current.uploads[client]
         offer = upload.offer
+        if current.secure:
+            self._on_masked(current.secure, client, upload)
+            return
         try:
             # A client that was invited before a restart: what its plan says, it said then.
             training = current.trainings.get(client) or self._plan(current, client).training
-            current.collection.accept(client, offer, upload.envelope, upload.assembler.finish(), training)
+            current.collection.accept(client, offer, upload.envelope, _finish(upload), training)
         except (UpdateRefused, BlobError) as error:
             current.state.advance(client, Part.REFUSED)
             self._reject(client, offer, "bad_update", str(error))
@@ -383,6 +445,26 @@ class Intake:
         self._audit.append(accepted_record(current.collection.rows[-1], offer.update.digest))
         accepted = current.state.count(Part.ACCEPTED)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
+
+    def _on_masked(self, secure: SecureRound, client: str, upload: Upload) -> None:
+        try:
+            secure.on_masked(client, upload.offer, upload.envelope, upload.assembler.finish())
+        except (SecureAggregationError, BlobError) as error:
+            self._reject(client, upload.offer, "secure_aggregation", str(error))
+        else:
+            record = self._roster[client]
+            record.resources, record.state = upload.offer.resources, upload.offer.state
+
+    def _on_secure(self, record: ClientRecord, message: Secure) -> None:
+        current = self.current
+        if not current or not current.secure or not current.admits(message.round, message.nonce):
+            return
+        try:
+            current.secure.on_message(record.name, record.public_key, message.body)
+        except SecureAggregationError as error:
+            self.refusals.message(record.name, "secure_aggregation", str(error), signed=True)
+            return
+        current.state.advance(record.name, Part.COLLECTING)
 
     def _reject(self, client: str, offer: Offer, kind: Kind, reason: str) -> None:
         if self.current:
@@ -403,6 +485,13 @@ def accepted_record(row: ClientRow, digest: bytes, *, from_journal: bool = False
         num_examples=row.num_examples,
         from_journal=from_journal,
     )
+
+
+def _finish(upload: Upload) -> bytes:
+    try:
+        return upload.assembler.finish()
+    except OSError as error:
+        raise RunError(f"cannot read an update that has arrived: {error}") from error
 
 
 def _kind(payload: bytes, kind: str) -> Kind:

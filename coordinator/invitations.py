@@ -17,11 +17,14 @@ from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.pace import come_back_seconds
 from edgetrain.coordinator.records import RoundRecord
 from edgetrain.coordinator.rounds import Part
+from edgetrain.coordinator.secure_settings import check_secure_aggregation
 from edgetrain.coordinator.selection import Candidate, admitted, select
 from edgetrain.coordinator.strategies import Setting, Strategy, Vector, check_strategy, make_strategy
 from edgetrain.protocol.codecs import CodecSpec, negotiate
 from edgetrain.protocol.messages import BlobRef, Plan
 
+# What no client can encode with.
+NO_CODEC = "secure aggregation only"
 # Rounds whose mean duration tells how long a client will not be needed.
 PACE_ROUNDS = 10
 
@@ -37,10 +40,13 @@ def checked_strategy(config: FederationConfig) -> Strategy:
         training=config.training,
         minimum=config.rounds.least,
         goal=config.rounds.goal,
+        only_sums=config.secure_aggregation.enabled,
     )
     strategy = make_strategy(config.strategy, setting)
     for rule in config.devices:
         check_strategy(strategy, adapted_setting(setting, rule))
+    if config.secure_aggregation.enabled:
+        check_secure_aggregation(config, strategy)
     return strategy
 
 
@@ -125,7 +131,9 @@ class Invitations:
             training=training,
             control=current.control,
             personal=self._config.personal,
-            codec=str(codec),
+            secure=current.secure.settings if current.secure else b"",
+            # A client that knows nothing of secure aggregation must not send its update in the clear.
+            codec=NO_CODEC if current.secure else str(codec),
             deadline_seconds=rounds.deadline_seconds if self._strategy.asynchronous else left,
             seed=self._config.seed,
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator.secure_records import SecureRecord
 from edgetrain.protocol.files import sync_directory
 from edgetrain.protocol.training import TrainingConfig
 
@@ -54,7 +55,7 @@ class UpdateAccepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
     training: TrainingConfig = TrainingConfig()
 
 
-Meta = RoundOpened | Invited | UpdateAccepted
+Meta = RoundOpened | Invited | UpdateAccepted | SecureRecord
 
 
 class Journal:
@@ -74,12 +75,10 @@ class Journal:
         self._length = length
         self._salt = salt
         try:
-            fresh = not path.exists()
+            self._fresh = not path.exists()
             self._file = path.open("ab", buffering=0)
             if path.stat().st_size > length:
                 self._file.truncate(length)
-            if fresh:
-                sync_directory(path.parent)
         except OSError as error:
             raise RunError(f"{path}: cannot open the journal: {error}") from error
 
@@ -110,6 +109,9 @@ class Journal:
         """
         try:
             os.fsync(self._file.fileno())
+            if self._fresh:
+                sync_directory(self.path.parent)
+                self._fresh = False
         except OSError as error:
             raise RunError(f"{self.path}: cannot sync the journal: {error}") from error
 

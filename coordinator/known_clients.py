@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from edgetrain.coordinator.clients import ClientRecord, Roster
+from edgetrain.coordinator.exports import KnownClient
 from edgetrain.coordinator.run_directory import RunDirectory
 
 
@@ -32,10 +33,12 @@ class KnownClients:
         Raises:
             RunError: not writable.
         """
-        self._directory.save_clients(
-            [(record.name, record.public_key, record.last_accepted) for record in self.roster.all()]
-        )
+        self._directory.save_clients(self.listed())
         self._saved = len(self.roster)
+
+    def listed(self) -> list[KnownClient]:
+        """Names, keys and last accepted updates."""
+        return [(record.name, record.public_key, record.last_accepted) for record in self.roster.all()]
 
     def save_new(self) -> None:
         """Writes if somebody is new: a name belongs to its first key, also after a crash.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from edgetrain.coordinator.audit import AuditLog
 from edgetrain.coordinator.audit.records import Enrolled, Revoked
 from edgetrain.coordinator.enrolments import Enrolments
 from edgetrain.coordinator.intake import Intake
+
+# Who is sent away should hear why before the broker drops it. We refuse it at once.
+LAST_WORD_SECONDS = 1.0
 
 
 class Membership:
@@ -18,6 +22,7 @@ class Membership:
         intake: sends clients away.
         audit: the run's log.
         reload_broker: called after every change.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -27,12 +32,15 @@ class Membership:
         intake: Intake,
         audit: AuditLog,
         reload_broker: Callable[[], None],
+        clock: Callable[[], float],
     ) -> None:
         self._enrolments = enrolments
         self._intake = intake
         self._audit = audit
         self._reload_broker = reload_broker
-        self._reload_due = False
+        self._clock = clock
+        # When the broker is to read its files again.
+        self._reload_at = math.inf
 
     def follow(self) -> None:
         """Acts on what has changed since the last call; at the first, the log gets all keys that are in force.
@@ -40,8 +48,9 @@ class Membership:
         Raises:
             AuthorityError: the registry is damaged.
         """
-        if self._reload_due:
-            self._reload_due = False
+        now = self._clock()
+        if now >= self._reload_at:
+            self._reload_at = math.inf
             self._reload_broker()
         changed = self._enrolments.changes() if self._enrolments else []
         for entry in changed:
@@ -50,5 +59,7 @@ class Membership:
                 self._intake.dismiss(entry.name, f"{entry.name!r} was revoked on {entry.revoked_at}")
             else:
                 self._audit.append(Enrolled(client=entry.name, public_key=entry.public_key, by="authority"))
-        # A moment later, so that who is sent away hears why before the broker drops it.
-        self._reload_due = bool(changed)
+        if any(entry.revoked_at for entry in changed):
+            self._reload_at = min(self._reload_at, now + LAST_WORD_SECONDS)
+        elif changed:
+            self._reload_broker()

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.rounds import OUTSTANDING, Round
+from edgetrain.coordinator.secure_round import SecureRound
 from edgetrain.protocol.blobs import Assembler
 from edgetrain.protocol.messages import BlobRef, Offer, Patch
+from edgetrain.protocol.partial import PartialBlob
 from edgetrain.protocol.training import TrainingConfig
 
 
@@ -18,9 +20,11 @@ class Upload:
     offer: Offer
     # The offer as it came, signed.
     envelope: bytes
-    assembler: Assembler
-    # When its last chunk came, on the coordinator's clock.
+    assembler: Assembler | PartialBlob
+    # When its last chunk came, or it was asked for, on the coordinator's clock.
     moved_at: float
+    # How often it was asked for since.
+    stalls: int = 0
 
 
 @dataclass(slots=True)
@@ -56,6 +60,11 @@ class OpenRound:
     # Of earlier rounds whose updates still count, by number; none in synchronous rounds.
     earlier: dict[int, bytes] = field(default_factory=dict)
 
+    # Nonces of attempts at this round that were given up.
+    given_up: frozenset[bytes] = frozenset()
+    # The session of secure aggregation, where updates are only summed.
+    secure: SecureRound | None = None
+
     def admits(self, number: int, nonce: bytes) -> bool:
         """Whether an update made for round `number` counts here."""
         return (number, nonce) == (self.state.number, self.state.nonce) or self.earlier.get(number) == nonce
@@ -78,10 +87,16 @@ class OpenRound:
         self.earlier = {number: nonce for number, nonce in self.earlier.items() if number in needed}
 
     @property
+    def nonces(self) -> frozenset[bytes]:
+        """Those that an honest client may have for this round."""
+        return self.given_up | {self.state.nonce}
+
+    @property
     def blobs(self) -> list[BlobRef]:
         """What clients fetch for this round."""
         blobs = [self.parameters, *(patch.blob for patch in self.patches)]
-        return [*blobs, self.control] if self.control else blobs
+        blobs += [self.control] if self.control else []
+        return blobs + self.secure.blobs if self.secure else blobs
 
     def said(self) -> str:
         """What clients gave as reasons, for an error message."""

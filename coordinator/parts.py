@@ -75,7 +75,7 @@ def assemble(
     history.add(read_rows(directory.path / "clients.csv"))
     clients = KnownClients(directory, clock)
     topics = Topics(config.federation)
-    blobs = BlobServer(topics, transport.publish, config.limits.chunk_bytes)
+    blobs = BlobServer(topics, transport, config.limits.chunk_bytes)
     post = Post(
         transport,
         topics,
@@ -95,7 +95,7 @@ def assemble(
         bundle=bundle.digest,
         clock=clock,
     )
-    max_update_bytes = config.limits.max_update_bytes or _largest_update(bundle, strategy)
+    max_update_bytes = config.limits.max_update_bytes or _largest_update(bundle, strategy, config)
     intake = Intake(
         topics=topics,
         run=directory.run,
@@ -105,6 +105,7 @@ def assemble(
         roster=clients.roster,
         plan=invitations.plan,
         max_update_bytes=max_update_bytes,
+        uploads=directory.path / "uploads",
         observe=observe,
         audit=directory.audit,
         refusals=Refusals(
@@ -119,7 +120,7 @@ def assemble(
         enrolments=enrolments,
         clock=clock,
     )
-    membership = Membership(enrolments, intake=intake, audit=directory.audit, reload_broker=reload_broker)
+    membership = Membership(enrolments, intake=intake, audit=directory.audit, reload_broker=reload_broker, clock=clock)
     intake.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
 
     def check() -> None:
@@ -190,8 +191,9 @@ def obeyed_request(directory: RunDirectory) -> Request:
     return request
 
 
-def _largest_update(bundle: Bundle, strategy: Strategy) -> int:
+def _largest_update(bundle: Bundle, strategy: Strategy, config: FederationConfig) -> int:
     """Bytes that no codec exceeds, and a little."""
     num_parameters = bundle.manifest.num_parameters
     dense = 4 * num_parameters + num_parameters // 8 + 4096
-    return 2 * dense if strategy.control else dense
+    # Masked values may take 64 bits.
+    return 2 * dense if strategy.control or config.secure_aggregation.enabled else dense

@@ -78,10 +78,9 @@ class Pump:
             if done():
                 return
             event = self._transport.receive(self._patience(now))
-            for _ in range(BATCH_EVENTS):
+            handled = 0
+            while event is not None:
                 match event:
-                    case None:
-                        break
                     case Received():
                         self._intake.handle(event)
                     case Disconnected():
@@ -89,7 +88,9 @@ class Pump:
                     case Connected():
                         self._post.announce(*self._status)
                         self._chronicle.tell()
-                event = self._transport.receive(0)
+                handled += 1
+                # What is taken out of the queue is handled: nothing more is taken after the last.
+                event = self._transport.receive(0) if handled < BATCH_EVENTS else None
             self._clients.save_new()
             self._chronicle.commit()
             self._intake.send_verdicts()

@@ -37,6 +37,7 @@ Kind = Literal[
     "unfit",  # lacks what everybody needs, or has another bundle
     "bad_update",  # decodes to nothing that may be folded
     "bad_report",
+    "secure_aggregation",  # does not fit its session; late, most likely
 ]
 # What an honest client does not do, however slow or lossy its link is.
 OFFENCES: frozenset[Kind] = frozenset(
@@ -88,6 +89,8 @@ class Refusals:
         self._clock = clock
         self._attributable = attributable
         self._books: dict[str, _Book] = {}
+        # Somebody was banned whom the open round may wait for.
+        self._newly_banned = False
         # How often, by kind; "banned" for what was not even looked at.
         self.counts: Counter[str] = Counter()
 
@@ -132,6 +135,9 @@ class Refusals:
 
     def drop_banned(self, current: OpenRound) -> None:
         """A round does not wait for those who are not listened to."""
+        if not self._newly_banned:
+            return
+        self._newly_banned = False
         now = self._clock()
         for record in self._roster.all():
             if record.banned_until > now and current.state.waits_for(record.name):
@@ -168,6 +174,7 @@ class Refusals:
             return
         seconds = min(config.seconds * 2.0**book.bans, MAX_BAN_SECONDS)
         record.banned_until = now + seconds
+        self._newly_banned = True
         self._audit.append(Banned(client=client, seconds=seconds, offences=len(book.offences)))
         logger.warning("%s is banned for %.0f s after %d offences", client, seconds, len(book.offences))
         book.bans += 1

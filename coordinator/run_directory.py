@@ -24,15 +24,13 @@ from __future__ import annotations
 
 import fcntl
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import tomli_w
 
 from edgetrain.coordinator.audit.open import open_run_audit
-from edgetrain.coordinator.config import FederationConfig
+from edgetrain.coordinator.config import FederationConfig, to_toml
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.exports import KnownClient
 from edgetrain.coordinator.journal import RoundOpened
@@ -87,7 +85,7 @@ class RunDirectory:
         except BlockingIOError as error:
             raise RunError(f"{self.path}: another coordinator runs in this directory") from error
         self.run = load_or_create_run(self.path, federation=config.federation, bundle=bundle_digest)
-        settings = tomli_w.dumps(_without_nil(msgspec.to_builtins(config))).encode()
+        settings = to_toml(config).encode()
         write_atomically(self.path / "config.toml", settings, mode=0o600)
         key = Path(config.key) if config.key else self.path.absolute().parent / "coordinator.key"
         self.key = SigningKey.load_or_create(key)
@@ -152,6 +150,7 @@ class RunDirectory:
         *,
         server_state: ServerState | None = None,
         strategy: str = "",
+        clients: list[KnownClient] | None = None,
     ) -> None:
         """Writes state and parameters, then the database's row that makes the round count, then tidies up.
 
@@ -161,6 +160,7 @@ class RunDirectory:
             rows: one per client.
             server_state: what the strategy remembers.
             strategy: its name, for people.
+            clients: as for `save_clients`.
 
         Raises:
             RunError: not writable; then the round has not closed and its journal is still there.
@@ -170,7 +170,7 @@ class RunDirectory:
             if server_state:
                 digest = self._vectors.save_state(record.round, server_state, strategy)
                 record = msgspec.structs.replace(record, server_state_sha256=digest)
-            self._log.close_round(record, rows)
+            self._log.close_round(record, rows, clients)
             self._tidy(record.round)
         except OSError as error:
             raise RunError(f"{self.path}: cannot write round {record.round}: {error}") from error
@@ -293,10 +293,3 @@ class RunDirectory:
         finally:
             self._log.close()
             self._lock.close()
-
-
-def _without_nil(value: Any) -> Any:
-    """Plain tables without what is not set: TOML has no word for it."""
-    if isinstance(value, dict):
-        return {key: _without_nil(entry) for key, entry in value.items() if entry is not None}
-    return [_without_nil(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -45,20 +45,25 @@ class RunLog:
             self.evaluations = self._database.evaluations()
             self._put_right("rounds.jsonl", exports.lines(self.records))
             self._put_right("evaluations.jsonl", exports.lines(self.evaluations))
+            self._export_clients()
             self._put_right("clients.csv", exports.table(self._database.rows(), header=bool(self.records)))
         except BaseException:
             self._database.close()
             raise
 
-    def close_round(self, record: RoundRecord, rows: Sequence[ClientRow]) -> None:
-        """Makes the round count.
+    def close_round(
+        self, record: RoundRecord, rows: Sequence[ClientRow], clients: Sequence[KnownClient] | None = None
+    ) -> None:
+        """Makes the round count; in the same breath notes what is new about clients.
 
         Raises:
             RunError: damaged.
             OSError: not writable.
         """
-        self._database.close_rounds([(record, rows)])
+        self._database.close_rounds([(record, rows)], clients or ())
         self.records.append(record)
+        if clients:
+            self._export_clients()
         self._append("clients.csv", exports.table(rows, header=len(self.records) == 1))
         self._append("rounds.jsonl", exports.lines([record]))
 
@@ -105,7 +110,7 @@ class RunLog:
             OSError: not writable.
         """
         self._database.save_clients(clients)
-        write_atomically(self.path / "clients.json", exports.client_list(clients))
+        self._export_clients()
 
     def close(self) -> None:
         """Closes the database."""
@@ -123,6 +128,9 @@ class RunLog:
         logger.warning("%s: no database: making one from the text files, %d rounds", self.path, len(records))
         self._database.add_evaluations(evaluations)
         self._database.close_rounds((record, rows.get(record.round, [])) for record in records)
+
+    def _export_clients(self) -> None:
+        write_atomically(self.path / "clients.json", exports.client_list(self._database.clients()), durable=False)
 
     def _put_right(self, name: str, data: bytes) -> None:
         path = self.path / name

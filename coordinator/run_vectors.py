@@ -25,7 +25,7 @@ from edgetrain.coordinator.parameters import (
 )
 from edgetrain.coordinator.records import RoundRecord
 from edgetrain.coordinator.strategies import ServerState
-from edgetrain.protocol.files import write_atomically
+from edgetrain.protocol.files import link_atomically, write_atomically
 from edgetrain.protocol.manifest import Manifest
 
 Vector = npt.NDArray[np.float32]
@@ -111,12 +111,9 @@ class RunVectors:
         Raises:
             OSError: not writable.
         """
-        data = self._parameters_path(number).read_bytes()
-        latest = self.path / "parameters.safetensors"
-        if not latest.exists() or latest.read_bytes() != data:
-            write_atomically(latest, data)
+        link_atomically(self._parameters_path(number), self.path / "parameters.safetensors")
         if best == number:
-            write_atomically(self.path / "best.safetensors", data)
+            link_atomically(self._parameters_path(number), self.path / "best.safetensors")
         for path in (self.path / "strategy").glob("round-*.safetensors"):
             if (old := round_of(path)) is not None and old < number:
                 path.unlink()
@@ -133,7 +130,7 @@ class RunVectors:
         """
         path = self._parameters_path(number)
         if path.exists():
-            write_atomically(self.path / "best.safetensors", path.read_bytes())
+            link_atomically(path, self.path / "best.safetensors")
 
     def save_public(self, vector: Vector) -> None:
         """Keeps the parameters as clients see them, where those differ (see `downlink`).

@@ -20,12 +20,14 @@ from edgetrain.coordinator.events import Observer
 from edgetrain.coordinator.observability import observers
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.secure_coordinator import SecureCoordinator
 from edgetrain.coordinator.strategies import make_strategy
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session
 from edgetrain.edge_client.trainer import evaluate
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec
+from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.names import check_name
 from edgetrain.protocol.transport.mqtt import MqttTransport
 
@@ -52,6 +54,8 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
             broker = FederationBroker(Path(config.enrolments), config.broker.port)
             stack.callback(broker.stop)
             reload_broker = broker.reload
+        elif config.start_broker == "embedded" and config.enrolments:
+            raise ConfigError("start_broker: the embedded broker knows no certificates; with enrolments use mosquitto")
         elif config.start_broker:
             stack.callback(start_broker(config.start_broker, port=config.broker.port).stop)
         # One coordinator per run directory: the broker's session is the run's.
@@ -82,7 +86,9 @@ def coordinator_kind(config: FederationConfig) -> type[Coordinator]:
     Raises:
         ConfigError: there is no such strategy.
     """
-    return BufferedCoordinator if make_strategy(config.strategy).asynchronous else Coordinator
+    if make_strategy(config.strategy).asynchronous and not config.secure_aggregation.enabled:
+        return BufferedCoordinator
+    return SecureCoordinator if config.secure_aggregation.enabled else Coordinator
 
 
 class Evaluator:

@@ -23,21 +23,23 @@ from edgetrain.edge_client.control_variate import ControlVariate, control_change
 from edgetrain.edge_client.data import Dataset, load_dataset
 from edgetrain.edge_client.device import device_info, device_state, is_news, peak_memory_mb
 from edgetrain.edge_client.error_feedback import ErrorFeedback
-from edgetrain.edge_client.errors import TrainingError
+from edgetrain.edge_client.errors import StateError, TrainingError
 from edgetrain.edge_client.frozen_part import skip_frozen_part
 from edgetrain.edge_client.held_parameters import HeldParameters
 from edgetrain.edge_client.installation import Fetch, install_bundle
 from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Abandoned, Mailbox, RunOver
 from edgetrain.edge_client.personal import PersonalParameters
+from edgetrain.edge_client.policy import Policy
 from edgetrain.edge_client.privacy_budget import DeviceBudget
 from edgetrain.edge_client.runtimes import available_runtimes
 from edgetrain.edge_client.runtimes.base import Session, Vector
+from edgetrain.edge_client.secure_aggregation import SecureParticipation
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.trainer import evaluate, train
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import Limits, decode, encode, supported_stages
-from edgetrain.protocol.errors import ConfigError
+from edgetrain.protocol.errors import ConfigError, SecureAggregationError
 from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import (
     Decline,
@@ -90,6 +92,7 @@ class Client:
         connection: 16 random bytes, the same as in the will.
         run: that this client took part in before it was sent away, if it was.
         clock: monotonic seconds.
+        policy: whether this device trains now; None for that of the settings.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Client:
         connection: bytes,
         run: bytes | None = None,
         clock: Callable[[], float] = time.monotonic,
+        policy: Policy | None = None,
     ) -> None:
         self._config = config
         self._state = state
@@ -110,6 +114,7 @@ class Client:
         self._told = DeviceState()
         self._earlier_run = run
         self._clock = clock
+        self._policy = Policy(config.policy, clock=clock) if policy is None else policy
         self._mail = Mailbox(
             config.name,
             Topics(config.federation),
@@ -117,9 +122,11 @@ class Client:
             transport=transport,
             connection=connection,
             coordinator_key=config.coordinator_key,
+            download_rate=config.broker.download_kbit * 125,
             clock=clock,
         )
         self._mail.introduce = self._introduce
+        self._secure = SecureParticipation(config, state=state, mail=self._mail)
         self._budget = DeviceBudget(state.path / "privacy.json", config.name, config.privacy)
         # Training plans that are finished, with the reason why not again; "" if the update was accepted.
         self._done: dict[bytes, str] = {}
@@ -201,7 +208,9 @@ class Client:
         if self._bundle != announce.bundle.digest:
             self._bundle = self._feedback = self._personal = None
             self._personal_patterns = ()
-            session = install_bundle(announce.bundle, fetch=mail.fetch, state=self._state, config=self._config)
+            session = install_bundle(
+                announce.bundle, fetch=mail.fetch, fetch_to=mail.fetch_to, state=self._state, config=self._config
+            )
             dataset = load_dataset(self._config.data, session.manifest)
             training, validation = split_validation(dataset, self._config.validation_fraction, self._config.name)
             session, self._training_data, self._validation_data = skip_frozen_part(
@@ -215,14 +224,18 @@ class Client:
             self._held = HeldParameters(session.manifest.num_parameters)
             self._session, self._bundle = session, announce.bundle.digest
         if self._feedback is None or self._feedback.run != announce.run:
-            assert self._session, "installed above"
-            self._feedback = self._state.error_feedback(
-                bundle=announce.bundle.digest,
-                run=announce.run,
-                num_parameters=self._session.manifest.num_parameters,
-            )
-            self._control = None
+            self._take_up_feedback()
         self._send_ready()
+
+    def _take_up_feedback(self) -> None:
+        """What the disk says of the residual and of a pending update."""
+        assert self._session, "joined"
+        assert self._bundle, "joined"
+        assert self._mail.joined, "joined"
+        self._feedback = self._state.error_feedback(
+            bundle=self._bundle, run=self._mail.joined, num_parameters=self._session.manifest.num_parameters
+        )
+        self._control = None
 
     def _introduce(self) -> None:
         """To a coordinator, or over a broker, that may not know us."""
@@ -267,7 +280,7 @@ class Client:
 
     def _take_part(self) -> None:
         mail = self._mail
-        self._settle_pending()
+        self._settle_pending(resumed=True)
         while True:
             # Whoever was not invited because of its battery or its heat says when that is over.
             mail.wait(lambda: mail.plan is not None, repeat=self._tell_news)
@@ -284,13 +297,31 @@ class Client:
                 self._decline(plan, "has another bundle")
                 continue
             try:
-                if plan.task == "train":
+                # What could not be settled because the disk was full.
+                self._settle_pending()
+                if reason := self._policy.objection():
+                    logger.warning("round %d: declined: %s", plan.round, reason)
+                    self._decline(plan, reason)
+                elif plan.task == "train":
                     self._train_round(plan)
                 else:
                     self._evaluate_round(plan)
             except Abandoned:
                 logger.info("round %d: over before its parameters came", plan.round)
-            except (TrainingError, CodecError, BlobError, ConfigError, PrivacyError) as error:
+            except StateError as error:
+                # A full or a read-only disk: what is on it counts, and somebody may make room.
+                logger.error("round %d: declined: %s", plan.round, error)  # noqa: TRY400 - it says what and where
+                self._mail.end_upload()
+                self._take_up_feedback()
+                self._decline(plan, str(error)[:1000])
+            except (
+                TrainingError,
+                CodecError,
+                BlobError,
+                ConfigError,
+                PrivacyError,
+                SecureAggregationError,
+            ) as error:
                 logger.warning("round %d: %s", plan.round, error)
                 self._finish(plan.nonce, str(error)[:1000])
                 self._decline(plan, str(error)[:1000])
@@ -305,6 +336,11 @@ class Client:
         assert self._held, "joined"
         assert self._feedback, "joined"
         assert self._training_data, "joined"
+        self._secure.check(plan)
+        if plan.secure and self._feedback.trained_on == plan.vector:
+            # An attempt at this round was given up: what was learnt waits in the residual.
+            self._aggregate_securely(plan)
+            return
         self._budget.check(plan.training, len(self._training_data))
         parameters = self._personalized(plan, self._held.advance(plan, self._fetch_for(plan)))
         server_control = self._server_control(plan)
@@ -320,8 +356,16 @@ class Client:
         )
         if result.stopped is not None:
             logger.info("round %d: training stopped: %s", plan.round, result.stopped)
+            if not self._is_over(plan):
+                self._decline(plan, result.stopped)
             return
         self._budget.charge(plan.training, len(self._training_data))
+        if plan.secure:
+            if self._personal:
+                self._personal.keep(result.parameters)
+            self._feedback.hold(self._shared(result.parameters - parameters), trained_on=plan.vector)
+            self._aggregate_securely(plan, self._clock() - started)
+            return
         offsets = tuple(entry.offset for entry in self._session.manifest.parameters)
         update = self._feedback.prepare(
             self._shared(result.parameters - parameters),
@@ -359,6 +403,22 @@ class Client:
         )
         self._settle_pending()
 
+    def _aggregate_securely(self, plan: Plan, seconds: float = 0.0) -> None:
+        """Takes part with what is in the residual, after so many seconds of training."""
+        assert self._feedback, "joined"
+        assert self._training_data, "joined"
+        masked = self._secure.take_part(
+            plan,
+            self._feedback,
+            weight=len(self._training_data),
+            seed=_mix_seed(plan.seed, self._config.name + "/codec", plan.round),
+            resources=lambda: self._resources(seconds),
+            fetch=self._fetch_for(plan),
+            is_over=lambda: self._is_over(plan),
+        )
+        if masked:
+            self._settle_pending()
+
     def _evaluate_round(self, plan: Plan) -> None:
         assert self._session, "joined"
         assert self._held, "joined"
@@ -378,8 +438,12 @@ class Client:
             )
         )
 
-    def _settle_pending(self) -> None:
-        """Sends the pending update until the coordinator says what became of it."""
+    def _settle_pending(self, *, resumed: bool = False) -> None:
+        """Sends the pending update until the coordinator says what became of it.
+
+        Args:
+            resumed: the coordinator may have a part of it already, from an earlier process or connection.
+        """
         feedback, mail = self._feedback, self._mail
         if feedback is None or feedback.offer is None:
             return
@@ -388,9 +452,19 @@ class Client:
         mail.verdicts.clear()
         mail.upload = (offer.update, feedback.update)
         mail.send(offer)
-        mail.send_upload()
-        mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
-        mail.upload = None
+        if resumed:
+            mail.resume_upload()
+        else:
+            mail.send_upload()
+        over: RunOver | None = None
+        try:
+            mail.wait(lambda: digest in mail.verdicts, repeat=lambda: mail.send(offer))
+        except RunOver as error:
+            # It may have been accepted just before the end.
+            over = error
+            if digest not in mail.verdicts or not mail.verdicts[digest].accepted:
+                raise
+        mail.end_upload()
         verdict = mail.verdicts[digest]
         if verdict.accepted and offer.control_bytes:
             _, change = split_update(offer, feedback.update)
@@ -403,6 +477,8 @@ class Client:
             logger.info("round %d: update of %d bytes accepted", offer.round, offer.update.size)
         else:
             logger.warning("round %d: update refused: %s", offer.round, verdict.reason)
+        if over:
+            raise over
         if verdict.accepted and verdict.come_back_seconds and self._config.leave_when_idle:
             raise ComeBack(verdict.come_back_seconds)
 
@@ -412,7 +488,7 @@ class Client:
 
     def _is_over(self, plan: Plan) -> bool:
         newer = self._mail.plan
-        return plan.nonce in self._mail.closed or (newer is not None and newer.nonce != plan.nonce)
+        return plan.nonce in self._mail.closed or (newer is not None and _sources(newer) != _sources(plan))
 
     # --- what stays here -----------------------------------------------------------------------------
 
@@ -457,7 +533,9 @@ class Client:
 
     def _may_continue(self, plan: Plan) -> bool | str:
         self._mail.pump(0)
-        return "the round has closed" if plan.nonce in self._mail.closed else True
+        if plan.nonce in self._mail.closed:
+            return "the round has closed"
+        return self._policy.objection() or True
 
     def _sayable(self, loss: float, metrics: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, float]:
         """The metrics that may leave the device."""
@@ -473,6 +551,11 @@ class Client:
             bytes_sent=self._transport.bytes_sent,
             bytes_received=self._transport.bytes_received,
         )
+
+
+def _sources(plan: Plan) -> tuple[object, ...]:
+    """What is fetched for a plan: a coordinator that was started again may encode it in other bytes."""
+    return plan.nonce, plan.vector, plan.parameters, plan.patches, plan.control
 
 
 def split_validation(dataset: Dataset, fraction: float, name: str) -> tuple[Dataset, Dataset | None]:

@@ -7,8 +7,25 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from edgetrain.edge_client.policy import PolicyConfig
 from edgetrain.edge_client.privacy_budget import DevicePrivacy
 from edgetrain.protocol.transport.mqtt import BrokerConfig
+
+
+class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[secure_aggregation]: what this client asks of it."""
+
+    required: Annotated[
+        bool, Meta(description="send updates in secure aggregation only: decline every plan without it")
+    ] = False
+    least_clients: Annotated[int, Meta(description="decline secure aggregation with fewer clients than this", ge=2)] = 3
+    enrolled: Annotated[
+        str,
+        Meta(
+            description="file with the clients that may take part, a name and its Ed25519 public key in hex on each "
+            "line; without it the coordinator's word counts"
+        ),
+    ] = ""
 
 
 class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,8 +71,10 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         bool, Meta(description="disconnect when the coordinator says that it needs nothing for a while")
     ] = True
     max_bundle_bytes: Annotated[int, Meta(description="refuse bundles that need more bytes", ge=1)] = 1 << 30
+    policy: PolicyConfig = PolicyConfig()
     privacy: DevicePrivacy = DevicePrivacy()
     broker: BrokerConfig = BrokerConfig()
+    secure_aggregation: SecureAggregationConfig = SecureAggregationConfig()
 
     def __repr__(self) -> str:
         """Without keys: this may end in a log."""

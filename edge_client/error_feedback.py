@@ -30,6 +30,12 @@ logger = logging.getLogger(__name__)
 Vector = npt.NDArray[np.float32]
 
 
+class _Masked(msgspec.Struct, frozen=True, kw_only=True):
+    # What of the target the sum will hold: uint32 positions and float32 values, little-endian.
+    positions: bytes
+    values: bytes
+
+
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
     bundle: bytes
     run: bytes
@@ -37,6 +43,9 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
     # The offer of the pending update, or None.
     offer: Offer | None
     update_bytes: int
+    # The parameters whose training is already in the residual, and what the pending update says if it is masked.
+    trained_on: bytes = b""
+    masked: _Masked | None = None
 
 
 class ErrorFeedback:
@@ -57,6 +66,9 @@ class ErrorFeedback:
         # What was offered and not yet answered.
         self.offer: Offer | None = None
         self.update = b""
+        # SHA-256 of the parameters whose local training is in the residual, and waits to be sent; b"" for none.
+        self.trained_on = b""
+        self._masked: _Masked | None = None
         # Whether what was prepared was within the norm; None if there was none.
         self.unclipped: bool | None = None
         self._load()
@@ -100,12 +112,49 @@ class ErrorFeedback:
         self.offer = offer
         self._save()
 
+    def hold(self, delta: Vector, *, trained_on: bytes) -> None:
+        """Adds a delta to the residual and stores it: for secure aggregation, which may take several attempts.
+
+        Args:
+            delta: of the local training.
+            trained_on: SHA-256 of the parameters that it started from.
+
+        Raises:
+            StateError: not writable.
+        """
+        assert self.offer is None, "settle the pending update first"
+        self.residual = self.residual + delta
+        self.trained_on = trained_on
+        self._save()
+
+    def commit_masked(self, offer: Offer, payload: bytes, positions: npt.NDArray[np.int64], values: Vector) -> None:
+        """Stores a pending update that only its sender can read; after this it may be sent.
+
+        Args:
+            offer: of the payload.
+            payload: the masked vector.
+            positions: int64 [m], what it is of.
+            values: float32 [m], what of the residual it holds.
+
+        Raises:
+            StateError: not writable; nothing must be sent then.
+        """
+        assert self.offer is None, "settle the pending update first"
+        self.offer, self.update = offer, payload
+        self._masked = _Masked(positions=positions.astype("<u4").tobytes(), values=values.astype("<f4").tobytes())
+        self._save()
+
     def settle(self, *, accepted: bool) -> None:
         """The coordinator's verdict on the pending update."""
         if accepted:
             assert self.offer, "there is something to settle"
-            self.residual = residual(self.residual, split_update(self.offer, self.update)[0])
-        self.offer, self.update = None, b""
+            if self._masked:
+                positions = np.frombuffer(self._masked.positions, "<u4").astype(np.int64)
+                self.residual[positions] -= np.frombuffer(self._masked.values, "<f4")
+            else:
+                self.residual = residual(self.residual, split_update(self.offer, self.update)[0])
+            self.trained_on = b""
+        self.offer, self.update, self._masked = None, b"", None
         self._save()
 
     def _save(self) -> None:
@@ -115,6 +164,8 @@ class ErrorFeedback:
             num_parameters=len(self.residual),
             offer=self.offer,
             update_bytes=len(self.update),
+            trained_on=self.trained_on,
+            masked=self._masked,
         )
         self._file.write(header, self.residual.astype("<f4").tobytes() + self.update)
 
@@ -130,3 +181,4 @@ class ErrorFeedback:
         self.residual = np.frombuffer(body[:stop], dtype="<f4").astype(np.float32)
         self.update = body[stop : stop + header.update_bytes]
         self.offer = header.offer
+        self.trained_on, self._masked = header.trained_on, header.masked

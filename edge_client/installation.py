@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from edgetrain.edge_client.config import ClientConfig
@@ -28,14 +29,25 @@ class Fetch(Protocol):
         ...
 
 
-def install_bundle(ref: BlobRef, *, fetch: Fetch, state: ClientState, config: ClientConfig) -> Session:
+class FetchTo(Protocol):
+    """Gets a blob from the coordinator, of any size, into a file."""
+
+    def __call__(self, ref: BlobRef, path: Path, *, limit: int) -> None:
+        """Returns when the file holds the verified blob, of at most `limit` bytes."""
+        ...
+
+
+def install_bundle(
+    ref: BlobRef, *, fetch: Fetch, fetch_to: FetchTo, state: ClientState, config: ClientConfig
+) -> Session:
     """Fetches what is missing of a bundle, opens it and runs its self-test.
 
     Only the files of one runtime are fetched. What is already here, whole, is used.
 
     Args:
         ref: the manifest.
-        fetch: gets blobs.
+        fetch: gets the manifest.
+        fetch_to: gets the files; what an earlier process has of one counts.
         state: keeps them.
         config: which runtime, how many threads, how many bytes.
 
@@ -59,7 +71,7 @@ def install_bundle(ref: BlobRef, *, fetch: Fetch, state: ClientState, config: Cl
     for entry in entries:
         if not state.has_file(ref.digest, entry):
             blob = BlobRef(digest=bytes.fromhex(entry.sha256), size=entry.size)
-            state.store_file(ref.digest, entry.file, fetch(blob, limit=entry.size))
+            fetch_to(blob, state.bundle_directory(ref.digest) / entry.file, limit=entry.size)
     # The manifest last: a directory that has it is whole.
     state.store_file(ref.digest, MANIFEST_FILE, data)
     bundle = Bundle(state.bundle_directory(ref.digest))
@@ -67,6 +79,7 @@ def install_bundle(ref: BlobRef, *, fetch: Fetch, state: ClientState, config: Cl
     run_self_test(bundle, session).raise_if_wrong()
     if config.feature_cache != "off" and TRUNK in manifest.program(runtime).graphs:
         run_self_test(bundle, session, in_parts=True).raise_if_wrong()
+    state.forget_bundles(but=ref.digest)
     logger.info("bundle %s runs on %s; self-test passed", manifest.name, runtime)
     return session
 

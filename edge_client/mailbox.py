@@ -5,16 +5,20 @@ Whoever waits for something calls `pump`; what arrives is noted here and looked 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
 
 from edgetrain.edge_client.downloads import Download
-from edgetrain.edge_client.errors import RefusedError
+from edgetrain.edge_client.errors import RefusedError, StateError
 from edgetrain.edge_client.state import ClientState
 from edgetrain.protocol import BlobError, MessageError
-from edgetrain.protocol.blobs import cut, parse_chunk
+from edgetrain.protocol.blob_readers import MemoryBlob
+from edgetrain.protocol.blobs import Assembler, parse_chunk
 from edgetrain.protocol.messages import (
     Announce,
     BlobRef,
@@ -23,6 +27,7 @@ from edgetrain.protocol.messages import (
     Plan,
     Refusal,
     RoundClosed,
+    Secure,
     Verdict,
     Want,
     Welcome,
@@ -30,13 +35,21 @@ from edgetrain.protocol.messages import (
     encode_message,
 )
 from edgetrain.protocol.names import Topics
+from edgetrain.protocol.partial import PartialBlob, assemble
 from edgetrain.protocol.signing import VersionError, seal, unseal, verify
 from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
+from edgetrain.protocol.transport.pacing import RateMeter, TokenBucket
 
 logger = logging.getLogger(__name__)
 
+B = TypeVar("B", Assembler, PartialBlob, Assembler | PartialBlob)
+T = TypeVar("T")
+
 # A question without an answer is repeated after so long.
 REPEAT_SECONDS = 10.0
+# After a restart the coordinator may have most of an update already: it gets so long to ask for the rest. It does so
+# at once if it has a part, and after 3 s if it has nothing.
+RESUME_SECONDS = 5.0
 # Upper bound of one wait for events.
 POLL_SECONDS = 0.5
 # So many damaged copies of a blob are no accident.
@@ -45,6 +58,7 @@ MAX_DAMAGED = 5
 REMEMBERED_PLANS = 64
 # Different warnings of a kind that anybody can provoke.
 MAX_WARNINGS = 20
+REMEMBERED_RUNS = 64
 
 
 class RunOver(Exception):
@@ -65,6 +79,7 @@ class Mailbox:
         transport: connected.
         connection: as in this client's Hello.
         coordinator_key: the configured key in hex, or "".
+        download_rate: cap of what is asked for, bytes per second; 0 for none.
         clock: monotonic seconds.
     """
 
@@ -77,6 +92,7 @@ class Mailbox:
         transport: Transport,
         connection: bytes,
         coordinator_key: str,
+        download_rate: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
@@ -88,6 +104,8 @@ class Mailbox:
         self._coordinator_key = state.trusted_coordinator(coordinator_key)
         self._key_source = "the configured coordinator_key" if coordinator_key else str(state.path / "coordinator.pub")
         self._warned: set[str] = set()
+        # Of the newest announcement by run: an older one of any run is a copy.
+        self._serials: dict[bytes, int] = {}
         self._clock = clock
         # The state of the run as announced last.
         self.announce: Announce | None = None
@@ -103,11 +121,19 @@ class Mailbox:
         self.upload: tuple[BlobRef, bytes] | None = None
         # Called when the coordinator may not know that we are here.
         self.introduce: Callable[[], None] = lambda: None
+        # Called for every step of secure aggregation; must not wait for anything.
+        self.on_secure: Callable[[Secure], None] = lambda _message: None
         self._download: Download | None = None
+        # When the whole upload goes out if nobody has asked for a part of it.
+        self._upload_due: float | None = None
+        self._link = RateMeter()
+        self._cap = TokenBucket(download_rate)
 
     def open(self) -> None:
         """Subscribes."""
-        self._transport.subscribe(self._topics.to_client(self._name, "#"))
+        self._transport.subscribe(self._topics.to_client(self._name, "message"))
+        # What is lost of a blob is asked for again: a broker that kept it for us would send it twice.
+        self._transport.subscribe(self._topics.to_client(self._name, "blob"), qos=0)
         self._transport.subscribe(self._topics.round)
         self._transport.subscribe(self._topics.announce)
         self._transport.subscribe(self._topics.checkpoint)
@@ -117,13 +143,28 @@ class Mailbox:
     def send(self, message: Message) -> None:
         """Signs and sends."""
         payload = seal(self._state.key, self._topics.federation, self._name, encode_message(message))
-        self._transport.publish(self._topics.from_client(self._name, "message"), payload)
+        # After a reconnect we ask anew, for what is missing then.
+        transient = isinstance(message, Want)
+        self._transport.publish(self._topics.from_client(self._name, "message"), payload, transient=transient)
 
-    def send_upload(self, ranges: tuple[tuple[int, int], ...] = ()) -> None:
+    def send_upload(self, ranges: tuple[tuple[int, int], ...] = (), *, chunk_bytes: int = 0) -> None:
         """Sends chunks of the upload; all of it, or the ranges that were asked for."""
+        self._upload_due = None
         if self.upload:
-            for chunk in cut(*self.upload, ranges):
-                self._transport.publish(self._topics.from_client(self._name, "blob"), chunk)
+            ref, data = self.upload
+            topic = self._topics.from_client(self._name, "blob")
+            # After a reconnect the coordinator is offered it again, and says what it lacks.
+            self._transport.send_blob(topic, MemoryBlob(data, ref), ranges, chunk_bytes=chunk_bytes, resend=False)
+
+    def resume_upload(self) -> None:
+        """Waits a moment for the coordinator to say what it lacks of the upload, then sends all of it."""
+        self._upload_due = self._clock() + RESUME_SECONDS
+
+    def end_upload(self) -> None:
+        """Nobody wants it any more."""
+        if self.upload:
+            self._transport.forget_blob(self.upload[0].digest)
+        self.upload = self._upload_due = None
 
     # --- in ------------------------------------------------------------------------------------------
 
@@ -139,19 +180,39 @@ class Mailbox:
             BlobError: larger than the limit, or again and again other bytes than announced.
             Abandoned: `abandon` said so.
             RunOver: the run ended meanwhile.
+            StateError: it cannot be stored.
         """
+        with _storing(self._partial):
+            return self._fetch(ref, assemble(ref, self._partial, limit=limit), lambda blob: blob.finish(), abandon)
+
+    def fetch_to(self, ref: BlobRef, path: Path, *, limit: int) -> None:
+        """A verified blob, straight into a file: of any size, in little memory.
+
+        Raises:
+            BlobError, RunOver, StateError: as `fetch`.
+        """
+        with _storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            blob = PartialBlob(ref, self._partial, limit=limit)
+            self._fetch(ref, blob, lambda blob: blob.finish_to(path), lambda: False)
+
+    @property
+    def _partial(self) -> Path:
+        return self._state.path / "partial"
+
+    def _fetch(self, ref: BlobRef, blob: B, finish: Callable[[B], T], abandon: Callable[[], bool]) -> T:
         topic = self._topics.broadcast_blob(ref.digest)
-        self._transport.subscribe(topic)
-        download = self._download = Download(ref, limit=limit, ask=self.send, now=self._clock())
+        self._transport.subscribe(topic, qos=0)
+        download = self._download = Download(blob, ask=self.send, link=self._link, cap=self._cap, now=self._clock())
         try:
             for attempt in range(1, MAX_DAMAGED + 1):
                 while not download.complete:
-                    self.pump(POLL_SECONDS)
+                    self.pump(min(POLL_SECONDS, download.patience(self._clock())))
                     if abandon():
                         raise Abandoned
                     download.tick(self._clock())
                 try:
-                    return download.finish()
+                    return finish(blob)
                 except BlobError as error:
                     logger.warning("blob %s…: %s", ref.digest.hex()[:12], error)
                     if attempt == MAX_DAMAGED:
@@ -178,6 +239,8 @@ class Mailbox:
             RunOver: the run was paused or has ended.
             RefusedError: the coordinator will not have us.
         """
+        if self._upload_due is not None and self._clock() >= self._upload_due:
+            self.send_upload()
         event = self._transport.receive(timeout)
         while event is not None:
             match event:
@@ -243,14 +306,21 @@ class Mailbox:
                 self.verdicts[message.digest] = message
             case RoundClosed():
                 self.closed.append(message.nonce)
+            case Secure():
+                if message.run == self.joined:
+                    self.on_secure(message)
             case Want():
                 if self.upload and self.upload[0].digest == message.digest:
-                    self.send_upload(message.ranges)
+                    self.send_upload(message.ranges, chunk_bytes=message.chunk_bytes)
 
     def _on_announce(self, message: Announce) -> None:
         before = self.announce
-        if before and before.run == message.run and message.serial < before.serial:
-            return
+        last = self._serials.get(message.run, -1)
+        if message.serial < last or (message.serial == last and before is not None and before.run != message.run):
+            return  # a copy: of this run, or of one that was before it
+        if len(self._serials) >= REMEMBERED_RUNS and message.run not in self._serials:
+            del self._serials[next(iter(self._serials))]
+        self._serials[message.run] = message.serial
         self.announce = message
         if self.joined is None:
             return
@@ -286,3 +356,11 @@ class Mailbox:
             self.introduce()
             if self._download:
                 self._download.repeat(self._clock())
+
+
+@contextlib.contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StateError(f"{path}: cannot store a blob: {error}") from error

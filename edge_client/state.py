@@ -4,9 +4,11 @@ identity.key         signing key, mode 0600
 checkpoints.jsonl    see `edgetrain.protocol.checkpoints`
 coordinator.pub      the coordinator's public key, pinned when it was first seen
 bundles/DIGEST/      bundles by the SHA-256 of their manifest
+partial/             blobs on their way in, see `protocol.partial`
 residual.bin         see `error_feedback`
 control.bin          see `control_variate`
 personal.bin         see `personal`
+secure.bin           see `secure_aggregation`
 privacy.json         see `privacy_budget`
 """
 
@@ -23,11 +25,13 @@ import numpy.typing as npt
 from edgetrain.edge_client.control_variate import ControlVariate
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import StateError
+from edgetrain.edge_client.garbage import forget_old_bundles
 from edgetrain.edge_client.personal import PersonalParameters
 from edgetrain.protocol.checkpoints import CheckpointMemory
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.manifest import MANIFEST_FILE, FileEntry
+from edgetrain.protocol.partial import forget_partial_blobs
 from edgetrain.protocol.signing import SigningKey
 
 
@@ -115,6 +119,19 @@ class ClientState:
         except OSError as error:
             raise StateError(f"{path.parent}: {error}") from error
         self._write(path, data)
+
+    def forget_bundles(self, *, but: bytes) -> int:
+        """Deletes what is not needed any more: old bundles but the newest, and what is left of fetching them.
+
+        Args:
+            but: digest of the bundle in use. The one used before is kept too: federations alternate.
+
+        Returns:
+            Bytes deleted.
+        """
+        return forget_partial_blobs(self.path / "partial") + forget_old_bundles(
+            self.path / "bundles", current=self.bundle_directory(but)
+        )
 
     def read_manifest(self, digest: bytes) -> bytes | None:
         """manifest.json of a bundle, if it is here and whole."""

@@ -27,12 +27,11 @@ from edgetrain.export.batch import (
     tensor_spec,
 )
 from edgetrain.export.fold import fold_batch_norms
+from edgetrain.export.ghost import use_ghost_norms
 from edgetrain.export.metrics import Metric, weighted_sum
 from edgetrain.export.prepare import Prepared, plain_math
 from edgetrain.export.tidy import VIEWS, drop_unused_leaves, mutates, name_constants, simplify
-from edgetrain.protocol.manifest import TensorSpec
-
-CLIP_NORM = "clip_norm"
+from edgetrain.protocol.manifest import CLIP_NORM, STEP_CLIPPED, TensorSpec
 
 aten = torch.ops.aten
 
@@ -174,13 +173,16 @@ def trace_step_per_sample_clipped(problem: Problem, decompositions: Decompositio
     ) -> dict[str, Tensor]:
         per_sample = torch.func.vmap(torch.func.grad(of_sample, has_aux=True), in_dims=(None, 0, 0))
         gradients, evaluation = per_sample(tuple(parameters), tuple(leaves), weights)
-        norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        flat = [g.flatten(1) for g in gradients]
+        norms = torch.stack([(g * g).sum(1) for g in flat]).sum(0).sqrt()
         factors = torch.clamp(clip_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny), max=1.0)
-        clipped = [(factors @ g.flatten(1)).view(g.shape[1:]) for g in gradients]
+        clipped = [(factors @ g).view(shaped.shape[1:]) for g, shaped in zip(flat, gradients, strict=True)]
         return Evaluation(*evaluation).sums() | _named(problem, clipped) | {"norms": norms}
 
     leaves = problem.example.leaves
-    return _trace("step_per_sample_clipped", problem, step, leaves, decompositions, {CLIP_NORM: problem.clip_norm})
+    graph = _trace(STEP_CLIPPED, problem, step, leaves, decompositions, {CLIP_NORM: problem.clip_norm})
+    use_ghost_norms(graph.module)
+    return graph
 
 
 def _gradients(evaluation: Evaluation, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

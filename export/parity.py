@@ -263,7 +263,7 @@ def prove_infer(runtime: str, problem: Problem, graph: TracedGraph, run: Run, ex
 def _run(problem: Problem, graph: TracedGraph, run: Run, point: Reference) -> dict[str, Array]:
     count = len(problem.names)
     tensors = (*point.parameters, *graph.example[count:])
-    arrays = run([np.ascontiguousarray(tensor.numpy()) for tensor in tensors])
+    arrays = run([np.asarray(tensor.numpy(), order="C") for tensor in tensors])
     for spec, array in zip(graph.outputs, arrays, strict=True):
         if tuple(array.shape) != spec.shape or array.dtype != np.dtype(spec.dtype):
             raise ParityError(

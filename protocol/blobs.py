@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 from edgetrain.protocol.errors import BlobError
 from edgetrain.protocol.messages import BlobRef
+from edgetrain.protocol.ranges import RangeSet
 
 DEFAULT_CHUNK_BYTES = 60 << 10
+MIN_CHUNK_BYTES = 1 << 10
 _HEADER = struct.Struct("<2sBB32sQQ8s")
 HEADER_BYTES = _HEADER.size
 _MAGIC, _VERSION = b"EC", 1
@@ -57,8 +59,17 @@ def cut(
     for start, stop in ranges or ((0, ref.size),):
         for offset in range(start, min(stop, ref.size), chunk_bytes):
             part = view[offset : min(offset + chunk_bytes, stop, ref.size)]
-            check = hashlib.sha256(part).digest()[:8]
-            yield _HEADER.pack(_MAGIC, _VERSION, 0, ref.digest, offset, ref.size, check) + part
+            yield make_chunk(ref, offset, part)
+
+
+def make_chunk(ref: BlobRef, offset: int, data: bytes | memoryview) -> bytes:
+    """One chunk, ready for the wire."""
+    return _HEADER.pack(_MAGIC, _VERSION, 0, ref.digest, offset, ref.size, check_of(data)) + data
+
+
+def check_of(data: bytes | memoryview) -> bytes:
+    """The 8 bytes that vouch for a chunk's data."""
+    return hashlib.sha256(data).digest()[:8]
 
 
 def parse_chunk(payload: bytes) -> Chunk:
@@ -75,7 +86,7 @@ def parse_chunk(payload: bytes) -> Chunk:
     data = memoryview(payload)[HEADER_BYTES:]
     if offset + len(data) > size:
         raise BlobError(f"chunk [{offset}, {offset + len(data)}) lies outside its blob of {size} bytes")
-    if hashlib.sha256(data).digest()[:8] != check:
+    if check_of(data) != check:
         raise BlobError(f"chunk at offset {offset} is damaged")
     return Chunk(digest, offset, size, data)
 
@@ -96,8 +107,7 @@ class Assembler:
             raise BlobError(f"blob of {ref.size} bytes exceeds the limit of {limit}")
         self.ref = ref
         self._data: bytearray | None = None
-        # Disjoint half-open ranges that have arrived, ascending.
-        self._have: list[tuple[int, int]] = []
+        self._have = RangeSet()
 
     def add(self, chunk: Chunk) -> bool:
         """Takes a chunk; True when nothing is missing any more.
@@ -111,19 +121,21 @@ class Assembler:
             self._data = bytearray(self.ref.size)
         stop = chunk.offset + len(chunk.data)
         self._data[chunk.offset : stop] = chunk.data
-        self._have = _insert(self._have, chunk.offset, stop)
-        return not self.missing()
+        self._have.add(chunk.offset, stop)
+        return self.complete
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is missing."""
+        return len(self._have) == 1 and self._have.size == self.ref.size
 
     def missing(self) -> list[tuple[int, int]]:
         """Half-open byte ranges that have not arrived, ascending."""
-        gaps, position = [], 0
-        for start, stop in self._have:
-            if start > position:
-                gaps.append((position, start))
-            position = stop
-        if position < self.ref.size:
-            gaps.append((position, self.ref.size))
-        return gaps
+        return self._have.gaps(self.ref.size)
+
+    def discard(self) -> None:
+        """Forgets everything."""
+        self._data, self._have = None, RangeSet()
 
     def finish(self) -> bytes:
         """The blob, verified.
@@ -131,22 +143,10 @@ class Assembler:
         Raises:
             BlobError: incomplete, or its SHA-256 is not the announced one; then it starts from nothing.
         """
-        if self.missing():
+        if not self.complete and self.ref.size:
             raise BlobError("blob is incomplete")
         data = bytes(self._data or b"")
         if hashlib.sha256(data).digest() != self.ref.digest:
-            self._data, self._have = None, []
+            self._data, self._have = None, RangeSet()
             raise BlobError("the chunks add up to another blob than the one announced")
         return data
-
-
-def _insert(ranges: list[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
-    merged = []
-    for low, high in ranges:
-        if high < start or low > stop:
-            merged.append((low, high))
-        else:
-            start, stop = min(start, low), max(stop, high)
-    merged.append((start, stop))
-    merged.sort()
-    return merged

@@ -20,12 +20,26 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ConfigError: not there, not readable, not TOML.
     """
     try:
-        with Path(path).open("rb") as file:
-            return tomllib.load(file)
+        data = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such configuration file") from error
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"{path}: {error}") from error
+    return parse_toml(data, where=str(path))
+
+
+def parse_toml(data: bytes, *, where: str) -> dict[str, Any]:
+    """The tables of TOML text.
+
+    Raises:
+        ConfigError: not TOML; `where` names the source.
+    """
+    try:
+        return tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: nested too deeply") from error
 
 
 def convert(tables: dict[str, Any], kind: type[T], *, where: str) -> T:

@@ -7,7 +7,8 @@
     ├── MessageError       a message that does not decode or breaks its schema
     ├── SignatureError     a message that its claimed sender did not sign
     ├── BlobError          a blob whose chunks do not add up to its digest
-    └── TransportError     the broker cannot be reached, or closed the door
+    ├── TransportError     the broker cannot be reached, or closed the door
+    └── SecureAggregationError   a step of secure aggregation that would give something away, or cannot be done
     (edge_client, coordinator and export add their own branches)
 
 A message says what was wrong, where, and what to do. The command line prints it as it is.
@@ -44,3 +45,7 @@ class BlobError(EdgetrainError, ValueError):
 
 class TransportError(EdgetrainError):
     """The broker cannot be reached, refused the connection, or closed it for good."""
+
+
+class SecureAggregationError(EdgetrainError, ValueError):
+    """A step of secure aggregation that would give something away, or that cannot be done; nothing was revealed."""

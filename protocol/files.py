@@ -6,24 +6,54 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> None:
+def write_atomically(path: Path, data: bytes | memoryview, *, mode: int = 0o644, durable: bool = True) -> None:
     """Replaces `path` with `data`: a reader, or a reboot, sees the old contents or the new, never a part.
+
+    Args:
+        path: the file.
+        data: its contents.
+        mode: its permissions.
+        durable: wait for the disk; without it, a power cut may leave less than either.
 
     Raises:
         OSError: disk full, read-only, no permission; the old file is untouched and no temporary is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        # Made by us: in a directory that others can write to, a file of that name could be theirs, and readable.
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
+
+
+def link_atomically(source: Path, path: Path) -> None:
+    """Makes `path` another name of `source`, a file that is never changed in place; a copy where that is impossible.
+
+    Does not wait for the disk.
+
+    Raises:
+        OSError: disk full, read-only, no permission.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(source, temporary)
+        # A rename between two names of one file does nothing, and leaves both.
+        temporary.replace(path)
+    except OSError:
+        write_atomically(path, source.read_bytes(), durable=False)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_directory(path: Path) -> None:

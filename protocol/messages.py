@@ -5,6 +5,7 @@ Unknown fields are ignored, so a minor version may add some; an unknown type is 
 A client's life:          Hello -> Welcome | Refusal, (fetch the bundle), Ready, then rounds, Goodbye.
 A round for one client:   Plan -> (fetch the parameters, train), Offer + chunks -> Verdict
                           or Plan -> Decline; or Plan(task="evaluate") -> Report.
+Secure aggregation:       Plan -> (train), Secure … Secure, Offer + chunks, Secure … Secure -> Verdict
 Blobs:                    whoever lacks bytes sends Want; the other side answers with chunks.
 """
 
@@ -45,6 +46,17 @@ class Want(Message, frozen=True, kw_only=True, tag="want"):
     digest: Digest
     # Half-open byte ranges; empty for all of it.
     ranges: Annotated[tuple[Range, ...], Meta(max_length=1024)] = ()
+    # Most payload bytes in one chunk, as suits the receiver's link; 0: as the sender likes.
+    chunk_bytes: Count = 0
+
+
+class Secure(Message, frozen=True, kw_only=True, tag="secure"):
+    """A step of secure aggregation, see `secure_aggregation.messages`; sent by either side."""
+
+    run: Nonce
+    round: Count
+    nonce: Nonce
+    body: Annotated[bytes, Meta(max_length=63 << 10)]
 
 
 # --- client -> coordinator ---------------------------------------------------------------------------
@@ -214,6 +226,8 @@ class Plan(Message, frozen=True, kw_only=True, tag="plan"):
     control: BlobRef | None = None
     # Names of parameters that stay on the device, as file name patterns.
     personal: Annotated[tuple[ShortText, ...], Meta(max_length=64)] = ()
+    # How the updates are aggregated securely: `secure_aggregation.messages.Settings`, encoded. Empty: not at all.
+    secure: Annotated[bytes, Meta(max_length=4096)] = b""
     # Codec of the update.
     codec: ShortText = "dense|float32"
     # Seconds from now until the round closes.
@@ -261,8 +275,8 @@ class Checkpoint(Message, frozen=True, kw_only=True, tag="checkpoint"):
     serial: Count = 0
 
 
-FromClient = Hello | Ready | Decline | Offer | Report | Goodbye | Want
-FromCoordinator = Announce | Welcome | Refusal | Plan | Verdict | RoundClosed | Checkpoint | Want
+FromClient = Hello | Ready | Decline | Offer | Report | Goodbye | Want | Secure
+FromCoordinator = Announce | Welcome | Refusal | Plan | Verdict | RoundClosed | Checkpoint | Want | Secure
 
 _from_client = msgspec.msgpack.Decoder(FromClient)
 _from_coordinator = msgspec.msgpack.Decoder(FromCoordinator)

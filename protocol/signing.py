@@ -90,7 +90,8 @@ class SigningKey:
             return cls(bytes.fromhex(setting))
         path = Path(setting)
         if not path.exists():
-            raise ConfigError(f"signing key: {path} is no file, and no key of 64 hex digits")
+            # It may be a key with a digit too few: not to be shown.
+            raise ConfigError("signing_key: names no file that is there, and is no key of 64 hex digits")
         return cls.load_or_create(path)
 
     def secret(self) -> str:

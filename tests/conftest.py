@@ -35,6 +35,15 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def private_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of 66 parameters with per-sample clipping, exported in a process of its own."""
+    out = tmp_path_factory.mktemp("private") / "private"
+    script = Path(__file__).parent / "support" / "private_bundle.py"
+    subprocess.run([sys.executable, script, out], check=True, capture_output=True)
+    return out
+
+
 @pytest.fixture
 def ram_path(tmp_path: Path) -> Iterator[Path]:
     """A directory in memory where there is such a thing, for tests that sync a thousand times."""

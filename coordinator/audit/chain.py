@@ -54,8 +54,7 @@ class AuditError(CoordinatorError):
     """An audit log that is not what its coordinator wrote; says where."""
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(msgspec.Struct, frozen=True, gc=False):  # a million of them: half the time of a dataclass
     """A line whose place in the chain is right."""
 
     n: int

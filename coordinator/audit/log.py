@@ -152,13 +152,18 @@ class AuditLog:
             self._file.close()
 
     def _write_head(self, head: Head) -> None:
-        """In place: a record shorter than a disk's sector is whole or not there. Synced with the next one."""
+        """In place: what is shorter than a disk's sector is the old or the new. The log is synced, so old is fine."""
         data = encode_head(self._key, self._run, head)
+        fresh = not self._head_path.exists()
         descriptor = os.open(self._head_path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(descriptor, data, 0)
+            if fresh:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        if fresh:
+            sync_directory(self._head_path.parent)
 
     def _recover(self) -> Recovered | None:
         """Reads the log there is, and cuts what a crash has left after the last seal."""

@@ -193,7 +193,10 @@ class FederationDirectory:
             certificate, key, password = issue_client(ca, name, now), SigningKey.generate(), secrets.token_urlsafe(32)
             # The file first: enrolled without a file would be worse than a file that nobody has enrolled.
             text = self._device_file(known, name, data, certificate, key, password)
-            write_atomically(path, text.encode(), mode=SECRET)
+            try:
+                write_atomically(path, text.encode(), mode=SECRET)
+            except OSError as error:
+                raise AuthorityError(f"{path}: cannot be written: {error}") from error
             entries[name] = Enrolment(
                 name=name,
                 public_key=key.public_key.hex(),

@@ -42,11 +42,24 @@ def read_registry(directory: Path) -> list[Enrolment]:
     """
     path = directory / REGISTRY_FILE
     try:
-        return msgspec.json.decode(path.read_bytes(), type=list[Enrolment])
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise AuthorityError(f"{directory}: is no federation directory; make one with: edgetrain init DIR") from error
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise AuthorityError(f"{path}: damaged: {error}") from error
+    except OSError as error:
+        raise AuthorityError(f"{path}: {error}") from error
+    return decode_registry(data, where=str(path))
+
+
+def decode_registry(data: bytes, *, where: str) -> list[Enrolment]:
+    """The entries of an enrolled.json.
+
+    Raises:
+        AuthorityError: damaged; `where` names the file.
+    """
+    try:
+        return msgspec.json.decode(data, type=list[Enrolment])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise AuthorityError(f"{where}: damaged: {error}") from error
 
 
 def write_registry(directory: Path, entries: list[Enrolment]) -> None:

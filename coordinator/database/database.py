@@ -98,7 +98,9 @@ class RunDatabase:
         for (row,) in self._query("SELECT record FROM client_rounds ORDER BY round, position"):
             yield self._decoded(row, ClientRow)
 
-    def close_rounds(self, closed: Iterable[tuple[RoundRecord, Sequence[ClientRow]]]) -> None:
+    def close_rounds(
+        self, closed: Iterable[tuple[RoundRecord, Sequence[ClientRow]]], clients: Iterable[KnownClient] = ()
+    ) -> None:
         """Notes rounds with their clients, all of it or nothing. This is what makes a round count.
 
         Raises:
@@ -115,6 +117,7 @@ class RunDatabase:
                     [(record.round, position, _text(row)) for position, row in enumerate(rows)],
                 )
                 self._connection.execute("DELETE FROM opened_rounds WHERE round <= ?", (record.round,))
+            self._save_clients(clients)
 
     def opened(self, number: int) -> RoundOpened | None:
         """How a round was opened that has not closed.
@@ -182,11 +185,14 @@ class RunDatabase:
             OSError: not writable; nothing has changed.
         """
         with self._errors(), self._transaction():
-            self._connection.executemany(
-                "INSERT INTO clients (name, public_key, last_round, last_digest) VALUES (?, ?, ?, ?) "
-                "ON CONFLICT (name) DO UPDATE SET last_round = excluded.last_round, last_digest = excluded.last_digest",
-                [(name, key, *(last or (None, None))) for name, key, last in clients],
-            )
+            self._save_clients(clients)
+
+    def _save_clients(self, clients: Iterable[KnownClient]) -> None:
+        self._connection.executemany(
+            "INSERT INTO clients (name, public_key, last_round, last_digest) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT (name) DO UPDATE SET last_round = excluded.last_round, last_digest = excluded.last_digest",
+            [(name, key, *(last or (None, None))) for name, key, last in clients],
+        )
 
     # --- how -----------------------------------------------------------------------------------------
 

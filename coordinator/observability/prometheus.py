@@ -22,12 +22,14 @@ _METRICS = {
     "edgetrain_attempts_total": ("counter", "Attempts of those rounds."),
     "edgetrain_updates_accepted_total": ("counter", "Updates accepted."),
     "edgetrain_refusals_total": ("counter", "Messages and updates refused."),
+    "edgetrain_refusals_by_kind_total": ("counter", "The same, by kind."),
     "edgetrain_update_bytes_total": ("counter", "Bytes of accepted updates."),
     "edgetrain_bytes_up_total": ("counter", "Payload bytes from clients."),
     "edgetrain_bytes_down_total": ("counter", "Payload bytes that clients received."),
     "edgetrain_loss": ("gauge", "Held-out loss after the last evaluated round."),
     "edgetrain_accuracy": ("gauge", "Held-out accuracy after the last evaluated round."),
     "edgetrain_train_loss": ("gauge", "Mean training loss of the last round's clients."),
+    "edgetrain_epsilon": ("gauge", "Spent of the federation's privacy budget."),
     "edgetrain_clients_metric": ("gauge", "A metric on the clients' own validation data, by statistic."),
     "edgetrain_clients_worse": ("gauge", "Clients that got worse since they were asked last."),
 }
@@ -45,7 +47,7 @@ class Counters:
         self._lock = threading.Lock()
         self._values: dict[tuple[str, str], float] = {}
         for name, (kind, _) in _METRICS.items():
-            if kind == "counter" or name == "edgetrain_clients_ready":
+            if (kind == "counter" and not name.endswith("by_kind_total")) or name == "edgetrain_clients_ready":
                 self._values[name, ""] = 0.0
 
     def __call__(self, event: events.Event) -> None:
@@ -61,6 +63,8 @@ class Counters:
                     self._add("edgetrain_update_bytes_total", event.update_bytes)
                 case events.Refused():
                     self._add("edgetrain_refusals_total", 1)
+                    if event.kind:
+                        self._add("edgetrain_refusals_by_kind_total", 1, f'kind="{_escaped(event.kind)}"')
                 case events.RoundStarted():
                     self._add("edgetrain_attempts_total", 1)
                 case events.Evaluated():
@@ -75,6 +79,8 @@ class Counters:
                     self._add("edgetrain_bytes_down_total", record.bytes_down)
                     if record.train_loss is not None:
                         self._set("edgetrain_train_loss", record.train_loss)
+                    if record.epsilon is not None:
+                        self._set("edgetrain_epsilon", record.epsilon)
                 case events.ClientsEvaluated(evaluation):
                     self._set("edgetrain_clients_worse", len(evaluation.worse))
                     # Clients name the metrics: what they no longer report goes away.
@@ -101,8 +107,8 @@ class Counters:
                     lines.append(f"{name}{{{joined}}} {value:.10g}")
         return "\n".join(lines) + "\n"
 
-    def _add(self, name: str, amount: float) -> None:
-        self._values[name, ""] = self._values.get((name, ""), 0.0) + amount
+    def _add(self, name: str, amount: float, labels: str = "") -> None:
+        self._values[name, labels] = self._values.get((name, labels), 0.0) + amount
 
     def _set(self, name: str, value: float, labels: str = "") -> None:
         self._values[name, labels] = float(value)

@@ -51,6 +51,8 @@ class TensorBoardWriter:
                 }
                 if ended.train_loss is not None:
                     numbers["clients/train_loss"] = ended.train_loss
+                if ended.epsilon is not None:
+                    numbers["privacy/epsilon"] = ended.epsilon
                 self.write(ended.round, numbers)
             case events.ClientsEvaluated(evaluation):
                 self.write(

@@ -40,6 +40,15 @@ class FederationBudget:
         """Spent so far."""
         return self._ledger.epsilon
 
+    @property
+    def mechanism(self) -> str:
+        """What a round releases, in words."""
+        release = self._release
+        noise = f"{release.mechanism} noise, multiplier {release.noise_multiplier:.6g}"
+        if release.sampling == "none":
+            return noise
+        return f"{noise}, {release.sampling} sampling, rate {release.sampling_rate:.6g}"
+
     def refusal(self) -> str | None:
         """Why another round cannot be paid for, or None."""
         try:

@@ -131,9 +131,9 @@ def private_mean(
             raise UpdateRefused(
                 f"the update has {update.num_parameters} parameters, the model has {len(partial.total)}"
             )
+        if not np.isfinite(update.values).all():
+            raise UpdateRefused("the update holds numbers that are not finite")
         steps, norm = clip_to_grid(update.values, partial.clip_norm, partial.clip_norm / GRID)
-        if not math.isfinite(norm):
-            raise UpdateRefused("the update's norm is not finite")
         if update.indices is None:
             partial.total += steps
         else:

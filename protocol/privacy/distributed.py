@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgetrain.protocol.privacy.errors import PrivacyError
-from edgetrain.protocol.privacy.noise import Noise, discrete_gaussian, skellam
+from edgetrain.protocol.privacy.noise import Noise, discrete_gaussian, largest, skellam
 from edgetrain.protocol.privacy.release import Release
 
 
@@ -23,6 +23,8 @@ class DistributedNoise:
     share: Noise
     # Of one share, in steps.
     share_deviation: float
+    # No share is larger in magnitude, in steps: for the modulus of secure aggregation.
+    bound: int
     # For the ledger, without sampling.
     release: Release
 
@@ -58,9 +60,11 @@ def distributed_noise(
             f"discrete Gaussian shares of deviation {deviation:.3g} steps are too fine: at least 0.5 is needed. Use a "
             "finer quantizer or skellam noise"
         )
+    kind = discrete_gaussian if mechanism == "discrete-gaussian" else skellam
     return DistributedNoise(
-        share=discrete_gaussian(deviation) if mechanism == "discrete-gaussian" else skellam(deviation),
+        share=kind(deviation),
         share_deviation=deviation,
+        bound=largest(kind, deviation),
         release=Release(
             mechanism=mechanism,
             noise_multiplier=noise_multiplier,

@@ -40,8 +40,10 @@ Noise = Callable[[RandomBytes, int], Integers]
 _REACH = 13.5
 # Float64 decides where numbers differ by more than this; the rounding errors are below 2^-48.
 _CLEAR = 2.0**-44
-# Elements drawn at a time: bounds the memory.
-_CHUNK = 1 << 16
+# Elements drawn at a time: bounds the memory, and stays in the cache.
+_CHUNK = 1 << 13
+# Tables are entered by so many leading bits.
+_GUIDE_BITS = 12
 MAX_DEVIATION = 2.0**45
 # Tables of Poisson distributions grow with the deviation.
 MAX_SKELLAM_DEVIATION = 2.0**14
@@ -88,6 +90,20 @@ def skellam(deviation: float) -> Noise:
     return draw
 
 
+def largest(kind: Callable[[float], Noise], deviation: float) -> int:
+    """No noise of that kind and deviation is larger in magnitude, for arithmetic that must not overflow.
+
+    Args:
+        kind: `rounded_gaussian`, `discrete_gaussian` or `skellam`.
+        deviation: as for that.
+    """
+    if kind is skellam:
+        _, table = _poisson_table(deviation**2 / 2)
+        return len(table.high)
+    stairs = _staircase(deviation, kind is discrete_gaussian)
+    return math.ceil((len(stairs.stairs.high) + 1) * 2.0**stairs.log_width)
+
+
 def _checked(deviation: float, most: float) -> float:
     if not 0 < deviation <= most:
         raise PrivacyError(f"noise of deviation {deviation:g} steps of the grid: must be above 0 and at most {most:g}")
@@ -103,6 +119,19 @@ class _Table:
 
     high: Words
     low: Words
+    # The entry for each value of the leading bits; -1 where a threshold lies within.
+    guide: Integers
+
+    @classmethod
+    def of(cls, thresholds: list[int]) -> _Table:
+        """A table of 128-bit thresholds, ascending."""
+        high = np.array([threshold >> 64 for threshold in thresholds], np.uint64)
+        low = np.array([threshold & (2**64 - 1) for threshold in thresholds], np.uint64)
+        cells = np.arange(2**_GUIDE_BITS, dtype=np.uint64) << np.uint64(64 - _GUIDE_BITS)
+        # Thresholds at a cell's very first value leave its entry open, too.
+        first = np.searchsorted(high, cells, side="left")
+        last = np.searchsorted(high, cells | np.uint64(2 ** (64 - _GUIDE_BITS) - 1), side="right")
+        return cls(high, low, np.where(first == last, first, -1).astype(np.int64))
 
 
 def _table(weights: list[Decimal]) -> _Table:
@@ -112,23 +141,22 @@ def _table(weights: list[Decimal]) -> _Table:
     for weight in weights[:-1]:
         running += weight
         thresholds.append(min(int(running / total * 2**128), 2**128 - 1))
-    return _Table(
-        np.array([threshold >> 64 for threshold in thresholds], np.uint64),
-        np.array([threshold & (2**64 - 1) for threshold in thresholds], np.uint64),
-    )
+    return _Table.of(thresholds)
 
 
 def _pick(table: _Table, random_bytes: RandomBytes, size: int) -> Integers:
     """Entries by their probabilities, int64 [size]."""
     drawn = words(random_bytes, size)
-    picked = np.searchsorted(table.high, drawn, side="right")
-    if len(table.high):
-        for place in np.flatnonzero(table.high[np.maximum(picked, 1) - 1] == drawn):
-            # The first 64 bits do not tell: once in 2^64 / len(table).
-            rest = words(random_bytes, 1)[0]
-            same = np.flatnonzero(table.high == drawn[place])
-            picked[place] = same[0] + int(np.count_nonzero(table.low[same] <= rest))
-    return picked.astype(np.int64, copy=False)
+    picked: Integers = table.guide[drawn >> np.uint64(64 - _GUIDE_BITS)]
+    unclear = np.flatnonzero(picked < 0)
+    entries = np.searchsorted(table.high, drawn[unclear], side="right")
+    # Where the first 64 bits do not tell: once in 2^64 / len(table).
+    for tie in np.flatnonzero(table.high[np.maximum(entries, 1) - 1] == drawn[unclear]) if len(unclear) else ():
+        rest = words(random_bytes, 1)[0]
+        same = np.flatnonzero(table.high == drawn[unclear[tie]])
+        entries[tie] = same[0] + int(np.count_nonzero(table.low[same] <= rest))
+    picked[unclear] = entries
+    return picked
 
 
 @lru_cache(maxsize=8)

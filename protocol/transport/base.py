@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+from edgetrain.protocol.blob_readers import BlobReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +48,16 @@ class Transport(Protocol):
         """Payload bytes that have arrived so far."""
         ...
 
-    def subscribe(self, topic: str) -> None:
+    def subscribe(self, topic: str, *, qos: Literal[0, 1] = 1) -> None:
         """Receives what is published to `topic`, whose levels may be "+" or end in "#".
 
         Returns when the broker has confirmed it, or at once while the connection is down: then it is
         renewed with the connection.
+
+        Args:
+            topic: MQTT topic filter.
+            qos: 1: the broker keeps messages for us while we are away. 0: it drops them, which is right for what
+                we ask for again, knowing what is missing.
         """
         ...
 
@@ -57,8 +65,43 @@ class Transport(Protocol):
         """The opposite."""
         ...
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        """Queues a message; does not wait for it to leave."""
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, transient: bool = False) -> None:
+        """Queues a message; does not wait for it to leave.
+
+        Args:
+            topic: where to.
+            payload: at most 64 KiB.
+            retain: the broker gives it to whoever subscribes later.
+            transient: pointless after a reconnect, since the caller then says it anew: it is not sent again.
+        """
+        ...
+
+    def send_blob(
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]] = (),
+        *,
+        chunk_bytes: int = 0,
+        resend: bool = True,
+    ) -> None:
+        """Queues chunks of a blob; messages overtake them. Does not wait, and takes no memory for them.
+
+        Bytes that wait already or are on their way to that topic are not sent twice. Chunks are no larger than
+        the broker takes.
+
+        Args:
+            topic: where to.
+            reader: of the blob; called from the network's thread.
+            ranges: half-open byte ranges; none for all.
+            chunk_bytes: most payload bytes in one chunk; 0 for as many as suit the link.
+            resend: False: a lost connection drops what is queued and on the way; the receiver, who knows what
+                has arrived, will ask for the rest.
+        """
+        ...
+
+    def forget_blob(self, digest: bytes) -> None:
+        """Drops the chunks of a blob that have not left yet."""
         ...
 
     def receive(self, timeout: float) -> Event | None:

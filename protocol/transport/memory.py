@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterable
+from typing import Literal
 
+from edgetrain.protocol.blob_readers import BlobReader
+from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, make_chunk
+from edgetrain.protocol.ranges import RangeSet
 from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Received
 
 
@@ -84,7 +89,7 @@ class MemoryTransport:
             self.bytes_received += len(event.payload)
         self._events.put(event)
 
-    def subscribe(self, topic: str) -> None:
+    def subscribe(self, topic: str, *, qos: Literal[0, 1] = 1) -> None:  # noqa: ARG002
         """See `Transport`."""
         if topic not in self.subscriptions:
             self.subscriptions.add(topic)
@@ -94,10 +99,29 @@ class MemoryTransport:
         """See `Transport`."""
         self.subscriptions.discard(topic)
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, transient: bool = False) -> None:  # noqa: ARG002
         """See `Transport`."""
         self.bytes_sent += len(payload)
         self._broker.publish(topic, payload, retain=retain)
+
+    def send_blob(
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]] = (),
+        *,
+        chunk_bytes: int = 0,
+        resend: bool = True,  # noqa: ARG002
+    ) -> None:
+        """See `Transport`. Nothing waits here: there is no link to wait for."""
+        size, most = reader.ref.size, min(chunk_bytes or DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES)
+        for start, stop in RangeSet((low, min(high, size)) for low, high in (tuple(ranges) or ((0, size),))):
+            for offset in range(start, stop, most):
+                data = reader.read(offset, min(offset + most, stop))
+                self.publish(topic, make_chunk(reader.ref, offset, data))
+
+    def forget_blob(self, digest: bytes) -> None:
+        """See `Transport`."""
 
     def receive(self, timeout: float) -> Event | None:
         """See `Transport`."""

@@ -6,38 +6,40 @@ Persistent sessions and QoS 1 shorten the way back after a cut, but nothing reli
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import queue
-import re
+import socket
 import threading
 import time
-from typing import Annotated, Any, Literal
+from collections import deque
+from collections.abc import Iterable
+from random import Random, SystemRandom
+from typing import Annotated, Literal
 
 import msgspec
 import paho.mqtt.client as paho
 from msgspec import Meta
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
-from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.enums import MQTTProtocolVersion
 
+from edgetrain.protocol.blob_readers import BlobReader
+from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, HEADER_BYTES, MIN_CHUNK_BYTES
 from edgetrain.protocol.errors import TransportError
+from edgetrain.protocol.transport.address import parse_broker
 from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Received
+from edgetrain.protocol.transport.connection import PACKET_OVERHEAD_BYTES, Connection, make_client
+from edgetrain.protocol.transport.outgoing import Control, Outgoing, Piece
+from edgetrain.protocol.transport.pacing import Backoff
 from edgetrain.protocol.transport.tls import tls_context
+
+__all__ = ["BrokerConfig", "MqttTransport", "parse_broker"]
 
 logger = logging.getLogger(__name__)
 
-_ADDRESS = re.compile(r"(?:(?P<name>[^][:/\s]+)|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{1,5}))?")
-
-# How long the broker keeps a session (and its queue) of somebody who is away.
-SESSION_EXPIRY_SECONDS = 3600
 # A CONNACK later than this is a broker that does not speak our language.
 CONNACK_SECONDS = 5.0
-# Enough to hide the round trip on a fast link, small enough for a phone's memory at 60 KiB each.
-INFLIGHT_MESSAGES = 20
 # How long a close waits for the broker to take what is queued.
 FLUSH_SECONDS = 5.0
+_GOODBYE_SECONDS = 1.0
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,10 +47,14 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     host: Annotated[str, Meta(description="host name or address of the MQTT broker")] = "localhost"
     port: Annotated[int, Meta(description="its port", ge=1, le=65535)] = 1883
+    transport: Annotated[
+        Literal["tcp", "websockets"], Meta(description="websockets for brokers behind a web server, mostly on port 443")
+    ] = "tcp"
+    path: Annotated[str, Meta(description="path of the WebSocket", pattern="^/")] = "/mqtt"
     username: Annotated[str, Meta(description="user name, if the broker asks for one")] = ""
     password: Annotated[str, Meta(description="password, if the broker asks for one")] = ""
     tls_ca: Annotated[
-        str, Meta(description="file with the CA of the broker's certificate, or its PEM text; turns TLS on")
+        str, Meta(description="file with the CA of the broker's certificate, its PEM text, or system; turns TLS on")
     ] = ""
     tls_certificate: Annotated[
         str, Meta(description="file with the certificate to connect with, if the broker asks for one, or its PEM text")
@@ -57,7 +63,16 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     mqtt_version: Annotated[
         Literal["auto", "5", "3.1.1"], Meta(description="MQTT version; auto tries 5, then 3.1.1")
     ] = "auto"
-    keepalive_seconds: Annotated[int, Meta(description="seconds between keepalives", ge=5)] = 60
+    # A phone's radio wakes up for each; a carrier forgets a silent connection after some minutes.
+    keepalive_seconds: Annotated[int, Meta(description="seconds between keepalives", ge=5, le=65535)] = 120
+    stall_seconds: Annotated[
+        float, Meta(description="reconnect if the broker acknowledges nothing for so long", gt=0)
+    ] = 30.0
+    upload_kbit: Annotated[float, Meta(description="most kbit/s of blobs to send; 0 for no cap", ge=0)] = 0.0
+    download_kbit: Annotated[float, Meta(description="most kbit/s of blobs to ask for; 0 for no cap", ge=0)] = 0.0
+    max_packet_bytes: Annotated[
+        int, Meta(description="largest packet that the broker takes; 0: what an MQTT 5 broker says", ge=0)
+    ] = 0
     connect_timeout_seconds: Annotated[
         float, Meta(description="give up if the broker does not answer for so long at the start", ge=0)
     ] = 30.0
@@ -67,94 +82,140 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return f"BrokerConfig(host={self.host!r}, port={self.port}, username={self.username!r})"
 
 
-class _Client(paho.Client):
-    def release(self, *, keep_connection: bool = False) -> None:
-        """Closes the sockets that paho would leave to the garbage collector."""
-        self._reset_sockets(sockpair_only=keep_connection)
-
-
 class MqttTransport:
-    """A connection to an MQTT broker.
+    """A connection to an MQTT broker, made anew whenever it is lost.
 
     Args:
         config: where to.
         client_id: MQTT client id; the broker keeps one session per id.
         will: (topic, payload) that the broker publishes if the connection is lost.
+        random: jitters the attempts to reconnect.
 
     Raises:
         TransportError: no broker there within the timeout, or it refused us.
     """
 
-    def __init__(self, config: BrokerConfig, *, client_id: str, will: tuple[str, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        config: BrokerConfig,
+        *,
+        client_id: str,
+        will: tuple[str, bytes] | None = None,
+        random: Random | None = None,
+    ) -> None:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._config = config
         self._client_id = client_id
         self._will = will
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._subscriptions: dict[str, None] = {}
-        self._acknowledged: dict[int, threading.Event] = {}
-        # Messages handed to paho, and those that the broker has.
-        self._queued = 0
-        self._delivered = 0
-        self._lock = threading.Lock()
+        # With each message, what acknowledges it: (connection, packet id, QoS).
+        self._events: queue.SimpleQueue[tuple[Event, tuple[Connection, int, int] | None]] = queue.SimpleQueue()
+        # Guards all that follows but the connection, which belongs to the network's thread.
+        self._lock = threading.RLock()
+        self._outgoing = Outgoing(rate=config.upload_kbit * 125)
+        self._subscriptions: dict[str, int] = {}
+        # (topic, QoS or None to unsubscribe, what waits for the confirmation).
+        self._requests: deque[tuple[str, int | None, threading.Event]] = deque()
+        self._confirmations: dict[int, threading.Event] = {}
+        self._acknowledgements: deque[tuple[Connection, int, int]] = deque()
         # The request that renews the subscriptions after a reconnect, until it is confirmed.
         self._renewal: int | None = None
-        self._closed = False
-        self._client = self._open()
+        self._online = True
+        self._closing = threading.Event()
+        self._backoff = Backoff(random or SystemRandom())
+        self._connection = self._open()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._events.put((Connected(), None))
+        self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
+        self._thread.start()
 
     @property
     def version(self) -> str:
         """The MQTT version in use, "5" or "3.1.1"."""
-        return "5" if self._client.protocol == MQTTProtocolVersion.MQTTv5 else "3.1.1"
+        return "5" if self._connection.version_5 else "3.1.1"
 
-    def subscribe(self, topic: str) -> None:
+    def subscribe(self, topic: str, *, qos: Literal[0, 1] = 1) -> None:
         """See `Transport`."""
         if topic in self._subscriptions:
             return
-        self._subscriptions[topic] = None
         done = threading.Event()
         with self._lock:
-            result, mid = self._client.subscribe(topic, qos=1)
-            if result != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
+            self._subscriptions[topic] = qos
+            if not self._online:
                 return
-            self._acknowledged[mid] = done
+            self._requests.append((topic, qos, done))
+        self._wake()
         done.wait(CONNACK_SECONDS)
 
     def unsubscribe(self, topic: str) -> None:
         """See `Transport`."""
-        if topic in self._subscriptions:
-            del self._subscriptions[topic]
-            self._client.unsubscribe(topic)
+        with self._lock:
+            if self._subscriptions.pop(topic, None) is not None and self._online:
+                self._requests.append((topic, None, threading.Event()))
+        self._wake()
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, transient: bool = False) -> None:
         """See `Transport`."""
-        self.bytes_sent += len(payload)
-        self._queued += 1
-        self._client.publish(topic, payload, qos=1, retain=retain)
+        with self._lock:
+            if transient and not self._online:
+                return
+            self.bytes_sent += len(payload)
+            self._outgoing.put(Control(topic, payload, retain, transient))
+        self._wake()
+
+    def send_blob(
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]] = (),
+        *,
+        chunk_bytes: int = 0,
+        resend: bool = True,
+    ) -> None:
+        """See `Transport`."""
+        with self._lock:
+            self._outgoing.put_blob(topic, reader, ranges, chunk_bytes, resend=resend)
+        self._wake()
+
+    def forget_blob(self, digest: bytes) -> None:
+        """See `Transport`."""
+        with self._lock:
+            self._outgoing.forget_blob(digest)
 
     def receive(self, timeout: float) -> Event | None:
         """See `Transport`."""
         try:
-            return self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
+            event, acknowledgement = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
         except queue.Empty:
             return None
+        if acknowledgement is not None:
+            # The broker sends no more than a few messages ahead of this: what waits here is bounded.
+            self._acknowledgements.append(acknowledgement)
+            self._wake()
+        return event
 
     def close(self) -> None:
         """See `Transport`."""
-        if self._closed:
+        if self._closing.is_set():
             return
-        self._closed = True
         deadline = time.monotonic() + FLUSH_SECONDS
-        while self._client.is_connected() and self._delivered < self._queued and time.monotonic() < deadline:
+        while self._online and not self._outgoing.empty and time.monotonic() < deadline:
             time.sleep(0.005)
-        self._client.disconnect()
-        self._client.loop_stop()
-        self._client.release()
+        self._closing.set()
+        self._wake()
+        self._thread.join(_GOODBYE_SECONDS)
+        while self._thread.is_alive():
+            # It waits for a broker that does not answer.
+            self._connection.client.interrupt()
+            self._thread.join(_GOODBYE_SECONDS)
+        self._wake_read.close()
+        self._wake_write.close()
 
     # --- connecting ----------------------------------------------------------------------------------
 
-    def _open(self) -> _Client:
+    def _open(self) -> Connection:
         config = self._config
         deadline = time.monotonic() + config.connect_timeout_seconds
         versions = {
@@ -162,14 +223,19 @@ class MqttTransport:
             "5": [MQTTProtocolVersion.MQTTv5],
             "3.1.1": [MQTTProtocolVersion.MQTTv311],
         }[config.mqtt_version]
-        delay = 0.2
+        backoff = Backoff(self._backoff.random, first=0.4, most=5.0)
         while True:
             for version in versions:
                 outcome = self._try(version)
-                if isinstance(outcome, _Client):
+                if isinstance(outcome, Connection):
                     number = "5" if version == MQTTProtocolVersion.MQTTv5 else "3.1.1"
                     logger.info("connected to %s:%d by MQTT %s", config.host, config.port, number)
                     return outcome
+                if "authoriz" in outcome.lower() or "user name" in outcome.lower():
+                    raise TransportError(
+                        f"the MQTT broker at {config.host}:{config.port} refused user {config.username!r}: {outcome}"
+                    )
+            delay = backoff.next()
             if time.monotonic() + delay > deadline:
                 raise TransportError(
                     f"cannot reach the MQTT broker at {config.host}:{config.port}: {outcome}. "
@@ -177,50 +243,12 @@ class MqttTransport:
                 )
             logger.warning("broker %s:%d: %s; trying again", config.host, config.port, outcome)
             time.sleep(delay)
-            delay = min(2 * delay, 5.0)
 
-    def _try(self, version: MQTTProtocolVersion) -> _Client | str:
-        """One attempt: a connected client, or why not."""
+    def _try(self, version: MQTTProtocolVersion) -> Connection | str:
+        """One attempt: a connection that stands, or why not."""
         config = self._config
-        outcome: list[str | None] = []
-        client = self._make_client(version)
-
-        def on_connect(_c: paho.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
-            outcome.append(str(reason) if reason.is_failure else None)
-
-        client.on_connect = on_connect
-        deadline = time.monotonic() + CONNACK_SECONDS
-        try:
-            client.connect(config.host, config.port, config.keepalive_seconds, **self._session(version))
-            # By hand, not by paho's thread: that one would try again by itself.
-            while not outcome and time.monotonic() < deadline:
-                if client.loop(0.05) != MQTTErrorCode.MQTT_ERR_SUCCESS and not outcome:
-                    outcome.append("the broker closed the connection")
-        except (OSError, ValueError) as error:
-            client.release()
-            return str(error) or type(error).__name__
-        failure = outcome[0] if outcome else "it does not answer as an MQTT broker"
-        if failure is None:
-            self._adopt(client)
-            client.release(keep_connection=True)
-            client.loop_start()
-            return client
-        client.disconnect()
-        client.release()
-        if "authoriz" in failure.lower() or "user name" in failure.lower():
-            raise TransportError(
-                f"the MQTT broker at {config.host}:{config.port} refused user {config.username!r}: {failure}"
-            )
-        return failure
-
-    def _make_client(self, version: MQTTProtocolVersion) -> _Client:
-        config = self._config
-        extra: dict[str, Any] = {}
-        if version == MQTTProtocolVersion.MQTTv311:
-            extra["clean_session"] = False
-        client = _Client(CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=version, **extra)
-        client.max_inflight_messages_set(INFLIGHT_MESSAGES)
-        client.reconnect_delay_set(1, 30)
+        client = make_client(version, self._client_id, transport=config.transport)
+        client.ws_set_options(path=config.path)
         if config.username:
             client.username_pw_set(config.username, config.password or None)
         if config.tls_ca:
@@ -228,71 +256,132 @@ class MqttTransport:
             client.tls_set_context(context)
         if self._will:
             client.will_set(*self._will, qos=1)
-        return client
-
-    def _session(self, version: MQTTProtocolVersion) -> dict[str, Any]:
-        if version == MQTTProtocolVersion.MQTTv311:
-            return {}
-        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        properties.SessionExpiryInterval = SESSION_EXPIRY_SECONDS
-        return {"clean_start": False, "properties": properties}
-
-    def _adopt(self, client: _Client) -> None:
-        client.on_connect = self._on_connect
-        client.on_disconnect = self._on_disconnect
-        client.on_message = self._on_message
-        client.on_subscribe = self._on_subscribe
-        client.on_publish = self._on_publish
-        self._events.put(Connected())
-
-    # --- paho's thread -------------------------------------------------------------------------------
-
-    def _on_connect(self, client: paho.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
-        if reason.is_failure:
-            self._events.put(Disconnected(str(reason)))
-            return
-        topics = [(topic, 1) for topic in list(self._subscriptions)]
-        self._renewal = client.subscribe(topics)[1] if topics else None
-        if self._renewal is None:
-            self._events.put(Connected())
-
-    def _on_disconnect(self, _c: paho.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
+        connection = Connection(
+            client,
+            on_message=lambda message: self._on_message(connection, message),
+            on_acknowledged=self._on_acknowledged,
+            on_subscribed=self._on_subscribed,
+        )
+        # A close from another thread finds what to interrupt.
+        self._connection = connection
+        failure = connection.open(config.host, config.port, keepalive=config.keepalive_seconds, timeout=CONNACK_SECONDS)
+        if failure is not None:
+            return failure
+        limit = min(filter(None, (connection.max_packet_bytes, config.max_packet_bytes)), default=0)
         with self._lock:
-            for done in self._acknowledged.values():
+            self._outgoing.max_messages = connection.receive_maximum
+            self._outgoing.max_payload = DEFAULT_CHUNK_BYTES + HEADER_BYTES
+            self._outgoing.max_message = max(limit - PACKET_OVERHEAD_BYTES, 0)
+            if limit:
+                self._outgoing.max_payload = min(self._outgoing.max_payload, limit - PACKET_OVERHEAD_BYTES)
+        if self._outgoing.max_payload < MIN_CHUNK_BYTES + HEADER_BYTES:
+            connection.client.disconnect()
+            connection.client.release()
+            raise TransportError(
+                f"the MQTT broker at {config.host}:{config.port} takes packets of at most {limit} bytes, "
+                f"needed are {MIN_CHUNK_BYTES + HEADER_BYTES + PACKET_OVERHEAD_BYTES}"
+            )
+        return connection
+
+    # --- the network's thread ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        version = MQTTProtocolVersion(self._connection.client.protocol)
+        while True:
+            reason = self._serve(self._connection)
+            if self._closing.is_set():
+                self._connection.close(_GOODBYE_SECONDS)
+                return
+            self._lost(reason)
+            while True:
+                if self._closing.wait(self._backoff.next()):
+                    return
+                try:
+                    outcome = self._try(version)
+                except TransportError as error:
+                    outcome = str(error)
+                if isinstance(outcome, Connection):
+                    break
+                logger.debug("reconnecting to %s:%d: %s", self._config.host, self._config.port, outcome)
+            self._regained(outcome)
+
+    def _serve(self, connection: Connection) -> str:
+        """Works until the connection is lost or we are to close; why."""
+        while not self._closing.is_set():
+            with self._lock:
+                now = time.monotonic()
+                self._feed(connection, now)
+                patience = self._outgoing.wait(now)
+                oldest = self._outgoing.oldest
+            reason = connection.pump(self._wake_read, 1.0 if patience is None else max(patience, 0.001))
+            if reason is not None:
+                return reason
+            quiet = 0.0 if oldest is None else time.monotonic() - max(oldest, connection.heard_at)
+            if quiet > self._config.stall_seconds:
+                return f"nothing acknowledged for {self._config.stall_seconds:.0f} s"
+        return "closed"
+
+    def _feed(self, connection: Connection, now: float) -> None:
+        while self._requests:
+            topic, qos, done = self._requests.popleft()
+            if qos is None:
+                connection.client.unsubscribe(topic)
+            elif (mid := connection.subscribe([(topic, qos)])) is not None:
+                self._confirmations[mid] = done
+        while self._acknowledgements:
+            of, mid, qos = self._acknowledgements.popleft()
+            if of is connection:
+                connection.client.ack(mid, qos)
+        while (what := self._outgoing.next(now)) is not None:
+            if isinstance(what, Piece):
+                self.bytes_sent += len(what.payload)
+            packet = connection.publish(what)
+            # Without a packet id it goes again, as everything that was on the way.
+            self._outgoing.sent(-1 if packet is None else packet, what, now)
+            if packet is None:
+                return
+
+    def _lost(self, reason: str) -> None:
+        self._connection.client.release()
+        with self._lock:
+            self._online = False
+            self._outgoing.connection_lost()
+            for done in (*self._confirmations.values(), *(done for _, _, done in self._requests)):
                 done.set()
-            self._acknowledged.clear()
-        self._events.put(Disconnected(str(reason)))
-
-    def _on_message(self, _c: paho.Client, _u: Any, message: paho.MQTTMessage) -> None:
-        self.bytes_received += len(message.payload)
-        self._events.put(Received(message.topic, bytes(message.payload)))
-
-    def _on_publish(self, _c: paho.Client, _u: Any, _mid: int, _r: Any, _p: Any) -> None:
-        self._delivered += 1
-
-    def _on_subscribe(self, _c: paho.Client, _u: Any, mid: int, _r: Any, _p: Any) -> None:
-        if mid == self._renewal:
+            self._confirmations.clear()
+            self._requests.clear()
             self._renewal = None
-            self._events.put(Connected())
-        with self._lock, contextlib.suppress(KeyError):
-            self._acknowledged.pop(mid).set()
+        self._events.put((Disconnected(reason), None))
 
+    def _regained(self, connection: Connection) -> None:
+        self._backoff.reset()
+        with self._lock:
+            self._online = True
+            topics = list(self._subscriptions.items())
+            self._renewal = connection.subscribe(topics) if topics else None
+            if self._renewal is None:
+                self._events.put((Connected(), None))
 
-def parse_broker(address: str) -> tuple[str, int]:
-    """(host, port) of "HOST", "HOST:PORT" or "[IPv6]:PORT"; the port is 1883 if left out.
+    def _on_message(self, connection: Connection, message: paho.MQTTMessage) -> None:
+        self.bytes_received += len(message.payload)
+        acknowledgement = (connection, message.mid, message.qos) if message.qos else None
+        with contextlib.suppress(UnicodeDecodeError):
+            self._events.put((Received(message.topic, bytes(message.payload)), acknowledgement))
 
-    Raises:
-        TransportError: neither.
-    """
-    if address.count(":") > 1 and "[" not in address:
-        address = f"[{address}]"  # a bare IPv6 address
-    found = _ADDRESS.fullmatch(address)
-    port = int(found["port"] or 1883) if found else 0
-    if not found or not 0 < port < 65536:
-        raise TransportError(f"broker {address!r} is not HOST or HOST:PORT")
-    if found["ipv6"]:
-        try:
-            ipaddress.IPv6Address(found["ipv6"])
-        except ValueError as error:
-            raise TransportError(f"broker {address!r} is not HOST or HOST:PORT: {error}") from error
-    return found["name"] or found["ipv6"], port
+    def _on_acknowledged(self, mid: int, failure: str | None) -> None:
+        if failure is not None:
+            logger.warning("the broker did not take a message: %s", failure)
+        with self._lock:
+            self._outgoing.acknowledged(mid, time.monotonic())
+
+    def _on_subscribed(self, mid: int) -> None:
+        with self._lock:
+            if mid == self._renewal:
+                self._renewal = None
+                self._events.put((Connected(), None))
+            if (done := self._confirmations.pop(mid, None)) is not None:
+                done.set()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._wake_write.send(b"x")

@@ -17,7 +17,7 @@ def tls_context(*, ca: str, certificate: str, key: str) -> ssl.SSLContext:
     """A context that checks the broker's certificate and name.
 
     Args:
-        ca: file with the CA of the broker's certificate, or its PEM text.
+        ca: file with the CA of the broker's certificate, or its PEM text; "system" for those of the system.
         certificate: file with our own, or its PEM text; "" for none.
         key: file with its private key, or the PEM text.
 
@@ -27,7 +27,9 @@ def tls_context(*, ca: str, certificate: str, key: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        if _PEM in ca:
+        if ca == "system":
+            context.load_default_certs()
+        elif _PEM in ca:
             context.load_verify_locations(cadata=ca[ca.index(_PEM) :])
         else:
             context.load_verify_locations(cafile=ca)
@@ -49,7 +51,7 @@ def tls_context(*, ca: str, certificate: str, key: str) -> ssl.SSLContext:
 
 def _name(setting: str) -> str:
     """For messages: never the text of a key."""
-    return "the PEM text in the settings" if _PEM in setting else setting
+    return "the PEM text in the settings" if "\n" in setting or len(setting) > 200 else setting
 
 
 @contextlib.contextmanager

@@ -16,12 +16,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
-import tomli_w
 
 from edgetrain.coordinator.broker import start_broker
-from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, RoundsConfig
+from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, RoundsConfig, to_toml
 from edgetrain.coordinator.processes import spawn, stop
 from edgetrain.coordinator.serve import serve
 from edgetrain.edge_client.config import ClientConfig
@@ -102,7 +100,7 @@ def client(folder: Path, runtime: str, data: Path, broker: BrokerConfig) -> Iter
         broker=broker,
     )
     path = folder / f"{name}.toml"
-    path.write_text(tomli_w.dumps(msgspec.to_builtins(config)), encoding="utf-8")
+    path.write_text(to_toml(config), encoding="utf-8")
     log = folder / f"{name}.log"
     with log.open("wb") as file:
         process = spawn(

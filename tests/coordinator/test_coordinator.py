@@ -695,3 +695,15 @@ def test_a_chunk_has_no_more_bytes_than_configured(federate):
     federation.serve()
     assert max(largest) == 1024
     assert federation.config.federation == FEDERATION
+
+
+def test_a_thousand_messages_at_once_are_all_handled(federate):
+    """More than the coordinator handles between two syncs: nobody has to say anything twice."""
+    count = 600
+    federation = federate(rounds={"total": 1, "goal": count})
+    for number in range(count):
+        federation.add(f"c{number:03d}")
+    started = federation.clock.now
+    assert federation.serve().updates == count
+    # A lost message is repeated after ten seconds, a lost chunk asked for after three.
+    assert federation.clock.now - started < 3

@@ -124,10 +124,10 @@ def test_a_kill_between_the_journal_and_the_rounds_row(tiny_bundle, ram_path, mo
     real = RunDatabase.close_rounds
     armed = [True]
 
-    def close_rounds(self, closed):
+    def close_rounds(self, closed, clients=()):
         if armed and armed.pop():
             raise Crash
-        real(self, closed)
+        real(self, closed, clients)
 
     monkeypatch.setattr(RunDatabase, "close_rounds", close_rounds)
     with pytest.raises(Crash):

@@ -51,7 +51,7 @@ EVENTS = [
     events.ClientLeft("a", "bye"),
     events.RoundStarted(1, 1, 2),
     events.UpdateAccepted(1, "b", 40, 1),
-    events.Refused("c", 'a "bad"\nthing'),
+    events.Refused("c", 'a "bad"\nthing', "forged"),
     events.Evaluated(1, 0.75, 0.5),
     events.ClientsEvaluated(evaluation_of(1, {"a": report(0.5), "b": report(1.0)}, None)),
     events.RoundEnded(record(1, train_loss=0.125)),
@@ -118,6 +118,7 @@ def test_prometheus_serves_what_happened():
         "edgetrain_bytes_up_total": 100,
     }
     assert {name: float(samples[f'{name}{{federation="test"}}']) for name in expected} == expected
+    assert samples['edgetrain_refusals_by_kind_total{federation="test",kind="forged"}'] == "1"
     labels = 'federation="test",metric="accuracy",statistic="mean"'
     assert samples[f"edgetrain_clients_metric{{{labels}}}"] == "0.75"
     helped = {line.split()[2] for line in lines if line.startswith("# HELP")}

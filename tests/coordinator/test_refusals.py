@@ -15,7 +15,7 @@ from edgetrain.coordinator.authority.registry import Enrolment, write_registry
 from edgetrain.coordinator.config import BansConfig, LimitsConfig
 from edgetrain.protocol import encode
 from edgetrain.protocol.blobs import blob_ref
-from edgetrain.protocol.messages import Ready
+from edgetrain.protocol.messages import Ready, encode_message
 from edgetrain.protocol.signing import MAX_MESSAGE_BYTES, SigningKey
 from support.scripted import ScriptedClient, ScriptedFederation
 
@@ -149,6 +149,27 @@ def test_a_second_update_is_refused_with_its_digest_and_reason(federate):
     assert refused["reason"] == "an update of this client is already in the round"
     [accepted] = audit(federation, type="accepted", client="z")
     assert accepted["digest"] == blob_ref(encode(client.delta(plan), plan.codec)).digest.hex()
+
+
+@pytest.mark.parametrize("field", ["run", "round", "nonce", "update", "num_examples"])
+def test_everything_that_an_offer_says_is_signed(federate, field):
+    """z signs one offer and sends another: no field of it can be changed on the way."""
+    changes = {"run": b"r" * 16, "round": 7, "nonce": b"n" * 16, "num_examples": 99, "update": blob_ref(b"another")}
+
+    class Tampered(ScriptedClient):
+        def on_plan(self, plan):
+            offer = self.offer(plan, dense(self, plan))
+            envelope = msgspec.msgpack.decode(self.sealed(offer))
+            envelope[2] = encode_message(msgspec.structs.replace(offer, **{field: changes[field]}))
+            self.send_raw(msgspec.msgpack.encode(envelope))
+
+    federation = federate(rounds=ROUNDS | {"total": 1})
+    for name in ("a", "b"):
+        federation.add(name)
+    federation.add("z", Tampered)
+    federation.serve()
+    assert kinds(federation, "z") == ["forged"]
+    assert not audit(federation, type="accepted", client="z")
 
 
 # --- bans --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 import shutil
@@ -16,17 +17,23 @@ from edgetrain.edge_client.client import Client, connection_will, new_connection
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.dataset import Dataset
-from edgetrain.edge_client.errors import DataError, RefusedError, SessionError, StateError
+from edgetrain.edge_client.error_feedback import ErrorFeedback
+from edgetrain.edge_client.errors import DataError, RefusedError, SessionError
+from edgetrain.edge_client.policy import LOOK_SECONDS, Policy, PolicyConfig, Surroundings
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.trainer import evaluate, train
 from edgetrain.protocol import BundleError, EdgetrainError, Limits, decode
 from edgetrain.protocol.blobs import HEADER_BYTES, cut
 from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.messages import (
     Announce,
+    BlobRef,
     Decline,
+    DeviceState,
     Goodbye,
     Hello,
+    LogPoint,
     Offer,
     Ready,
     Refusal,
@@ -60,6 +67,7 @@ class Scene:
         self.bundle = bundle
         self.transport = None
         self.transport_type = DrivenTransport
+        self.policy = None
 
     def run(self):
         """One life of the client."""
@@ -70,7 +78,12 @@ class Scene:
             self.transport = self.transport_type(inner, self.clock, self.coordinator.act)
             try:
                 Client(
-                    self.config, state=state, transport=self.transport, connection=connection, clock=self.clock
+                    self.config,
+                    state=state,
+                    transport=self.transport,
+                    connection=connection,
+                    clock=self.clock,
+                    policy=self.policy,
                 ).run()
             finally:
                 self.coordinator.drain()
@@ -209,6 +222,12 @@ def crash_on_publish(matches):
                 raise Crash
             self._inner.publish(topic, payload, **options)
 
+        def send_blob(self, topic, *arguments, **options):
+            if Fatal.armed and matches(topic):
+                Fatal.armed = False
+                raise Crash
+            self._inner.send_blob(topic, *arguments, **options)
+
     return Fatal
 
 
@@ -258,17 +277,142 @@ def test_a_crash_with_an_update_pending_offers_the_same_update_again(scene, at):
         )
 
 
-def test_a_state_directory_that_cannot_be_written_sends_nothing(scene, monkeypatch):
-    rounds(scene, 1)
+class Disk:
+    """A disk that refuses some writes."""
+
+    def __init__(self, monkeypatch, *modules):
+        self.full = True
+        self.refused = 0
+        real = write_atomically
+
+        def write(path, data, **options):
+            if self.full:
+                self.refused += 1
+                raise OSError(28, "No space left on device")
+            real(path, data, **options)
+
+        for module in modules:
+            monkeypatch.setattr(f"edgetrain.edge_client.{module}.write_atomically", write)
+
+
+def test_a_full_disk_declines_with_the_reason_sends_nothing_and_is_survived(scene, monkeypatch, caplog):
+    disk = Disk(monkeypatch, "checked_file")
+    coordinator = scene.coordinator
+    plans = [coordinator.plan(START, number, codec="dense|float32") for number in (1, 2)]
+
+    def on_message(message):
+        if isinstance(message, Decline):
+            assert not scene.heard(Offer), "nothing leaves that is not on the disk"
+            disk.full = False
+            coordinator.send(plans[1])
+
+    def on_update(offer, _update):
+        coordinator.verdict(offer)
+        scene.end()
+
+    coordinator.on_ready = lambda _ready: coordinator.send(plans[0])
+    coordinator.on_message, coordinator.on_update = on_message, on_update
     scene.announce()
-    monkeypatch.setattr(
-        "edgetrain.edge_client.error_feedback.write_atomically",
-        lambda *_args, **_options: (_ for _ in ()).throw(OSError(30, "Read-only file system")),
+    scene.run()
+    assert [(decline.round, "No space left" in decline.reason) for decline in scene.heard(Decline)] == [(1, True)]
+    assert "residual.bin: cannot store the residual" in caplog.text
+    # As if round 1 had never been: the training that could not be kept is not in the next update.
+    ((_, update),) = coordinator.updates
+    np.testing.assert_array_equal(
+        decode(update, Limits(max_parameters=NUM_PARAMETERS)).dense(), scene.expected_delta(plans[1])
     )
-    with pytest.raises(StateError, match=r"residual\.bin.*Read-only file system"):
-        scene.run()
-    assert scene.heard(Offer) == []
-    assert scene.heard(Goodbye)[0].reason == "stopped by an error"
+
+
+def test_a_disk_that_is_full_when_the_verdict_comes_settles_later(scene, monkeypatch):
+    """The update was accepted, the disk does not know: it is offered again, not made again, and settled once."""
+    disk = Disk(monkeypatch, "checked_file")
+    disk.full = False
+    coordinator = scene.coordinator
+    plans = [coordinator.plan(START, number, codec="topk:0.1|float32") for number in (1, 2)]
+    offers = []
+
+    def on_message(message):
+        if isinstance(message, Decline):
+            assert (message.round, disk.refused) == (1, 1)
+            disk.full = False
+            coordinator.send(plans[1])
+        elif isinstance(message, Offer):
+            offers.append(message.round)
+            if offers == [1, 1]:
+                coordinator.verdict(message)
+
+    def on_update(offer, _update):
+        if len(offers) == 1:
+            disk.full = True
+            coordinator.verdict(offer)
+        elif offer.round == 2:
+            coordinator.verdict(offer)
+            coordinator.on_idle = scene.end
+
+    coordinator.on_ready = lambda _ready: coordinator.send(plans[0])
+    coordinator.on_message, coordinator.on_update = on_message, on_update
+    scene.announce()
+    scene.run()
+    assert offers == [1, 1, 2]
+    feedback = ErrorFeedback(
+        scene.path / "state/residual.bin", bundle=plans[0].bundle, run=plans[0].run, num_parameters=NUM_PARAMETERS
+    )
+    assert feedback.offer is None
+    updates = {offer.round: update for offer, update in coordinator.updates}
+    sent = sum(decode(update, Limits(max_parameters=NUM_PARAMETERS)).dense() for update in updates.values())
+    deltas = sum(scene.expected_delta(plan) for plan in plans)
+    np.testing.assert_allclose(sent + feedback.residual, deltas, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_policy_forbids_is_declined_with_the_reason(scene, caplog):
+    batteries = [10.0, 10.0]
+
+    def look():
+        device = DeviceState(battery_percent=batteries.pop() if batteries else 90.0, charging=False)
+        return Surroundings(device=device, metered=False, throttling=(), time=dt.time(12))
+
+    scene.policy = Policy(PolicyConfig(), clock=scene.clock, look=look)
+    coordinator = scene.coordinator
+    plan = coordinator.plan(START, 1)
+
+    def on_message(message):
+        if isinstance(message, Decline):
+            scene.clock.now += LOOK_SECONDS
+            coordinator.send(plan)
+
+    def on_update(offer, _update):
+        coordinator.verdict(offer)
+        scene.end()
+
+    coordinator.on_ready = lambda _ready: coordinator.send(plan)
+    coordinator.on_message, coordinator.on_update = on_message, on_update
+    scene.announce()
+    scene.run()
+    declines = [decline.reason for decline in scene.heard(Decline)]
+    assert declines == ["battery at 10 % (policy.min_battery_percent = 20)"] * 2
+    assert "round 1: declined: battery at 10 %" in caplog.text
+    assert [offer.round for offer in scene.heard(Offer)] == [1], "the same plan, when it may"
+
+
+def test_a_training_that_the_policy_stops_is_declined(scene):
+    """Heat comes with the work."""
+    temperatures = [40.0, 40.0, 95.0]
+
+    def look():
+        # Every look, after LOOK_SECONDS each.
+        scene.clock.now += LOOK_SECONDS
+        device = DeviceState(temperature_c=temperatures.pop(0) if temperatures else 95.0)
+        return Surroundings(device=device, metered=None, throttling=(), time=dt.time(12))
+
+    scene.policy = Policy(PolicyConfig(max_temperature_c=80), clock=scene.clock, look=look)
+    coordinator = scene.coordinator
+    plan = coordinator.plan(START, 1)
+    coordinator.on_ready = lambda _ready: coordinator.send(plan)
+    coordinator.on_message = lambda message: scene.end() if isinstance(message, Decline) else None
+    scene.announce()
+    scene.run()
+    assert [decline.reason for decline in scene.heard(Decline)] == ["at 95 °C (policy.max_temperature_c = 80)"]
+    assert not scene.heard(Offer)
 
 
 def test_an_interrupt_says_goodbye(scene):
@@ -506,8 +650,8 @@ def test_chunks_with_other_bytes_are_found_out_and_fetched_again(scene):
         if want.digest not in poisoned:
             poisoned.add(want.digest)
             blob = coordinator.blobs._blobs[want.digest]
-            wrong = bytes(len(blob.data))
-            for chunk in cut(blob.ref, wrong):
+            wrong = bytes(blob.reader.ref.size)
+            for chunk in cut(blob.reader.ref, wrong):
                 coordinator.transport.publish(coordinator.topics.to_client("pi", "blob"), chunk)
             return False
         return True
@@ -517,6 +661,24 @@ def test_chunks_with_other_bytes_are_found_out_and_fetched_again(scene):
     scene.run()
     assert len(scene.heard(Offer)) == 1
     assert len(poisoned) >= 5
+
+
+def test_a_plan_sent_again_with_other_blobs_replaces_the_one_whose_blobs_are_gone(scene):
+    """As by a coordinator that was killed after its plans had gone out, and started again."""
+    coordinator = scene.coordinator
+    (plan,) = rounds(scene, 1)
+    gone = msgspec.structs.replace(plan, parameters=BlobRef(digest=bytes(32), size=500))
+    invite, coordinator.on_ready = coordinator.on_ready, lambda _ready: coordinator.send(gone)
+
+    def on_want(want):
+        if want.digest == bytes(32):
+            invite()
+        return True
+
+    coordinator.on_want = on_want
+    scene.announce()
+    scene.run()
+    assert [offer.nonce for offer in scene.heard(Offer)] == [plan.nonce]
 
 
 def test_rubbish_is_ignored(scene):
@@ -659,6 +821,63 @@ def test_what_another_key_says_is_ignored_and_only_warned_of(scene, tiny_bundle,
     ignored = [record.message for record in caplog.records if "ignored an announcement with key" in record.message]
     assert len(ignored) == 1
     assert "coordinator.pub" in ignored[0]
+
+
+def test_a_copy_of_an_earlier_runs_announcement_moves_nobody(scene):
+    coordinator = scene.coordinator
+    old = coordinator.run
+    kept = []
+    publish = coordinator.transport.publish
+
+    def keep(topic, payload, *, retain=False):
+        if topic == coordinator.topics.announce:
+            kept.append(payload)
+        publish(topic, payload, retain=retain)
+
+    coordinator.transport.publish = keep
+    rounds(scene, 1)
+    ended = scene.end
+
+    def next_run():
+        if coordinator.run == old:
+            coordinator.new_run(bytes(range(16)))
+            rounds(scene, 1, nonce=b"of another run".ljust(16))
+            invite = coordinator.on_ready
+
+            def on_ready(ready):
+                for payload in kept[:1]:
+                    publish(coordinator.topics.announce, payload)
+                invite(ready)
+
+            coordinator.on_ready = on_ready
+            scene.announce()
+        else:
+            ended()
+
+    scene.end = next_run
+    scene.announce()
+    scene.run()
+    assert [hello.connection for hello in scene.heard(Hello)] == [scene.heard(Hello)[0].connection] * 2
+    assert len(scene.heard(Offer)) == 2
+
+
+def test_a_client_notices_a_rewritten_history(scene, caplog):
+    coordinator = scene.coordinator
+    rounds(scene, 1)
+    scene.announce()
+    scene.run()
+    honest = [LogPoint(records=5, head=b"a" * 32), LogPoint(records=9, head=b"b" * 32)]
+    rewritten = [LogPoint(records=5, head=b"a" * 32), LogPoint(records=8, head=b"c" * 32)]
+    for points, noticed in ((honest[:1], False), (honest, False), (rewritten, True)):
+        caplog.clear()
+        coordinator.post.publish_checkpoints(points)
+        coordinator.new_run(coordinator.run)
+        scene.announce()
+        coordinator.on_ready = lambda _ready: scene.end()
+        scene.run()
+        said = [record.message for record in caplog.records if "has rewritten the history" in record.message]
+        assert bool(said) == noticed
+    assert "had 9 lines and now has 8" in said[0]
 
 
 def test_only_the_configured_coordinator_is_joined(tiny_bundle, ram_path, caplog):

@@ -86,6 +86,22 @@ def test_python_function(tmp_path, manifest):
     assert same(load_dataset(f"{tmp_path / 'mine.py'}:load", manifest))
 
 
+def test_two_files_with_neighbours_of_the_same_name_in_one_process(tmp_path, manifest):
+    """Each gets its own neighbour, whichever came first."""
+    for name, labels in (("one", Y), ("two", Y[::-1])):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "x.npy", X)
+        (tmp_path / name / "its_neighbour.py").write_text(f"labels = {labels.tolist()}\n")
+        (tmp_path / name / "mine.py").write_text(
+            "import numpy as np, pathlib\n"
+            "def load():\n    from its_neighbour import labels\n"
+            "    return np.load(pathlib.Path(__file__).parent / 'x.npy'), np.array(labels)\n"
+        )
+    for _ in range(2):
+        assert same(load_dataset(f"{tmp_path / 'one/mine.py'}:load", manifest))
+        assert load_dataset(f"{tmp_path / 'two/mine.py'}:load", manifest).targets.tolist() == Y[::-1].tolist()
+
+
 def test_integers_narrower_than_the_leaf_load(tmp_path, manifest):
     assert same(load_dataset(save(tmp_path, inputs=X, targets=Y.astype(np.uint8)), manifest))
 

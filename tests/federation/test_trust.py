@@ -15,9 +15,9 @@ from edgetrain.coordinator.broker import find_mosquitto
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.config import convert, read_toml
 from edgetrain.protocol.errors import TransportError
-from edgetrain.protocol.transport import Received
+from edgetrain.protocol.transport import Disconnected, Received
 from edgetrain.protocol.transport.mqtt import MqttTransport
-from support.brokers import received
+from support.brokers import next_event, received
 from support.enrolled import EnrolledFederation, edgetrain
 from support.federation import ENVIRONMENT
 from support.processes import wait_for
@@ -28,6 +28,14 @@ pytestmark = [
     # paho, after a handshake that failed.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+
+def gets_in(federation, name):
+    try:
+        federation.connect(name).close()
+    except TransportError:
+        return False
+    return True
 
 
 def start_client(processes, path, name):
@@ -88,15 +96,17 @@ def test_revoked_and_enrolled_while_the_run_goes_on(processes, tiny_bundle, tmp_
     assert second.wait() == 1
     assert "'b' was revoked on" in second.output.splitlines()[-1]
     # A new start does not get past the broker: neither by certificate, nor by password.
-    with pytest.raises(TransportError):
-        federation.connect("b")
+    wait_for(lambda: not gets_in(federation, "b"), "the broker to read its files again", seconds=10)
     again = start_client(processes, tmp_path, "b")
     # One that nobody knew when the run began.
     federation.enroll("c")
+    (tmp_path / "c/c.toml").chmod(0o644)
     third = start_client(processes, tmp_path, "c")
     wait_for(lambda: "c joined" in coordinator.output, "c")
     done = rounds.read_bytes().count(b"\n")
     wait_for(lambda: rounds.read_bytes().count(b"\n") >= done + 3, "further rounds")
+    assert "c.toml holds keys and can be read by others: chmod 600" in third.output
+    assert "can be read by others" not in first.output
     assert first.running()
     assert again.running()
     assert "connected to" not in again.output.split("revoked")[-1]
@@ -203,7 +213,7 @@ def test_a_revoked_client_is_dropped_by_a_running_broker_and_enrolled_anew_comes
     assert received(coordinator, 1) == [("edgetrain/fed/from/b/message", b"before")]
     federation.revoke("b")
     running.reload()
-    wait_for(lambda: not b._client.is_connected(), "the broker to drop b", seconds=10)
+    next_event(b, Disconnected)
     with pytest.raises(TransportError):
         federation.connect("b")
     b.publish("edgetrain/fed/from/b/message", b"after")

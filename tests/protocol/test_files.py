@@ -62,3 +62,16 @@ def test_an_interrupt_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_secret_is_never_in_a_file_that_somebody_else_prepared(tmp_path):
+    """A temporary of the name that we would use, readable by all, or a link to one."""
+    trap = tmp_path / f".key.{os.getpid()}.tmp"
+    target = tmp_path / "of-somebody-else"
+    for prepare in (lambda: trap.touch(mode=0o666), lambda: trap.symlink_to(target)):
+        target.write_bytes(b"")
+        prepare()
+        write_atomically(tmp_path / "key", b"secret", mode=0o600)
+        assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
+        assert not (tmp_path / "key").is_symlink()
+        assert target.read_bytes() == b""

@@ -30,6 +30,7 @@ from edgetrain.protocol.messages import (
     Report,
     Resources,
     RoundClosed,
+    Secure,
     Verdict,
     Want,
     Welcome,
@@ -56,6 +57,7 @@ trainings = st.builds(
     learning_rate=st.floats(0, 10),
     schedule=st.builds(ScheduleConfig, name=st.sampled_from(["constant", "cosine"]), warmup_steps=st.integers(0, 9)),
 )
+secures = st.builds(Secure, run=nonces, round=counts, nonce=nonces, body=st.binary(max_size=50))
 from_client = st.one_of(
     st.builds(
         Hello, public_key=digests, connection=nonces, edgetrain=texts, runtimes=st.lists(texts, max_size=4).map(tuple),
@@ -71,6 +73,7 @@ from_client = st.one_of(
         Report, run=nonces, round=counts, nonce=nonces, num_examples=counts, metrics=numbers, resources=resources,
     ),
     st.builds(Goodbye, reason=texts, connection=nonces),
+    secures,
     wants,
 )  # fmt: skip
 points = st.builds(LogPoint, records=counts, head=digests)
@@ -84,13 +87,15 @@ from_coordinator = st.one_of(
     st.builds(
         Plan, run=nonces, round=counts, nonce=nonces, task=st.sampled_from(["train", "evaluate"]), bundle=digests,
         vector=digests, patches=st.lists(st.builds(Patch, base=digests, blob=refs), max_size=3).map(tuple),
-        parameters=refs, training=trainings, codec=texts, deadline_seconds=st.floats(0, 1e9), seed=counts,
+        parameters=refs, training=trainings, codec=texts,
+        secure=st.binary(max_size=9), deadline_seconds=st.floats(0, 1e9), seed=counts,
     ),
     st.builds(Verdict, round=counts, digest=digests, accepted=st.booleans(), reason=texts),
     st.builds(RoundClosed, run=nonces, round=counts, nonce=nonces),
     st.builds(
         Checkpoint, run=nonces, newest=points, earlier=st.lists(points, max_size=3).map(tuple), serial=counts,
     ),
+    secures,
     wants,
 )  # fmt: skip
 
@@ -126,6 +131,7 @@ def test_the_strategies_cover_every_message():
         Verdict,
         RoundClosed,
         Checkpoint,
+        Secure,
     }
     assert set(get_args(FromClient)) | set(get_args(FromCoordinator)) == tried
 

@@ -29,6 +29,7 @@ from edgetrain.coordinator.broker import (
 from edgetrain.coordinator.errors import BrokerError
 from edgetrain.protocol.errors import TransportError
 from edgetrain.protocol.transport import mqtt
+from edgetrain.protocol.transport.address import parse_address
 from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport, parse_broker
 from support.brokers import received
 
@@ -58,6 +59,26 @@ def test_addresses(address, expected):
 def test_what_is_no_address(address):
     with pytest.raises(TransportError, match="HOST or HOST:PORT"):
         parse_broker(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "settings"),
+    [
+        ("pi:99", {"host": "pi", "port": 99}),
+        ("mqtt://pi", {"host": "pi", "port": 1883}),
+        ("mqtts://pi", {"host": "pi", "port": 8883, "tls_ca": "system"}),
+        ("ws://pi:8080/a/b", {"host": "pi", "port": 8080, "transport": "websockets", "path": "/a/b"}),
+        ("wss://[::1]", {"host": "::1", "port": 443, "transport": "websockets", "path": "/mqtt", "tls_ca": "system"}),
+    ],
+)
+def test_addresses_with_a_scheme(address, settings):
+    assert dict(parse_address(address).settings()) == settings
+
+
+@pytest.mark.parametrize("address", ["http://pi", "ws://", "ws:///mqtt", "wss://user:word@pi", "mqtt://pi:x"])
+def test_what_is_no_address_with_a_scheme(address):
+    with pytest.raises(TransportError, match="HOST"):
+        parse_address(address)
 
 
 def test_nobody_there_is_an_error_in_bounded_time():
@@ -137,6 +158,26 @@ def test_mqtt_3_where_the_broker_has_no_5(monkeypatch):
 
 
 @needs_mosquitto
+def test_the_websocket_listener_of_mosquitto_itself():
+    """It delivers some ten packets a second, so there are few here; a web server in front of it is as fast as TCP."""
+    port = free_port()
+    broker = Mosquitto(free_port(), settings=f"listener {port} 127.0.0.1\nprotocol websockets\n")
+    try:
+        transport = connect(port, transport="websockets")
+        assert transport.version == "5"
+        transport.subscribe("t")
+        payloads = [bytes([i]) * 30_000 for i in range(5)]
+        for payload in payloads:
+            transport.publish("t", payload)
+        assert [payload for _, payload in received(transport, 5)] == payloads
+        transport.close()
+        with pytest.raises(TransportError, match="cannot reach"):
+            connect(broker.port, transport="websockets", connect_timeout_seconds=0)
+    finally:
+        broker.stop()
+
+
+@needs_mosquitto
 def test_a_wrong_password_is_an_error_at_once(tmp_path):
     passwords = tmp_path / "passwords"
     passwords.touch(mode=0o600)
@@ -178,7 +219,6 @@ def authority(name):
 
 
 @needs_mosquitto
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paho, after a failed handshake
 def test_tls(tmp_path):
     tmp_path.chmod(0o755)
     for name in ("ours", "theirs"):

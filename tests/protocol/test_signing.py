@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import stat
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetrain.protocol.errors import ConfigError, MessageError, SignatureError
+from edgetrain.protocol.messages import Decline, encode_message
 from edgetrain.protocol.signing import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -40,6 +43,20 @@ def test_vector_of_rfc_8032():
 def test_the_signed_bytes_are_as_documented():
     envelope = unseal(seal(KEY, "f", "c", b"body"))
     assert envelope.signature == KEY.sign(b"edgetrain envelope 1\0f\0c\0body")
+
+
+def test_the_vector_in_the_documentation():
+    text = (Path(__file__).parent.parent.parent / "docs/protocol.md").read_text()
+    found = dict(
+        re.findall(r"^    (body|public key|signature|envelope) +([0-9a-f]+(?:\n +[0-9a-f]+)*)$", text, re.MULTILINE)
+    )
+    vector = {name: bytes.fromhex(re.sub(r"\s", "", value)) for name, value in found.items()}
+    key = SigningKey(b"k" * 32)
+    body = encode_message(Decline(round=7, nonce=b"\1" * 16, reason="no"))
+    assert vector["body"] == body
+    assert vector["public key"] == key.public_key
+    assert vector["envelope"] == seal(key, "f", "pi", body)
+    assert vector["signature"] == key.sign(b"edgetrain envelope 1\0f\0pi\0" + body)
 
 
 @pytest.mark.parametrize(("federation", "key"), [("g", KEY), ("f", OTHER)], ids=["another federation", "another key"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from edgetrain.coordinator.broker import EmbeddedBroker, Mosquitto, free_port
 from edgetrain.protocol.transport import Connected, Event, MemoryBroker, Received
 from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport
+from support.websocket_bridge import WebSocketBridge
 
-KINDS = ("memory", "mosquitto-5", "mosquitto-3.1.1", "embedded")
+KINDS = ("memory", "mosquitto-5", "mosquitto-3.1.1", "mosquitto-websockets", "embedded", "embedded-websockets")
 ARRIVAL_SECONDS = 20.0
 
 
@@ -24,12 +24,14 @@ class Wire:
         self._memory = MemoryBroker()
         self.port = 0 if kind == "memory" else free_port()
         self._broker: Mosquitto | EmbeddedBroker | None = None
+        self._bridge: WebSocketBridge | None = None
         if kind != "memory":
             self.start_broker()
 
     def config(self) -> BrokerConfig:
-        version = {"mosquitto-5": "auto", "mosquitto-3.1.1": "3.1.1", "embedded": "3.1.1"}[self.kind]
-        return BrokerConfig(host="127.0.0.1", port=self.port, mqtt_version=version)  # type: ignore[arg-type]
+        version: Any = "3.1.1" if self.kind.startswith("embedded") or self.kind.endswith("3.1.1") else "auto"
+        transport: Any = "websockets" if self.kind.endswith("websockets") else "tcp"
+        return BrokerConfig(host="127.0.0.1", port=self.port, mqtt_version=version, transport=transport)
 
     def connect(self, name: str, *, will: tuple[str, bytes] | None = None) -> Any:
         """A transport, with its `Connected` taken out."""
@@ -46,15 +48,24 @@ class Wire:
         if self.kind == "memory":
             self._memory.drop(transport)
         else:
-            transport._client._sock.shutdown(socket.SHUT_RDWR)
+            transport._connection.client.interrupt()
 
     def stop_broker(self) -> None:
+        if self._bridge:
+            self._bridge.stop()
+            self._bridge = None
         if self._broker:
             self._broker.stop()
             self._broker = None
 
     def start_broker(self) -> None:
-        self._broker = Mosquitto(self.port) if self.kind.startswith("mosquitto") else EmbeddedBroker(self.port)
+        if self.kind == "mosquitto-websockets":
+            self._broker = Mosquitto(free_port())
+            self._bridge = WebSocketBridge(self.port, self._broker.port)
+        elif self.kind == "embedded-websockets":
+            self._broker = EmbeddedBroker(free_port(), websocket_port=self.port)
+        else:
+            self._broker = Mosquitto(self.port) if self.kind.startswith("mosquitto") else EmbeddedBroker(self.port)
 
     def close(self) -> None:
         for transport in self._transports:

@@ -6,13 +6,17 @@ import csv
 import json
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tomli_w
 
+from edgetrain.coordinator.audit import verify_audit
+from edgetrain.coordinator.audit.verify import records_of
 from edgetrain.coordinator.broker import EmbeddedBroker, Mosquitto, free_port
+from edgetrain.protocol.signing import SigningKey
 from support.processes import Process, Processes, wait_for
 from support.tiny_bundle import make_data
 
@@ -88,6 +92,12 @@ class Federation:
             self._broker.stop()
             self._broker = None
 
+    def kill_broker(self) -> None:
+        """kill -9; mosquitto only."""
+        assert isinstance(self._broker, Mosquitto)
+        os.kill(self._broker.pid, signal.SIGKILL)
+        self.stop_broker()
+
     def start_coordinator(self) -> Process:
         return self.processes.edgetrain(
             "coordinator", "--config", self.path / "federation.toml", log=self.path / "coordinator.log", env=ENVIRONMENT
@@ -139,7 +149,7 @@ class Federation:
             found += [(name, int(number)) for number in re.findall(r"round (\d+): update refused", log)]
         return sorted(found)
 
-    def check_nothing_lost_or_doubled(self, total: int, *, clients_killed: int = 0) -> None:
+    def check_nothing_lost_or_doubled(self, total: int, *, clients_killed: int = 0, finished: bool = True) -> None:
         """Both ends agree on every single update, and the rounds are 1, 2, 3, … each once.
 
         A client that is killed in the milliseconds between storing a verdict and logging it has nothing in its
@@ -155,6 +165,13 @@ class Federation:
         assert set(acknowledged) <= set(accepted)
         assert len(set(accepted) - set(acknowledged)) <= clients_killed, set(accepted) - set(acknowledged)
         assert not set(self.refused_to_clients()) & set(accepted), "what was accepted was never called refused"
-        assert not list((self.run / "journal").iterdir())
+        assert not finished or not list((self.run / "journal").iterdir())
+        verify_audit(self.run, public_key=SigningKey.load_or_create(self.path / "coordinator.key").public_key)
+        recorded = [record for record in records_of(self.run) if record["type"] == "accepted"]
+        in_log = {(record["client"], record["round"]) for record in recorded}
+        # A round that was left open has its updates in the log only.
+        assert in_log == set(accepted) if finished else in_log >= set(accepted)
+        first = [record for record in recorded if not record.get("from_journal")]
+        assert len({(record["client"], record["round"]) for record in first}) == len(first)
         for log in self.path.glob("*.log"):
             assert "Traceback" not in log.read_text(errors="replace"), log.read_text(errors="replace")

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +30,13 @@ class Federation:
         directory: for everything.
         bundle: path.
         shards: (inputs, targets) of each client.
+        client_settings: of every client.
     """
 
-    def __init__(self, directory: Path, bundle: Path, shards: Sequence[tuple[np.ndarray, np.ndarray]]):
+    def __init__(
+        self, directory: Path, bundle: Path, shards: Sequence[tuple[np.ndarray, np.ndarray]], **client_settings: Any
+    ):
+        self.client_settings = client_settings
         self.directory, self.bundle, self.broker = directory, bundle, MemoryBroker()
         self.clients: dict[str, Client] = {}
         self._data: dict[str, Path] = {}
@@ -57,7 +62,7 @@ class Federation:
             federation="test",
             data=str(data),
             state=str(self.directory / name),
-            validation_fraction=0.0,
+            **{"validation_fraction": 0.0} | self.client_settings,
         )
         state = ClientState(Path(config.state))
         self._states.append(state)

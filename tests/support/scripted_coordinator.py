@@ -53,7 +53,7 @@ class ScriptedCoordinator:
         self.run = os.urandom(16)
         self.transport = broker.connect()
         self.transport.subscribe(self.topics.from_client("+", "#"))
-        self.blobs = BlobServer(self.topics, self.transport.publish)
+        self.blobs = BlobServer(self.topics, self.transport)
         self.manifest = self.blobs.add(self.bundle.manifest_bytes)
         for entry in self.bundle.manifest.files():
             self.blobs.add(self.bundle.read(entry))
@@ -143,5 +143,5 @@ class ScriptedCoordinator:
             case Want():
                 self.wanted.append(message.digest)
                 if self.on_want(message):
-                    self.blobs.want(self.client, message.digest, message.ranges, self.clock.now)
+                    self.blobs.want(self.client, message.digest, message.ranges, self.clock.now, message.chunk_bytes)
         self.on_message(message)

@@ -105,6 +105,7 @@ def write_tiny_bundle(
     graphs: tuple[str, ...] = ("step", "eval", "infer"),
     runtimes: tuple[str, ...] = ("onnxruntime", "ort-training"),
     minimum_version: str = "1.19",
+    padding: int = 0,
 ) -> Path:
     """Writes the bundle.
 
@@ -117,6 +118,7 @@ def write_tiny_bundle(
         graphs: which graphs to write.
         runtimes: which programs to write; any name is taken, for plain ONNX.
         minimum_version: of every runtime, in the manifest.
+        padding: bytes that make the step's graph larger, and mean nothing.
     """
     lead = (micro_batch,) if tokens is None else (micro_batch, tokens)
     keys = {"array": ["inputs"], "tuple": ["inputs.0", "inputs.1"], "dict": ["inputs.x", "inputs.id"]}[kind]
@@ -144,6 +146,9 @@ def write_tiny_bundle(
             model, inputs, outputs = _build(graph, x_spec, y_spec, w_spec)
             if runtime == "ort-training" and graph == "step":
                 _accumulate(model)
+            if padding and graph == "step":
+                filler = np.random.default_rng(0).bytes(padding // 2).hex()
+                helper.set_model_props(model, {"padding": filler})
             name = f"{runtime}/{graph}.onnx"
             files[name] = model.SerializeToString()
             entries[graph] = Graph(file=file_entry(name, files[name]), inputs=inputs, outputs=outputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,25 @@ logger = logging.getLogger(__name__)
 
 @click.command("client")
 @click.option("--config", type=click.Path(), help="TOML file with the settings; flags override it.")
-@click.option("--broker", metavar="HOST[:PORT]", help="Address of the MQTT broker.")
+@click.option(
+    "--broker",
+    metavar="ADDRESS",
+    help="Of the MQTT broker: HOST[:PORT], or mqtts://, ws:// or wss://HOST[:PORT][/PATH].",
+)
 @flags(ClientConfig)
 def command(config: str | None, broker: str | None, **given: Any) -> None:
     """Take part in a federation: train the coordinator's bundle on local data, send compressed updates."""
     from edgetrain.edge_client.client import Client, connection_will, new_connection
+    from edgetrain.edge_client.service import LivingTransport, Service
     from edgetrain.edge_client.state import ClientState
     from edgetrain.protocol.names import check_name
     from edgetrain.protocol.signing import SigningKey
-    from edgetrain.protocol.transport.mqtt import MqttTransport, parse_broker
+    from edgetrain.protocol.transport.address import parse_address
+    from edgetrain.protocol.transport.mqtt import MqttTransport
 
     if broker:
-        given[setting("broker.host")], given[setting("broker.port")] = parse_broker(broker)
+        for name, value in parse_address(broker).settings():
+            given[setting(f"broker.{name}")] = value
     settings = load_settings(ClientConfig, config, given)
     check_name(settings.name, "client")
     check_name(settings.federation, "federation")
@@ -38,6 +44,7 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
         settings = msgspec.structs.replace(settings, state=f"state-{settings.name}")
     # A service manager's stop is like Ctrl-C: say goodbye, leave nothing half done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    service = Service()
     if config:
         warn_if_readable(Path(config), settings)
     key = SigningKey.from_setting(settings.signing_key) if settings.signing_key else None
@@ -51,14 +58,18 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
                 client_id=f"edgetrain/{settings.federation}/{settings.name}",
                 will=connection_will(settings, state, connection),
             )
-            client = Client(settings, state=state, transport=transport, connection=connection, run=run)
+            service.ready()
+            client = Client(
+                settings, state=state, transport=LivingTransport(transport, service), connection=connection, run=run
+            )
             pause = client.run()
             if pause is None:
                 break
             run = client.joined
             logger.info("not needed for %.0f s: disconnected until then", pause)
-            time.sleep(pause)
+            service.sleep(pause)
     finally:
+        service.stopping()
         state.close()
 
 

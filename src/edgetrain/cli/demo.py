@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-import msgspec
 import numpy as np
-import tomli_w
 
 from edgetrain.coordinator.broker import BrokerKind, LocalBroker, start_broker
-from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, RoundsConfig, StopConfig
+from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, RoundsConfig, StopConfig, to_toml
 from edgetrain.coordinator.processes import spawn, stop
 from edgetrain.coordinator.records import Summary
 from edgetrain.edge_client.config import ClientConfig
@@ -70,7 +68,7 @@ def command(clients: int, rounds: int, out: str, broker: str | None, alpha: floa
         if local:
             stack.callback(local.stop)
         config = _federation(directory, bundle, address, clients, rounds)
-        _write_toml(directory / MARKER, config)
+        (directory / MARKER).write_text(to_toml(config), encoding="utf-8")
         shards = _split(directory, clients, alpha)
         console.print(
             f"{clients} clients with {', '.join(map(str, shards))} images, Dirichlet alpha {alpha:g}, "
@@ -183,7 +181,7 @@ def _clients(directory: Path, broker: BrokerConfig, count: int) -> Iterator[list
                 broker=broker,
             )
             path = directory / f"{name}.toml"
-            _write_toml(path, config)
+            path.write_text(to_toml(config), encoding="utf-8")
             with (directory / f"{name}.log").open("wb") as log:
                 processes.append(
                     spawn(
@@ -214,10 +212,6 @@ def _last_words(directory: Path, processes: list[subprocess.Popen[bytes]]) -> st
             log = (directory / f"client-{number}.log").read_text(errors="replace").strip().splitlines()
             words.append(f"\nclient-{number} ended with status {process.returncode}: {log[-1] if log else ''}")
     return "".join(words)
-
-
-def _write_toml(path: Path, config: msgspec.Struct) -> None:
-    path.write_text(tomli_w.dumps(msgspec.to_builtins(config)), encoding="utf-8")
 
 
 def _print_summary(console: Any, summary: Summary, directory: Path, seconds: float) -> None:

@@ -98,13 +98,14 @@ class Progress:
             "down",
             "updates",
             "s",
+            *(["epsilon"] if self._config.privacy.epsilon else []),
         ):
             table.add_column(name, justify="right")
         if self._initial:
             table.add_row("0", _percent("", self._initial.accuracy), f"{self._initial.loss:.4f}")
         shown = self._records if final else self._records[-VISIBLE_ROUNDS:]
         for record in shown:
-            table.add_row(*_cells(record))
+            table.add_row(*_cells(record), *([_epsilon("", record.epsilon)] if self._config.privacy.epsilon else []))
         return Group(table, Text(f"{self._status}  ({self._ready} clients ready)"))
 
 
@@ -127,7 +128,7 @@ def _round_line(record: RoundRecord) -> str:
     return (
         f"round {record.round}{_percent(': accuracy ', record.accuracy)}{loss}, "
         f"{record.accepted} of {record.invited} clients, {size(record.bytes_up)} up, {size(record.bytes_down)} down, "
-        f"{record.seconds:.2f} s"
+        f"{record.seconds:.2f} s{_epsilon(', epsilon ', record.epsilon)}"
     )
 
 
@@ -142,6 +143,10 @@ def _clients_line(evaluation: FederatedEvaluation) -> str:
 
 def _percent(prefix: str, value: float | None) -> str:
     return "" if value is None else f"{prefix}{value:.2%}"
+
+
+def _epsilon(prefix: str, value: float | None) -> str:
+    return "" if value is None else f"{prefix}{value:.3f}"
 
 
 def size(count: float) -> str:

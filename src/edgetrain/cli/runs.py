@@ -128,7 +128,7 @@ def _rounds_table(past: PastRun) -> object:
     from edgetrain.cli.progress import size
 
     table = Table(title="rounds", title_justify="left")
-    for name in ("round", "accuracy", "loss", "train loss", "clients", "up", "down", "s"):
+    for name in ("round", "accuracy", "loss", "train loss", "clients", "up", "down", "s", "epsilon"):
         table.add_column(name, justify="right")
     for record in past.records:
         table.add_row(
@@ -140,6 +140,7 @@ def _rounds_table(past: PastRun) -> object:
             size(record.bytes_up),
             size(record.bytes_down),
             f"{record.seconds:.2f}",
+            "" if record.epsilon is None else f"{record.epsilon:.3f}",
         )
     return table
 

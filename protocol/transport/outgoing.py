@@ -1,0 +1,216 @@
+"""What is to be sent: control messages first, then pieces of blobs, cut at the last moment.
+
+Blobs stand here as wanted ranges, not as bytes: asking for the same bytes again while they wait or are on the way
+changes nothing, and memory does not grow with what is queued. Whoever owns the network takes out one message at a
+time, says what the broker has acknowledged, and says when the connection was lost: what was on the way then goes
+again. No locks, no clock of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from edgetrain.protocol.blob_readers import BlobReader
+from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, HEADER_BYTES, make_chunk
+from edgetrain.protocol.ranges import RangeSet
+from edgetrain.protocol.transport.pacing import RateMeter, TokenBucket
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A message as it was published."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+    # Not to be sent after a reconnect.
+    transient: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A chunk of a blob, on its way to a topic."""
+
+    topic: str
+    payload: bytes
+    blob: _Blob
+    start: int
+    stop: int
+
+
+@dataclass(slots=True, eq=False)
+class _Blob:
+    topic: str
+    reader: BlobReader
+    chunk_bytes: int
+    todo: RangeSet = field(default_factory=RangeSet)
+    on_the_way: RangeSet = field(default_factory=RangeSet)
+    forgotten: bool = False
+    resend: bool = True
+
+
+class Outgoing:
+    """The queue of one connection.
+
+    Args:
+        rate: cap for blobs, bytes per second; 0 for none.
+    """
+
+    def __init__(self, *, rate: float = 0.0) -> None:
+        # Largest payload of any message that the broker takes, and of a chunk.
+        self.max_message = 0
+        self.max_payload = DEFAULT_CHUNK_BYTES + HEADER_BYTES
+        # Messages that may be unacknowledged.
+        self.max_messages = 1
+        self.meter = RateMeter()
+        self._bucket = TokenBucket(rate)
+        self._control: deque[Control] = deque()
+        # By (topic, digest): all that have something to do or on the way, and the turns of the former.
+        self._blobs: dict[tuple[str, bytes], _Blob] = {}
+        self._turns: deque[_Blob] = deque()
+        # By packet id, in the order of sending: (what, when).
+        self._sent: dict[int, tuple[Control | Piece, float]] = {}
+        self._bulk_sent = 0
+        self._last_acknowledged = 0.0
+
+    @property
+    def empty(self) -> bool:
+        """Nothing waits and nothing is on the way."""
+        return not (self._control or self._turns or self._sent)
+
+    @property
+    def oldest(self) -> float | None:
+        """When the oldest message that nobody has acknowledged was sent."""
+        return next((at for _, at in self._sent.values()), None)
+
+    def put(self, message: Control) -> None:
+        """Queues a message."""
+        self._control.append(message)
+
+    def put_blob(
+        self,
+        topic: str,
+        reader: BlobReader,
+        ranges: Iterable[tuple[int, int]],
+        chunk_bytes: int,
+        *,
+        resend: bool = True,
+    ) -> None:
+        """Queues parts of a blob, but for those that wait already or are on the way to that topic.
+
+        Args:
+            topic: where to.
+            reader: of the blob.
+            ranges: half-open byte ranges; none for all.
+            chunk_bytes: most payload bytes in one chunk; 0 for as many as suit the link.
+            resend: whether it survives a lost connection.
+        """
+        size = reader.ref.size
+        wanted = RangeSet((start, min(stop, size)) for start, stop in (tuple(ranges) or ((0, size),)))
+        key = (topic, reader.ref.digest)
+        blob = self._blobs.get(key)
+        if blob is None:
+            blob = self._blobs[key] = _Blob(topic, reader, chunk_bytes)
+        blob.reader, blob.chunk_bytes, blob.resend = reader, chunk_bytes, resend
+        waits = bool(blob.todo)
+        for start, stop in wanted.without(blob.on_the_way):
+            blob.todo.add(start, stop)
+        if blob.todo and not waits:
+            self._turns.append(blob)
+        self._drop_if_done(blob)
+
+    def forget_blob(self, digest: bytes) -> None:
+        """Nobody wants this blob any more."""
+        for key in [key for key in self._blobs if key[1] == digest]:
+            self._blobs.pop(key).forgotten = True
+        self._turns = deque(blob for blob in self._turns if not blob.forgotten)
+
+    def next(self, now: float) -> Control | Piece | None:
+        """What goes now, if anything may."""
+        if len(self._sent) >= self.max_messages:
+            return None
+        while self._control:
+            message = self._control.popleft()
+            if not self.max_message or len(message.payload) <= self.max_message:
+                return message
+            # It would close the connection, and be sent again after the next one was made.
+            logger.error(
+                "a message of %d bytes to %s is dropped: the broker takes %d; raise its packet limit",
+                len(message.payload), message.topic, self.max_message,
+            )  # fmt: skip
+        while self._turns:
+            if self._bulk_sent >= self.meter.window_bytes() or self._bucket.wait(now) > 0:
+                return None
+            # One piece of each in turn.
+            blob = self._turns.popleft()
+            piece = self._cut(blob)
+            if piece is None:
+                self._blobs.pop((blob.topic, blob.reader.ref.digest), None)
+                continue
+            if blob.todo:
+                self._turns.append(blob)
+            self._bucket.take(len(piece.payload))
+            return piece
+        return None
+
+    def wait(self, now: float) -> float | None:
+        """Seconds until the cap lets something go; None if it is not what `next` waits for."""
+        if not self._turns or len(self._sent) >= self.max_messages or self._bulk_sent >= self.meter.window_bytes():
+            return None
+        return self._bucket.wait(now)
+
+    def sent(self, packet: int, what: Control | Piece, now: float) -> None:
+        """`what` was handed to the network."""
+        self._sent[packet] = (what, now)
+        if isinstance(what, Piece):
+            self._bulk_sent += len(what.payload)
+            what.blob.on_the_way.add(what.start, what.stop)
+
+    def acknowledged(self, packet: int, now: float) -> None:
+        """The broker has it. An unknown packet id changes nothing."""
+        what, at = self._sent.pop(packet, (None, 0.0))
+        if isinstance(what, Piece):
+            self._bulk_sent -= len(what.payload)
+            what.blob.on_the_way.remove(what.start, what.stop)
+            self._drop_if_done(what.blob)
+            self.meter.add(len(what.payload), now - max(at, self._last_acknowledged))
+        self._last_acknowledged = now
+
+    def connection_lost(self) -> None:
+        """What was on the way goes again, first of all; but for blobs whose receiver will ask for the rest."""
+        for blob in [blob for blob in self._blobs.values() if not blob.resend]:
+            self._blobs.pop((blob.topic, blob.reader.ref.digest)).forgotten = True
+        self._turns = deque(blob for blob in self._turns if not blob.forgotten)
+        lost = [what for what, _ in self._sent.values()]
+        self._sent.clear()
+        self._bulk_sent = 0
+        messages = [*(what for what in lost if isinstance(what, Control)), *self._control]
+        self._control = deque(message for message in messages if not message.transient)
+        pieces = [what for what in lost if isinstance(what, Piece) and not what.blob.forgotten]
+        for piece in pieces:
+            piece.blob.on_the_way = RangeSet()
+        for piece in pieces:
+            self.put_blob(piece.topic, piece.blob.reader, [(piece.start, piece.stop)], piece.blob.chunk_bytes)
+
+    def _drop_if_done(self, blob: _Blob) -> None:
+        if not (blob.todo or blob.on_the_way or blob.forgotten):
+            self._blobs.pop((blob.topic, blob.reader.ref.digest), None)
+
+    def _cut(self, blob: _Blob) -> Piece | None:
+        start, stop = next(iter(blob.todo))
+        most = max(1, min(DEFAULT_CHUNK_BYTES, self.max_payload - HEADER_BYTES))
+        most = max(1, min(most, blob.chunk_bytes)) if blob.chunk_bytes else self.meter.chunk_bytes(most)
+        most = self._bucket.within(most)
+        stop = min(stop, start + most)
+        try:
+            payload = make_chunk(blob.reader.ref, start, blob.reader.read(start, stop))
+        except OSError as error:
+            logger.warning("blob %s… cannot be sent any more: %s", blob.reader.ref.digest.hex()[:12], error)
+            return None
+        blob.todo.remove(start, stop)
+        return Piece(blob.topic, payload, blob, start, stop)

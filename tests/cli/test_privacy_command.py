@@ -1,0 +1,75 @@
+"""`edgetrain privacy plan`."""
+
+from __future__ import annotations
+
+import json
+
+import dp_accounting
+import pytest
+from click.testing import CliRunner
+from dp_accounting.rdp import RdpAccountant
+
+from edgetrain.cli.privacy import command
+
+CLIENTS = ["plan", "--epsilon", "4", "--delta", "1e-6", "--rounds", "200", "--clients-per-round", "100",
+           "--population", "10000"]  # fmt: skip
+
+
+def plan(*arguments):
+    result = CliRunner().invoke(command, [*arguments, "--format", "json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def test_client_level():
+    found = plan(*CLIENTS)
+    theirs = RdpAccountant().compose(
+        dp_accounting.PoissonSampledDpEvent(0.01, dp_accounting.GaussianDpEvent(found["noise_multiplier"])), 200
+    )
+    assert theirs.get_epsilon(1e-6) == pytest.approx(4.0, rel=0.01)
+    assert 3.999 < found["epsilon"] <= 4.0
+    assert found["noise_per_clip_norm"] == found["noise_multiplier"]
+    assert found["mean_noise_per_clip_norm"] == pytest.approx(found["noise_multiplier"] / 100)
+    assert found["course"][-1] == [200, found["epsilon"]]
+    assert found["course"] == sorted(found["course"])
+
+
+def test_replacing_a_client_takes_twice_the_clip_norm():
+    found = plan(*CLIENTS, "--sampling", "fixed")
+    assert found["noise_per_clip_norm"] == 2 * found["noise_multiplier"]
+
+
+def test_without_chance_it_takes_more_noise():
+    assert plan(*CLIENTS, "--sampling", "none")["noise_multiplier"] > 10 * plan(*CLIENTS)["noise_multiplier"]
+
+
+def test_sample_level():
+    found = plan("plan", "--level", "sample", "--epsilon", "2", "--delta", "1e-5", "--rounds", "10", "--examples",
+                 "1000", "--batch-size", "32", "--epochs", "2")  # fmt: skip
+    # ceil(1000 / 32) = 32 steps an epoch.
+    assert found["releases"] == 10 * 2 * 32
+    assert found["sampling_rate"] == 0.032
+    theirs = RdpAccountant().compose(
+        dp_accounting.PoissonSampledDpEvent(0.032, dp_accounting.GaussianDpEvent(found["noise_multiplier"])), 640
+    )
+    assert theirs.get_epsilon(1e-5) == pytest.approx(2.0, rel=0.01)
+
+
+def test_for_people_it_is_a_table():
+    result = CliRunner().invoke(command, CLIENTS)
+    assert "noise_multiplier 0.71552" in result.output
+    assert "  200    4.0000" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (CLIENTS[:-2], "--population is needed"),
+        ([*CLIENTS, "--population", "10"], "more than --population 10"),
+        ([*CLIENTS, "--level", "sample"], "--batch-size is needed"),
+    ],
+)
+def test_what_is_missing_is_named(arguments, message):
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 2
+    assert message in result.output

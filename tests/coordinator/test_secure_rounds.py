@@ -1,0 +1,322 @@
+"""Rounds of secure aggregation with the real coordinator and clients: exact, also when processes end in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import threading
+
+import msgspec
+import numpy as np
+import pytest
+
+from edgetrain.coordinator.config import FederationConfig, RoundsConfig, SelectionConfig, StopConfig
+from edgetrain.coordinator.errors import RoundFailed
+from edgetrain.coordinator.invitations import checked_strategy
+from edgetrain.coordinator.privacy.config import PrivacyConfig
+from edgetrain.coordinator.secure_config import SecureAggregationConfig
+from edgetrain.edge_client import secure_aggregation as participation
+from edgetrain.edge_client.config import ClientConfig
+from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.errors import ConfigError, SecureAggregationError
+from edgetrain.protocol.messages import BlobRef, Plan
+from edgetrain.protocol.secure_aggregation import member as members
+from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer
+from edgetrain.protocol.secure_aggregation.messages import Settings, encode
+from edgetrain.protocol.secure_aggregation.support import support_of
+from support.secure_federation import CODEC, Crash, SecureFederation
+
+
+@pytest.fixture
+def federate(ram_path, tiny_bundle, monkeypatch):
+    made = []
+
+    def make(name="f", **options):
+        path = ram_path / name
+        path.mkdir()
+        made.append(SecureFederation(path, tiny_bundle, monkeypatch, **options))
+        return made[-1]
+
+    yield make
+    for federation in made:
+        federation.close()
+
+
+def finish(federation):
+    federation.finish()
+    records = [json.loads(line) for line in (federation.directory / "run/rounds.jsonl").read_text().splitlines()]
+    assert not list((federation.directory / "run/journal").iterdir())
+    return records
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_bundle):
+    """Parameters after two rounds of three clients that nothing happened to."""
+    with pytest.MonkeyPatch.context() as patch:
+        federation = SecureFederation(tmp_path_factory.mktemp("undisturbed"), tiny_bundle, patch)
+        federation.start()
+        federation.secure_coordinator().run()
+        federation.finish()
+    return federation.parameters()
+
+
+def test_the_parameters_are_the_plain_sum_of_what_the_clients_quantized(federate, tiny_bundle):
+    federation = federate(clients=4)
+    federation.start()
+    federation.secure_coordinator(rounds={"total": 1}).run()
+    records = finish(federation)
+    assert [record["accepted"] for record in records] == [4]
+    assert records[0]["num_examples"] == 140
+    start = Bundle(tiny_bundle).initial_parameters().astype(np.float64)
+    integers, weights = np.zeros(33, np.int64), 0
+    for calls in federation.quantized.values():
+        ((values, weight, quantizer, layout), result) = calls[0]
+        assert layout.count == len(values) == 33
+        assert layout.bits == 10, "2 * 4 * 127 + 1 = 1,017 sums"
+        integers += result.integers[:33]
+        weights += weight
+    support = support_of(Settings(minimum=2, count=33, seed=1, quantizer=quantizer), len(start))
+    mean = integers * (quantizer.range / 127 / (weights / 50))
+    expected = start.copy()
+    # The coordinator folds the mean as a float32, in units of 2^-30 of the weighted sum.
+    expected[support] += np.rint(mean.astype(np.float32).astype(np.float64) * weights * 2.0**30) / 2.0**30 / weights
+    names = [(entry.name, entry.offset, int(np.prod(entry.shape))) for entry in Bundle(tiny_bundle).manifest.parameters]
+    ordered = np.concatenate([expected[offset : offset + size] for _, offset, size in sorted(names)])
+    np.testing.assert_array_equal(federation.parameters(), ordered.astype(np.float32))
+    # It is close to the mean of what the clients learnt, and something was learnt.
+    assert np.abs(mean).max() > 1e-4
+
+
+def test_what_is_not_in_the_sum_stays_with_the_clients(federate):
+    """Error feedback: target - decoded on the support, the whole target elsewhere."""
+    federation = federate()
+    federation.start()
+    federation.secure_coordinator(rounds={"total": 1}).run()
+    finish(federation)
+    for name, calls in federation.quantized.items():
+        ((values, _weight, _quantizer, _layout), result) = calls[0]
+        residual = federation.clients[name]._feedback.residual
+        left = values - result.decoded
+        assert set(np.round(left[left != 0], 6)) <= set(np.round(residual, 6))
+        assert np.count_nonzero(residual) > 33, "what is outside of the support waits there"
+        assert federation.clients[name]._feedback.trained_on == b""
+
+
+def test_two_rounds_adapt_the_range(federate):
+    federation = federate()
+    federation.start()
+    federation.secure_coordinator(rounds={"total": 3}, secure={"value_range": 50.0, "support": "last-sum"}).run()
+    assert [record["accepted"] for record in finish(federation)] == [3, 3, 3]
+    ranges = [call[0][2].range for call in federation.quantized["client-0"]]
+    assert ranges[0] == 50.0
+    assert ranges[1] < 1, "values are far smaller"
+
+
+@pytest.mark.parametrize("phase", ["advertised", "shared", "masked", "agreed", "revealed"])
+def test_a_client_that_ends_in_the_middle_goes_on(federate, undisturbed, phase):
+    """Everybody is needed, so without its part there is no round; the result is the same to the bit. Before it has
+    told anyone its keys there is nobody to wait for, and between masking and storing its update its keys are gone:
+    these two attempts are given up, and the round tried again."""
+    again = phase in {"advertised", "masked"}
+    federation = federate()
+    federation.crash_client("client-1", phase)
+    federation.start()
+    coordinator = federation.secure_coordinator(secure={"phase_seconds": 1.0 if phase == "masked" else 15.0})
+    starter = threading.Thread(target=federation.restart_client, args=("client-1",))
+    starter.start()
+    coordinator.run()
+    starter.join()
+    records = finish(federation)
+    assert [(record["accepted"], record["attempts"]) for record in records] == [
+        (3, 2 if again else 1),
+        (3, 1),
+    ]
+    np.testing.assert_array_equal(federation.parameters(), undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("phase", "told"),
+    [*itertools.product(["share", "mask", "agree", "reveal"], [False, True]), ("done", True)],
+)
+def test_a_coordinator_that_ends_in_the_middle_goes_on(federate, undisturbed, phase, told):
+    federation = federate()
+    federation.crash_coordinator(phase, told=told)
+    federation.start()
+    with pytest.raises(Crash):
+        federation.secure_coordinator().run()
+    federation.close_directories()
+    federation.secure_coordinator().run()
+    records = finish(federation)
+    assert [(record["accepted"], record["attempts"]) for record in records] == [(3, 1), (3, 1)]
+    np.testing.assert_array_equal(federation.parameters(), undisturbed)
+
+
+def test_too_few_for_a_sum_and_nothing_is_revealed(federate, undisturbed):
+    """A client is gone when its vector is needed: the attempt is given up, later the round is done without a trace."""
+    federation = federate()
+    federation.crash_client("client-2", "shared")
+    federation.start()
+    coordinator = federation.secure_coordinator(secure={"phase_seconds": 0.5})
+    restart = threading.Timer(1.2, federation.restart_client, ["client-2"])
+    restart.start()
+    coordinator.run()
+    restart.join()
+    records = finish(federation)
+    assert records[0]["attempts"] > 1
+    assert [record["accepted"] for record in records] == [3, 3]
+    np.testing.assert_array_equal(federation.parameters(), undisturbed)
+
+
+def test_too_often_too_few(federate):
+    federation = federate()
+    federation.crash_client("client-2", "shared")
+    federation.start()
+    with pytest.raises(RoundFailed, match="no sum"):
+        federation.secure_coordinator(
+            secure={"phase_seconds": 0.3}, rounds={"max_failures": 1, "idle_timeout_seconds": 20.0}
+        ).run()
+    federation.finish()
+    assert all(client._secure._stored.member.phase != "revealed" for client in federation.clients.values()
+               if client._secure._stored)  # fmt: skip
+
+
+def test_a_round_that_lost_its_sum_when_shares_were_asked_for_is_not_summed_again(federate):
+    """Two of three must reveal and only one does: the round ends without a change, the next takes everything."""
+    federation = federate()
+    plain, spoiled = members.reveal, []
+
+    def reveal(member, agreements):
+        if member.name != "client-0" and spoiled.count(member.name) < 1:
+            spoiled.append(member.name)
+            raise Crash
+        return plain(member, agreements)
+
+    federation.monkeypatch.setattr(members, "reveal", reveal)
+    caught = participation.SecureParticipation._on_message
+
+    def on_message(this, message):
+        with contextlib.suppress(Crash):  # it stays silent
+            caught(this, message)
+
+    for client in federation.clients.values():
+        client._mail.on_secure = lambda message, this=client._secure: on_message(this, message)
+    federation.start()
+    federation.secure_coordinator(secure={"phase_seconds": 0.5}).run()
+    records = finish(federation)
+    assert [record["accepted"] for record in records] == [0, 3]
+    assert records[0]["parameters_sha256"] != records[1]["parameters_sha256"]
+
+
+def test_a_sum_that_is_private_from_the_coordinator_too(federate):
+    """Every client adds its share of noise; the budget pays for each round and refuses the one too many."""
+    federation = federate()
+    federation.start()
+    private = {
+        "noise_multiplier": 1.0, "max_norm": 0.5, "weighting": "equal", "adapt_range": False, "value_range": 0.25,
+    }  # fmt: skip
+    summary = federation.secure_coordinator(
+        secure=private, rounds={"total": 50}, privacy=PrivacyConfig(epsilon=15.0, delta=1e-5)
+    ).run()
+    records = finish(federation)
+    assert len(records) == summary.rounds == 6
+    assert "refused before it started" in summary.reason
+    spent = [record["epsilon"] for record in records]
+    # The exact epsilon of the Gaussian mechanism for 1 to 5 rounds (Balle and Wang 2018, theorem 8); accounting by RDP
+    # costs a little more.
+    for exact, epsilon in zip((4.377, 6.573, 8.385, 9.997, 11.480), spent, strict=False):
+        assert exact < epsilon < 1.09 * exact
+    assert spent[-1] <= 15.0
+    calls = federation.quantized["client-0"]
+    ((_values, _weight, quantizer, layout), result) = calls[0]
+    step = 0.25 / 127
+    # In all 3 clients a deviation of max_norm: in each 0.5 / sqrt(3), in steps; 20 deviations and 64 at most.
+    deviation = 0.5 / np.sqrt(3) / step
+    assert quantizer.noise_bound == int(np.ceil(20 * deviation)) + 64
+    assert layout.bits == (2 * 3 * (127 + quantizer.noise_bound)).bit_length()
+    noise = np.concatenate([
+        result.integers - np.rint(result.decoded / step) for calls in federation.quantized.values()
+        for _, result in calls
+    ])  # fmt: skip
+    assert abs(noise.std() / deviation - 1) < 4 / np.sqrt(2 * len(noise))
+    assert abs(noise.mean()) < 4 * deviation / np.sqrt(len(noise))
+    for calls in federation.quantized.values():
+        for _, result in calls:
+            assert np.linalg.norm(result.decoded / step) <= 0.5 / step * 1.0001, "also after rounding"
+
+
+def settings_for(**changes):
+    fields = {
+        "federation": "f", "bundle": "b", "out": "o", "codec": CODEC,
+        "rounds": RoundsConfig(goal=4, minimum=3),
+        "secure_aggregation": SecureAggregationConfig(enabled=True),
+    }  # fmt: skip
+    return FederationConfig(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"strategy": {"name": "fedbuff", "staleness": "constant"}}, "synchronous"),
+        ({"strategy": "median"}, "compares single updates"),
+        ({"strategy": "krum"}, "compares single updates"),
+        ({"strategy": {"name": "norm-bound", "max_norm": 1.0}}, "let the clients clip"),
+        ({"strategy": "fednova"}, "own norm"),
+        ({"strategy": "scaffold"}, "control variates"),
+        ({"codec": "topk:0.05|int8:block=256|rice"}, "every client chooses its own parameters"),
+        ({"codec": "randk:0.05|int8:block=256:stochastic"}, "in the same unit"),
+        ({"codec": "randk:0.05|int8:block=all"}, "in the same unit"),
+        ({"codec": "dense|float32"}, "in the same unit"),
+        ({"rounds": RoundsConfig(goal=2)}, "each client knows the other's"),
+        ({"stop": StopConfig(metric="train_loss")}, "single updates"),
+        ({"selection": SelectionConfig(method="utility")}, "losses of their updates"),
+        ({"secure_aggregation": SecureAggregationConfig(enabled=True, noise_multiplier=1.0)}, "set it"),
+        ({"secure_aggregation": SecureAggregationConfig(enabled=True, noise_multiplier=1.0, max_norm=1.0)},
+         "noise is added to values"),
+        ({"strategy": {"name": "dp-fedavg", "clip_norm": 1.0, "noise_multiplier": 1.0, "clients_per_round": 4}},
+         "sum"),
+        ({"secure_aggregation": SecureAggregationConfig(enabled=True, neighbours=7)}, "even"),
+        ({"secure_aggregation": SecureAggregationConfig(enabled=True, threshold=7)}, "set neighbours, too"),
+        ({"rounds": RoundsConfig(goal=1000, minimum=500),
+          "secure_aggregation": SecureAggregationConfig(enabled=True, neighbours=10)}, "too few against 10%"),
+    ],
+)  # fmt: skip
+def test_stacks_that_make_no_sense(changes, why):
+    with pytest.raises(ConfigError, match=why):
+        checked_strategy(settings_for(**changes))
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedadam", "fedavgm", "fedsgd", "fedyogi"])
+def test_stacks_that_do(strategy):
+    checked_strategy(settings_for(strategy=strategy))
+    checked_strategy(settings_for(strategy=strategy, codec="dense|int4:block=all:stochastic"))
+
+
+def test_what_a_client_asks_for(tmp_path, federate):
+    """Without them it sends nothing, whatever the coordinator says."""
+    federation = federate()
+    secure = federation.clients["client-0"]._secure
+    good = Settings(minimum=3, count=7, seed=1, quantizer=Quantizer(range=0.5))
+    plan = Plan(run=bytes(16), round=1, nonce=bytes(16), bundle=bytes(32), vector=bytes(32),
+                parameters=BlobRef(digest=bytes(32), size=1), deadline_seconds=1, secure=encode(good))  # fmt: skip
+    secure.check(plan)
+    with pytest.raises(SecureAggregationError, match="sums of 2 clients: this client asks for 3"):
+        secure.check(msgspec.structs.replace(plan, secure=encode(msgspec.structs.replace(good, minimum=2))))
+    with pytest.raises(SecureAggregationError, match="in the clear"):
+        secure.check(msgspec.structs.replace(plan, control=plan.parameters))
+    plain = msgspec.structs.replace(plan, secure=b"")
+    secure.check(plain)
+    secure._config = ClientConfig(name="c", federation="f", data="d",
+                                  secure_aggregation={"required": True, "least_clients": 3})  # fmt: skip
+    secure._config = msgspec.convert(msgspec.to_builtins(secure._config), ClientConfig)
+    with pytest.raises(SecureAggregationError, match="in secure aggregation only"):
+        secure.check(plain)
+    path = tmp_path / "enrolled"
+    path.write_text(f"# ours\nc {'ab' * 32}\n\n")
+    is_enrolled = participation.read_enrolled(path)
+    assert is_enrolled("c", b"\xab" * 32)
+    assert not is_enrolled("c", bytes(32))
+    assert not is_enrolled("d", b"\xab" * 32)
+    path.write_text("c abc\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        participation.read_enrolled(path)

@@ -1,0 +1,130 @@
+"""The client as a systemd service: it says that it is ready and alive, and fits into its memory limit."""
+
+from __future__ import annotations
+
+import configparser
+import csv
+import resource
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from edgetrain.coordinator.broker import find_mosquitto
+from edgetrain.edge_client.service import LivingTransport, Service
+from edgetrain.protocol.transport import MemoryBroker
+from support.federation import ENVIRONMENT, Federation
+
+UNIT = Path(__file__).parents[2] / "examples/edgetrain-client.service"
+LIMIT_MB = 256
+
+
+class Manager:
+    """systemd's end of the socket."""
+
+    def __init__(self, path):
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.socket.settimeout(0.2)
+        self.lines = []
+        self.reading = True
+        self.thread = threading.Thread(target=self.read)
+
+    def read(self):
+        silent = False
+        while self.reading or not silent:
+            try:
+                self.lines.append(self.socket.recv(4096).decode())
+                silent = False
+            except TimeoutError:
+                silent = True
+
+    def heard(self):
+        """Everything, when nobody speaks any more."""
+        self.reading = False
+        self.thread.join()
+        return self.lines
+
+
+@pytest.fixture
+def manager(ram_path):
+    manager = Manager(ram_path / "notify")
+    manager.thread.start()
+    yield manager
+    manager.heard()
+    manager.socket.close()
+
+
+def test_signs_of_life_come_with_every_wait_and_no_more_often_than_needed(manager):
+    now = [0.0]
+    service = Service({"NOTIFY_SOCKET": str(manager.path), "WATCHDOG_USEC": "30000000"}, clock=lambda: now[0])
+    transport = LivingTransport(MemoryBroker().connect(), service)
+    for step in range(300):
+        now[0] = step * 0.1
+        transport.receive(0)
+    assert manager.heard() == ["WATCHDOG=1"] * 3
+
+
+def test_a_service_manager_that_does_not_read_stops_nobody(ram_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(str(ram_path / "deaf"))
+        service = Service({"NOTIFY_SOCKET": str(ram_path / "deaf")})
+        for _ in range(2000):
+            service.say("WATCHDOG=1")
+
+
+def test_without_a_service_manager_nothing_is_said():
+    service = Service({})
+    service.ready()
+    service.alive()
+    Service({"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "1"}).alive()
+
+
+def unit():
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str
+    parser.read_string("\n".join(line for line in UNIT.read_text().splitlines() if not line.startswith("#")))
+    return parser
+
+
+def test_the_unit_file_says_what_is_tested_here():
+    service = unit()["Service"]
+    assert service["Type"] == "notify"
+    assert service["MemoryMax"] == f"{LIMIT_MB}M"
+    assert int(service["WatchdogSec"]) > 60
+    assert service["Restart"] == "always"
+
+
+@pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+def test_a_client_under_its_memory_limit_says_that_it_is_ready_and_alive(processes, digits_bundle, tmp_path, manager):
+    """The real command with the unit's limit on private memory; it trains a small CNN."""
+    pytest.importorskip("sklearn")
+    from edgetrain.models.data import digits
+
+    train, test = digits(seed=7)
+    federation = Federation(
+        processes, tmp_path, digits_bundle, clients=1, data=[(train.inputs, train.targets)],
+        test=(test.inputs, test.targets),
+        rounds={"total": 3, "goal": 1, "minimum": 1},
+    )  # fmt: skip
+    try:
+        client = processes.edgetrain(
+            "client", "--config", tmp_path / "client-1.toml", log=tmp_path / "client-1.log",
+            env=ENVIRONMENT | {"NOTIFY_SOCKET": str(manager.path), "WATCHDOG_USEC": "600000"},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_MB << 20, LIMIT_MB << 20)),
+        )  # fmt: skip
+        coordinator = federation.start_coordinator()
+        assert coordinator.wait() == 0, coordinator.output
+        assert client.wait() == 0, client.output
+    finally:
+        processes.end_all()
+        federation.stop_broker()
+    heard = manager.heard()
+    assert heard[0] == "READY=1"
+    assert heard.count("WATCHDOG=1") >= 3
+    assert heard[-1] == "STOPPING=1"
+    rows = list(csv.DictReader((tmp_path / "run/clients.csv").read_text().splitlines()))
+    assert len(rows) == 3
+    assert all(0 < float(row["peak_memory_mb"]) < LIMIT_MB for row in rows)

@@ -1,0 +1,37 @@
+"""The example of the five hospitals, as it stands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgetrain.protocol.privacy import Release, spent
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "healthcare" / "run.py"
+
+
+@pytest.mark.timeout(120)
+def test_five_hospitals_learn_within_their_budget(tmp_path):
+    out = tmp_path / "hospitals"
+    done = subprocess.run(
+        [sys.executable, EXAMPLE, "--out", out], capture_output=True, text=True, check=False, timeout=110
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rounds = [json.loads(line) for line in (out / "run/rounds.jsonl").read_text().splitlines()]
+    ledger = json.loads((out / "privacy-hospitals.json").read_text())
+    assert len(rounds) == ledger["releases"][0]["steps"] == 10
+    noise = ledger["releases"][0]["noise_multiplier"]
+    for number, record in enumerate(rounds, 1):
+        by_hand = spent([Release(mechanism="gaussian", noise_multiplier=noise, steps=number)], 1e-3).epsilon
+        assert record["epsilon"] == pytest.approx(by_hand)
+        assert f"{record['epsilon']:.3f} of 10" in done.stdout
+    assert rounds[-1]["epsilon"] <= 10
+    # Always guessing benign is right for 63 %; without noise it is 98 %.
+    assert sum(record["accuracy"] for record in rounds[-3:]) / 3 > 0.85
+    assert "round 11 was refused before it started" in done.stdout
+    assert "run: whole: " in done.stdout
+    assert "10 privacy" in done.stdout

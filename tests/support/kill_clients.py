@@ -1,0 +1,82 @@
+"""Real clients that are killed by SIGKILL at random moments, with their coordinator.
+
+As a script: `kill_clients.py BUNDLE DIRECTORY SEED KILLS`. SCAFFOLD with a sparse codec, so that residuals and control
+variates matter in every round: one that was lost or counted twice changes the final parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
+from edgetrain.protocol.training import TrainingConfig
+from support.in_memory import Federation, shards
+
+ROUNDS = 5
+SIZES = (24, 16)
+
+
+def serve(bundle: Path, directory: Path) -> None:
+    """Coordinator and clients, to the end of the run."""
+    federation = Federation(directory, bundle, shards(SIZES))
+    federation.start()
+    coordinator = federation.coordinator(
+        strategy="scaffold",
+        codec="topk:0.2|int8:block=256|rice",
+        rounds=RoundsConfig(total=ROUNDS, goal=len(SIZES), gather_seconds=30.0, deadline_seconds=30.0),
+        training=TrainingConfig(epochs=1, batch_size=4, learning_rate=0.1),
+        evaluation=EvaluationConfig(by_clients=False),
+    )
+    coordinator.run()
+    federation.finish()
+
+
+def forked(bundle: Path, directory: Path, kill_after: float | None) -> bool:
+    """Whether they came to the end before they were killed."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            serve(bundle, directory)
+            status = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(status)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return False
+    assert os.waitstatus_to_exitcode(status) == 0, "a federation failed"
+    return True
+
+
+def main(bundle: Path, directory: Path, seed: int, kills: int) -> None:
+    """Prints how many were killed and in how many runs."""
+    chance = random.Random(seed)
+    (directory / "undisturbed").mkdir()
+    started = time.monotonic()
+    forked(bundle, directory / "undisturbed", None)
+    whole = time.monotonic() - started
+    killed = runs = 0
+    while killed < kills:
+        place = directory / f"run-{runs}"
+        place.mkdir()
+        runs += 1
+        for _ in range(chance.randrange(4, 10)):
+            if forked(bundle, place, chance.uniform(0, whole * chance.choice((0.2, 0.5, 1.0)))):
+                break
+            killed += 1
+        assert forked(bundle, place, None)
+    print(f"killed {killed}, runs {runs}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
