@@ -131,7 +131,8 @@ def main() -> None:
             rows = measure(arguments)
             record[part] = [asdict(row) for row in rows]
             arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-            print_table(rows)
+            if part != "steps":
+                print_table(rows)
             if part == "steps":
                 print_goals(rows)
 
@@ -157,8 +158,9 @@ def steps(arguments: argparse.Namespace) -> list[StepRow]:
         with tempfile.TemporaryDirectory() as name:
             path = export(entry, Path(name) / "bundle", arguments.bundles, runtimes=runtimes)
             for threads in (1, 0) if arguments.all_threads else (1,):
-                rows += race(entry, path, runtimes, threads, arguments.steps)
-                print_table(rows[-1:])
+                found = race(entry, path, runtimes, threads, arguments.steps)
+                print_table(found)
+                rows += found
     return rows
 
 
@@ -417,10 +419,12 @@ def cached_epochs(path: Path) -> dict[str, float]:
     }
 
 
-def memory(_arguments: argparse.Namespace) -> list[AccumulationRow]:
+def memory(arguments: argparse.Namespace) -> list[AccumulationRow]:
     """A batch of 64 as 64 micro-batches of 1, against a batch of 1 and one of 64."""
     rows = []
     for entry in ("char-lm-last", "ds-cnn-full"):
+        if entry not in arguments.entries:
+            continue
         with tempfile.TemporaryDirectory() as name:
             one = export(entry, Path(name) / "one", micro_batch=1, split=False)
             many = export(entry, Path(name) / "many", micro_batch=64, split=False)
