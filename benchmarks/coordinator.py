@@ -161,7 +161,8 @@ def fold(codec: str, updates: int, size: int) -> Result:
         collection.close()
         directory.close()
     return {"codec": codec, "parameters": size, "updates": updates, "update_bytes": len(payloads[0]),
-            "grown_mb": grown[0], "journal_mb": round(journal / 2**20), "updates_per_second": round(updates / seconds, 1)}  # fmt: skip
+            "grown_mb": grown[0], "journal_mb": round(journal / 2**20),
+            "updates_per_second": round(updates / seconds, 1)}  # fmt: skip
 
 
 def robust(name: str, clients: int, size: int) -> Result:
@@ -207,7 +208,8 @@ def through_broker(size: int, updates: int) -> Result:
         broker.stop()
     rate, bare = updates / result["seconds"], updates / received
     return {"codec": codec, "parameters": size, "updates": updates, "update_bytes": result["update_bytes"],
-            "updates_per_second": round(rate), "paho_updates_per_second": round(bare), "ratio": round(rate / bare, 2)}  # fmt: skip
+            "updates_per_second": round(rate), "paho_updates_per_second": round(bare),
+            "ratio": round(rate / bare, 2)}  # fmt: skip
 
 
 def accept_all(folder: Path, port: int, size: int, updates: int, driver: Any) -> Result:
@@ -305,11 +307,8 @@ def drive(coordinator: Any, port: int, size: int, updates: int, codec: str) -> N
         if asked:
             assert coordinator.recv() == asked
         coordinator.send((time.perf_counter(), len(payloads[0])))
-        for topic, payload in messages:
-            client.publish(topic, payload, qos=1)
-    time.sleep(1)
-    while client.want_write():
-        time.sleep(0.1)
+        sent = [client.publish(topic, payload, qos=1) for topic, payload in messages]
+    sent[-1].wait_for_publish(120)
     client.disconnect()
     client.loop_stop()
 
@@ -340,7 +339,8 @@ def overhead(size: int, *, clients: int = 20, rounds: int = 12) -> Result:
         Coordinator(config, bundle=bundle, transport=transport, directory=directory, observe=observe).run()
         directory.close()
     return {"parameters": size, "clients": clients, "rounds": rounds,
-            "overhead_ms_median": round(1e3 * float(np.median(spans)), 1), "overhead_ms_max": round(1e3 * max(spans), 1)}  # fmt: skip
+            "overhead_ms_median": round(1e3 * float(np.median(spans)), 1),
+            "overhead_ms_max": round(1e3 * max(spans), 1)}  # fmt: skip
 
 
 def answer(broker: MemoryBroker, payload: bytes, clients: int) -> None:
@@ -366,8 +366,8 @@ def answer(broker: MemoryBroker, payload: bytes, clients: int) -> None:
                 return
             if not known:
                 known, bundle = True, message.bundle.digest
-                for name in keys:
-                    send(name, Hello(public_key=keys[name].public_key, connection=bytes(16), edgetrain="0",
+                for name, key in keys.items():
+                    send(name, Hello(public_key=key.public_key, connection=bytes(16), edgetrain="0",
                                      runtimes=("onnxruntime",), stages=tuple(supported_stages())))  # fmt: skip
         elif isinstance(message, Welcome):
             send(name, Ready(bundle=bundle, runtime="onnxruntime", num_examples=10))

@@ -126,6 +126,7 @@ class MqttTransport:
         self._connection = self._open()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
+        self._woken = False
         self._wake_write.setblocking(False)
         self._events.put((Connected(), None))
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
@@ -308,6 +309,8 @@ class MqttTransport:
     def _serve(self, connection: Connection) -> str:
         """Works until the connection is lost or we are to close; why."""
         while not self._closing.is_set():
+            # Before looking at what there is: what comes after this wakes again.
+            self._woken = False
             with self._lock:
                 now = time.monotonic()
                 self._feed(connection, now)
@@ -383,5 +386,9 @@ class MqttTransport:
                 done.set()
 
     def _wake(self) -> None:
+        # Once is enough until the network's thread has looked: a call into the kernel also gives the interpreter away.
+        if self._woken:
+            return
+        self._woken = True
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_write.send(b"x")
