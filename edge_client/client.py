@@ -203,6 +203,8 @@ class Client:
         assert announce is not None, "just waited for"
         if announce.status == "ended":
             raise RunOver("the run ended meanwhile")
+        if mail.joined != announce.run:
+            self._done.clear()
         mail.joined, mail.welcomed, mail.plan = announce.run, False, None
         self._send_hello()
         mail.wait(lambda: mail.welcomed, repeat=self._send_hello)
