@@ -113,6 +113,9 @@ def main() -> None:
     parser.add_argument("entries", nargs="*", default=list(SUITE), help=", ".join(SUITE))
     parser.add_argument("--part", choices=["all", "steps", "sizes", "cache", "memory"], default="all")
     parser.add_argument("--steps", type=int, default=20, help="of each contender")
+    parser.add_argument("--runtime", nargs="+", default=[ONNX, TORCH, TRAINING], help="besides eager torch")
+    parser.add_argument("--bundles", type=Path, help="folder of whole-step bundles by entry, to be used again")
+    parser.add_argument("--all-threads", action=argparse.BooleanOptionalAction, default=True, help="besides one")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
@@ -125,33 +128,39 @@ def main() -> None:
     record["machine"] = machine()
     for part, measure in (("steps", steps), ("sizes", sizes), ("cache", cache), ("memory", memory)):
         if arguments.part in ("all", part):
-            rows = measure(arguments.entries, arguments.steps)
+            rows = measure(arguments)
             record[part] = [asdict(row) for row in rows]
             arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-            print_table(rows)
+            if part != "steps":
+                print_table(rows)
             if part == "steps":
                 print_goals(rows)
 
 
-def export(entry: str, folder: Path, **options: Any) -> Path:
+def export(entry: str, folder: Path, kept: Path | None = None, **options: Any) -> Path:
     from edgetrain.export import export_bundle
     from edgetrain.models import get_model
 
     model, trainable = SUITE.get(entry, (entry.partition(":")[0], entry.partition(":")[2]))
+    if kept is not None and (kept / entry).exists():
+        return kept / entry
+    folder = folder if kept is None else kept / entry
     print(f"exporting {entry} {options or ''} …", file=sys.stderr)
     batch = options.pop("micro_batch", MICRO_BATCH)
     source = get_model(model, batch_size=max(batch, 2))
     return export_bundle(*source, trainable=trainable, micro_batch=batch, out=folder, name=model, **options)
 
 
-def steps(entries: list[str], count: int) -> list[StepRow]:
+def steps(arguments: argparse.Namespace) -> list[StepRow]:
     rows = []
-    for entry in entries:
+    runtimes = tuple(name for name in arguments.runtime if name != TRAINING or TRAINING_PYTHON.exists())
+    for entry in arguments.entries:
         with tempfile.TemporaryDirectory() as name:
-            runtimes = (ONNX, TORCH, *((TRAINING,) if TRAINING_PYTHON.exists() else ()))
-            path = export(entry, Path(name) / "bundle", runtimes=runtimes)
-            rows += race(entry, path, runtimes, 1, count)
-            rows += race(entry, path, runtimes, 0, count)
+            path = export(entry, Path(name) / "bundle", arguments.bundles, runtimes=runtimes)
+            for threads in (1, 0) if arguments.all_threads else (1,):
+                found = race(entry, path, runtimes, threads, arguments.steps)
+                print_table(found)
+                rows += found
     return rows
 
 
@@ -248,7 +257,7 @@ def eager_adapters(bundle: Path, model: str, trainable: str) -> Callable[[], obj
 
 def session(path: Path, contender: str, threads: int) -> Callable[[], object]:
     from edgetrain.edge_client import open_session
-    from edgetrain.edge_client.selftest import _on_features, read_self_test
+    from edgetrain.edge_client.selftest import on_features, read_self_test
     from edgetrain.protocol.bundle import Bundle
 
     bundle = Bundle(path)
@@ -256,7 +265,7 @@ def session(path: Path, contender: str, threads: int) -> Callable[[], object]:
     batch, weights = read_self_test(bundle)
     parameters = bundle.initial_parameters()
     if contender == HEAD:
-        opened, batch = _on_features(opened, batch)
+        opened, batch = on_features(opened, batch)
     # A fresh vector each time, as after an optimizer step.
     return lambda: opened.step(parameters.copy(), batch, weights)
 
@@ -292,12 +301,12 @@ def share_of_products(path: Path) -> float:
     return products / total
 
 
-def sizes(entries: list[str], count: int) -> list[SizeRow]:
+def sizes(arguments: argparse.Namespace) -> list[SizeRow]:
     from edgetrain.export import Storage
     from edgetrain.export.errors import ExportError
 
     rows = []
-    for entry in entries:
+    for entry in arguments.entries:
         if entry not in PARTIAL:
             continue
         with tempfile.TemporaryDirectory() as name:
@@ -307,7 +316,7 @@ def sizes(entries: list[str], count: int) -> list[SizeRow]:
                 except ExportError as error:
                     print(f"{entry} {kind}: {error}", file=sys.stderr)
                     continue
-                rows.append(size_row(entry, kind, path, count))
+                rows.append(size_row(entry, kind, path, arguments.steps))
     return rows
 
 
@@ -334,13 +343,13 @@ def size_row(entry: str, kind: str, path: Path, count: int) -> SizeRow:
     )
 
 
-def cache(entries: list[str], _count: int) -> list[CacheRow]:
+def cache(arguments: argparse.Namespace) -> list[CacheRow]:
     rows = []
     for entry in ("mobilenet-v2:head", "mobilenet-v2-last-4"):
-        if entry != "mobilenet-v2:head" and entry not in entries:
+        if entry != "mobilenet-v2:head" and entry not in arguments.entries:
             continue
         with tempfile.TemporaryDirectory() as name:
-            path = export(entry, Path(name) / "bundle")
+            path = export(entry, Path(name) / "bundle", arguments.bundles)
             rows.append(CacheRow(entry=entry, **ask_once("cached epochs", path)))
     return rows
 
@@ -410,10 +419,12 @@ def cached_epochs(path: Path) -> dict[str, float]:
     }
 
 
-def memory(_entries: list[str], _count: int) -> list[AccumulationRow]:
+def memory(arguments: argparse.Namespace) -> list[AccumulationRow]:
     """A batch of 64 as 64 micro-batches of 1, against a batch of 1 and one of 64."""
     rows = []
     for entry in ("char-lm-last", "ds-cnn-full"):
+        if entry not in arguments.entries:
+            continue
         with tempfile.TemporaryDirectory() as name:
             one = export(entry, Path(name) / "one", micro_batch=1, split=False)
             many = export(entry, Path(name) / "many", micro_batch=64, split=False)

@@ -94,7 +94,7 @@ def run_self_test(
         tolerance = max(expected.tolerance, TOLERANCES[getattr(session, "precision", "fp32")])
     batch, weights = read_self_test(bundle)
     if in_parts:
-        session, batch = _on_features(session, batch)
+        session, batch = on_features(session, batch)
     result = session.step(bundle.initial_parameters(), batch, weights)
     floor = max(_ZERO_SHARE * max((check.norm for check in expected.gradients), default=0.0), 1e-30)
     gradients = []
@@ -121,7 +121,12 @@ def run_self_test(
     )
 
 
-def _on_features(session: Session, batch: Batch) -> tuple[Session, Batch]:
+def on_features(session: Session, batch: Batch) -> tuple[Session, Batch]:
+    """The head of a session, and a batch with features for inputs.
+
+    Raises:
+        SessionError: the program is not split.
+    """
     head = session.head()
     if head is None:
         raise SessionError(f"the program of {session.manifest.name!r} for {session.runtime} is not split")
