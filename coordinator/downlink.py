@@ -70,7 +70,7 @@ class Downlink:
             parameters: the true ones, float32 [num_parameters].
             seed: of stochastic codecs.
         """
-        if self._public is None or str(self._codec) == str(CodecSpec.parse(WHOLE)):
+        if self._public is None or not self.compresses:
             self._public = parameters
             self._patches.clear()
         else:
@@ -83,6 +83,11 @@ class Downlink:
             self._public = public
             self._patches.append(EncodedPatch(vector_digest(base), data))
         return self.current()
+
+    @property
+    def compresses(self) -> bool:
+        """Whether public parameters differ from the true ones, so that they have to be remembered."""
+        return str(self._codec) != str(CodecSpec.parse(WHOLE))
 
     def encode(self, vector: Vector, *, seed: int) -> bytes:
         """Another vector for the way down, by the patches' codec where that keeps every element."""

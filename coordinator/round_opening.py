@@ -125,6 +125,6 @@ class RoundOpening:
         if opened and self._downlink.holds(opened.parameters):
             return self._downlink.current()
         release = self._downlink.release(parameters, seed=self._config.seed + number)
-        if release.patches:
-            self._directory.save_public(release.public)
+        if self._downlink.compresses:
+            self._directory.save_public(number, release.public)
         return release

@@ -8,7 +8,7 @@ journal/round-00001.journal    accepted updates of the rounds that are not yet c
 parameters/round-00001.safetensors   named tensors after a round
 parameters.safetensors         the latest
 strategy/round-00001.safetensors     what the strategy remembers after a round, if anything
-public.bin                     parameters as clients see them, where the downlink compresses
+public/round-00001.bin         parameters as clients see them, where the downlink compresses
 best.safetensors               those that were best by [stop] metric
 evaluations.jsonl              the clients' own evaluations
 events.jsonl                   everything that happened
@@ -202,20 +202,25 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"{self.path}: cannot write the evaluation: {error}") from error
 
-    def save_public(self, vector: Vector) -> None:
-        """Keeps the parameters as clients see them, where those differ (see `downlink`).
+    def save_public(self, number: int, vector: Vector) -> None:
+        """Keeps the parameters of a round as clients see them, where those differ (see `downlink`).
 
         Raises:
             RunError: not writable.
         """
         try:
-            self._vectors.save_public(vector)
+            self._vectors.save_public(number, vector)
         except OSError as error:
-            raise RunError(f"{self.path / 'public.bin'}: {error}") from error
+            raise RunError(f"{self.path / 'public'}: {error}") from error
 
     def load_public(self, manifest: Manifest) -> Vector | None:
-        """What `save_public` kept, if it is there and of the right length for this manifest."""
-        return RunVectors(self.path, manifest).load_public()
+        """What `save_public` kept of the last round that was opened, if it is right in length for this manifest.
+
+        What was kept for a round that was then not opened does not count: opened now, it gets the same again.
+        """
+        closed = len(self.records)
+        opened = self.opened_round(closed + 1) is not None
+        return RunVectors(self.path, manifest).load_public(closed + opened)
 
     # --- the rest ------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ parameters/round-00001.safetensors   named tensors after a round
 parameters.safetensors               the latest
 best.safetensors                     those that were best by [stop] metric
 strategy/round-00001.safetensors     what the strategy remembers after a round, if anything
-public.bin                           parameters as clients see them, where the downlink compresses
+public/round-00001.bin               parameters as clients see them, where the downlink compresses
 """
 
 from __future__ import annotations
@@ -117,6 +117,9 @@ class RunVectors:
         for path in (self.path / "strategy").glob("round-*.safetensors"):
             if (old := round_of(path)) is not None and old < number:
                 path.unlink()
+        for path in (self.path / "public").glob("round-*.bin"):
+            if (old := round_of(path)) is not None and old < number:
+                path.unlink()
         for path in (self.path / "parameters").glob("round-*.safetensors"):
             old = round_of(path)
             if old is not None and old <= number - KEEP_PARAMETERS and old != best:
@@ -132,17 +135,28 @@ class RunVectors:
         if path.exists():
             link_atomically(path, self.path / "best.safetensors")
 
-    def save_public(self, vector: Vector) -> None:
-        """Keeps the parameters as clients see them, where those differ (see `downlink`).
+    def save_public(self, number: int, vector: Vector) -> None:
+        """Keeps the parameters of a round as clients see them (see `downlink`).
 
         Raises:
             OSError: not writable.
         """
-        write_atomically(self.path / "public.bin", np.ascontiguousarray(vector, dtype="<f4").tobytes())
+        path = self._public_path(number)
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, np.ascontiguousarray(vector, dtype="<f4").tobytes())
 
-    def load_public(self) -> Vector | None:
-        """What `save_public` kept, if it is there and of the right length."""
-        path = self.path / "public.bin"
+    def load_public(self, newest: int) -> Vector | None:
+        """What `save_public` kept of a round or the last before it, if it is there and of the right length.
+
+        Args:
+            newest: the round; what was kept of a later one was never given to anybody.
+        """
+        kept = sorted(
+            (number, path)
+            for path in (self.path / "public").glob("round-*.bin")
+            if (number := round_of(path)) is not None and number <= newest
+        )
+        path = kept[-1][1] if kept else self.path / "public.bin"
         data = path.read_bytes() if path.exists() else b""
         if len(data) != 4 * self._manifest.num_parameters:
             return None
@@ -150,6 +164,9 @@ class RunVectors:
 
     def _parameters_path(self, number: int) -> Path:
         return self.path / "parameters" / f"round-{number:05d}.safetensors"
+
+    def _public_path(self, number: int) -> Path:
+        return self.path / "public" / f"round-{number:05d}.bin"
 
     def _state_path(self, number: int) -> Path:
         return self.path / "strategy" / f"round-{number:05d}.safetensors"

@@ -115,12 +115,14 @@ class AuditLog:
             while written < len(data):
                 written += self._file.write(memoryview(data)[written:])
             os.fsync(self._file.fileno())
-            self._length += len(data)
             self._write_head(head)
-        except OSError as error:
-            # What was appended stays pending: a later commit writes it.
+        except BaseException as error:
+            # What was appended stays pending: a later commit writes it, also that of somebody who was interrupted here.
             self._file.truncate(self._length)
-            raise RunError(f"{self.path}: cannot write the audit log: {error}") from error
+            if isinstance(error, OSError):
+                raise RunError(f"{self.path}: cannot write the audit log: {error}") from error
+            raise
+        self._length += len(data)
         self._pending.clear()
         self._head = self.sealed = head
 

@@ -391,3 +391,31 @@ def test_a_journal_that_is_all_damage_is_an_error_that_loses_nothing(tiny_bundle
     path.write_bytes(data)
     federation.serve()
     np.testing.assert_array_equal(final_parameters(federation), expected_parameters(NAMES, 1))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_kill_before_a_round_is_opened_gives_clients_the_same_parameters(tiny_bundle, ram_path, monkeypatch, number):
+    """What was made for them and not yet given to anybody is made again, not made from."""
+    vectors = []
+    for name in ("whole", "crashed"):
+        federation = ScriptedFederation(
+            tiny_bundle, ram_path / name / "run", rounds=ROUNDS, downlink_codec="dense|int4:block=16"
+        )
+        for client in NAMES:
+            federation.add(client)
+        real = RunDirectory.note_opened
+
+        def note_opened(self, opened, real=real):
+            if opened.round == number:
+                raise Crash
+            real(self, opened)
+
+        if name == "crashed":
+            monkeypatch.setattr(RunDirectory, "note_opened", note_opened)
+            with pytest.raises(Crash):
+                federation.serve()
+            monkeypatch.undo()
+        federation.serve()
+        vectors.append({plan.round: plan.vector for plan in federation.clients[0].plans})
+    assert vectors[0] == vectors[1]
+    assert len(set(vectors[0].values())) == 3
