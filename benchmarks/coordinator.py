@@ -62,6 +62,7 @@ from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport
 
 Result = dict[str, Any]
 HERE = Path(__file__).parent
+PACKED = "dense|int8:block=256|packed"
 TOPK, DENSE = "topk:0.01|int8:block=256|rice", "dense|int8:block=256"
 # Different updates; the same ones come again under other names.
 POOL = 8
@@ -80,7 +81,10 @@ def main() -> None:
     sections: dict[str, list[Callable[[], Result]]] = {
         "fold": [lambda codec=codec: apart(fold, codec, arguments.updates, n) for codec in (TOPK, DENSE)],
         "robust": [lambda name=name: apart(robust, name, arguments.clients, n) for name in ("trimmed-mean", "krum")],
-        "broker": [lambda: apart(through_broker, 12_000, 3000), lambda: apart(through_broker, 640_000, 1500)],
+        "broker": [
+            lambda size=size, codec=codec: apart(through_broker, size, codec, 3000)
+            for size, codec in ((12_000, PACKED), (12_700, DENSE), (640_000, TOPK))
+        ],
         "overhead": [lambda size=size: apart(overhead, size) for size in (38_000, n)],
         "flower": [lambda: flower(arguments.flower_python, 256, n)],
     }
@@ -187,12 +191,12 @@ def robust(name: str, clients: int, size: int) -> Result:
 # --- speed -------------------------------------------------------------------------------------------
 
 
-def through_broker(size: int, updates: int) -> Result:
+def through_broker(size: int, codec: str, updates: int) -> Result:
     """Updates of about 12 kB through mosquitto: paho merely receiving them, and the coordinator accepting them.
 
-    12,000 parameters as dense int8, or 640,000 as top-1 % int8: the first is cheap to decode, the second is not.
+    12,000 parameters as dense int8, without and with Huffman codes, or 640,000 as top-1 % int8: decoding the first
+    costs next to nothing.
     """
-    codec = DENSE if size < 100_000 else TOPK
     port = free_port()
     broker = Mosquitto(port)
     try:
@@ -201,7 +205,7 @@ def through_broker(size: int, updates: int) -> Result:
             theirs, ours = context.Pipe()
             driver = context.Process(target=drive, args=(theirs, port, size, updates, codec))
             driver.start()
-            result = accept_all(Path(folder), port, size, updates, ours)
+            result = accept_all(Path(folder), port, size, codec, updates, ours)
             received = receive_all(port, updates, ours)
             driver.join()
     finally:
@@ -212,10 +216,10 @@ def through_broker(size: int, updates: int) -> Result:
             "ratio": round(rate / bare, 2)}  # fmt: skip
 
 
-def accept_all(folder: Path, port: int, size: int, updates: int, driver: Any) -> Result:
+def accept_all(folder: Path, port: int, size: int, codec: str, updates: int, driver: Any) -> Result:
     """Seconds from the first update to the last one that is accepted, in a real coordinator."""
     config, bundle, directory = opened_run(
-        folder, size, codec=DENSE if size < 100_000 else TOPK,
+        folder, size, codec=codec,
         rounds=RoundsConfig(total=1, goal=updates, gather_seconds=300.0, deadline_seconds=300.0),
     )  # fmt: skip
     transport = MqttTransport(BrokerConfig(host="127.0.0.1", port=port), client_id="coordinator")

@@ -237,9 +237,9 @@ def main() -> None:
             results["cost"], results["noise_1M_seconds"] = cost(arguments.quick), noise_cost(arguments.quick)
         else:
             results[part] = {"samples": samples, "clients": clients}[part](arguments.quick)
-    if not arguments.quick:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        if not arguments.quick:
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

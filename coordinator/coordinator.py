@@ -18,7 +18,7 @@ from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.invitations import checked_strategy
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.parts import assemble, obeyed_request
-from edgetrain.coordinator.privacy.budget import open_budget
+from edgetrain.coordinator.privacy.budget import check_bundle, open_budget
 from edgetrain.coordinator.privacy.lottery import Lottery
 from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.reports import client_rows, round_record, summarize
@@ -100,6 +100,7 @@ class Coordinator:
         self._history, self._clients = parts.history, parts.clients
         self._invitations, self._intake, self._pump = parts.invitations, parts.intake, parts.pump
         self._opening, self._gathering, self._reports = parts.opening, parts.gathering, parts.reports
+        check_bundle(config, bundle.manifest)
         # Last: it locks a file until `run` ends.
         self._budget = open_budget(config, self._strategy, directory.records)
         self._started = clock()

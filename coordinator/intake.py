@@ -459,6 +459,9 @@ class Intake:
         current = self.current
         if not current or not current.secure or not current.admits(message.round, message.nonce):
             return
+        if record.name not in current.state.parts:
+            self.refusals.message(record.name, "not_invited", "not invited to this round", signed=True)
+            return
         try:
             current.secure.on_message(record.name, record.public_key, message.body)
         except SecureAggregationError as error:

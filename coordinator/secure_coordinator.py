@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.coordinator import MAX_RETRY_SECONDS, Coordinator
-from edgetrain.coordinator.errors import RoundFailed, UpdateRefused
+from edgetrain.coordinator.errors import RoundFailed, RunError, UpdateRefused
 from edgetrain.coordinator.intake import accepted_record
 from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.records import ClientRow
@@ -85,7 +85,14 @@ class SecureCoordinator(Coordinator):
         if records := current.collection.secure_records:
             opened = records[0][0]
             assert isinstance(opened, SecureOpened), "a session's first record"
-            self._begin(current, opened.settings, records[1:])
+            try:
+                self._begin(current, opened.settings, records[1:])
+            except SecureAggregationError as error:
+                current.collection.close()
+                raise RunError(
+                    f"{self._directory.journal_path(number)}: the session of secure aggregation cannot be taken up: "
+                    f"{error}. Go on with the settings and the version of edgetrain that began it."
+                ) from error
         return current
 
     def _begin(self, current: OpenRound, settings: bytes, records: Sequence[tuple[SecureRecord, bytes]] = ()) -> None:

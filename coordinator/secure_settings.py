@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import replace
 
 import msgspec
@@ -82,6 +83,11 @@ def _objection(config: FederationConfig, strategy: Strategy) -> str | None:
             "noise is added to values only: with it set secure_aggregation.weighting to 'equal' and "
             "secure_aggregation.adapt_range to false, which would be summed without"
         )
+    if secure.noise_multiplier and _fewest_honest(config) < 1:
+        return (
+            f"as many as {secure.max_colluding:.0%} of {config.rounds.goal} clients may collude and leave out their "
+            f"noise, and {config.rounds.least} are enough for a sum: raise rounds.minimum"
+        )
     if secure.neighbours % 2:
         return f"secure_aggregation.neighbours = {secure.neighbours}: half of them stand on either side, so it is even"
     if secure.threshold and not secure.neighbours:
@@ -147,12 +153,21 @@ def round_settings(
         max_norm=secure.max_norm,
         noise_multiplier=secure.noise_multiplier,
         noise=secure.noise,
+        noise_shares=max(1, _fewest_honest(config)),
     )
     noise = noise_of(settings)
     if noise is None:
         return settings
     quantizer = msgspec.structs.replace(settings.quantizer, noise_bound=noise_bound(noise))
     return msgspec.structs.replace(settings, quantizer=quantizer)
+
+
+def _fewest_honest(config: FederationConfig) -> int:
+    """In any sum, if the assumed share of all who may be in the roster collude and survive."""
+    rounds = config.rounds
+    return rounds.least - math.floor(
+        config.secure_aggregation.max_colluding * math.ceil(rounds.goal * rounds.over_selection)
+    )
 
 
 def with_noise(config: FederationConfig, strategy: Strategy, num_parameters: int) -> Strategy:

@@ -31,6 +31,7 @@ from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Abandoned, Mailbox, 
 from edgetrain.edge_client.personal import PersonalParameters
 from edgetrain.edge_client.policy import Policy
 from edgetrain.edge_client.privacy_budget import DeviceBudget
+from edgetrain.edge_client.private_steps import check_bundle
 from edgetrain.edge_client.runtimes import available_runtimes
 from edgetrain.edge_client.runtimes.base import Session, Vector
 from edgetrain.edge_client.secure_aggregation import SecureParticipation
@@ -202,6 +203,8 @@ class Client:
         assert announce is not None, "just waited for"
         if announce.status == "ended":
             raise RunOver("the run ended meanwhile")
+        if mail.joined != announce.run:
+            self._done.clear()
         mail.joined, mail.welcomed, mail.plan = announce.run, False, None
         self._send_hello()
         mail.wait(lambda: mail.welcomed, repeat=self._send_hello)
@@ -341,6 +344,7 @@ class Client:
             # An attempt at this round was given up: what was learnt waits in the residual.
             self._aggregate_securely(plan)
             return
+        check_bundle(self._session, plan.training)
         self._budget.check(plan.training, len(self._training_data))
         parameters = self._personalized(plan, self._held.advance(plan, self._fetch_for(plan)))
         server_control = self._server_control(plan)

@@ -19,6 +19,15 @@ class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_
         bool, Meta(description="send updates in secure aggregation only: decline every plan without it")
     ] = False
     least_clients: Annotated[int, Meta(description="decline secure aggregation with fewer clients than this", ge=2)] = 3
+    max_colluding: Annotated[
+        float,
+        Meta(
+            description="decline neighbourhoods too small for this share of the clients colluding with the "
+            "coordinator, whatever that says",
+            ge=0,
+            lt=0.5,
+        ),
+    ] = 0.0
     enrolled: Annotated[
         str,
         Meta(

@@ -22,6 +22,8 @@ import numpy.typing as npt
 from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.runtimes.base import Session, StepResult, Vector
+from edgetrain.protocol.manifest import STEP_CLIPPED
+from edgetrain.protocol.privacy.errors import PrivacyError
 from edgetrain.protocol.privacy.noise import chunks, rounded_gaussian
 from edgetrain.protocol.privacy.randomness import Keystream, RandomBytes, bernoulli
 from edgetrain.protocol.privacy.release import Release
@@ -31,6 +33,19 @@ from edgetrain.protocol.training import SamplePrivacy, TrainingConfig, count_ste
 GRID = 2.0**30
 # The sensitivity is taken to be so much larger than the clip norm.
 MARGIN = 2.0**-8
+
+
+def check_bundle(session: Session, config: TrainingConfig) -> None:
+    """Returns if a training can be done with a session.
+
+    Raises:
+        PrivacyError: it is to be private, and the bundle was not exported for that.
+    """
+    if config.privacy and STEP_CLIPPED not in session.manifest.program(session.runtime).graphs:
+        raise PrivacyError(
+            f"[training.privacy] clips by sample, and bundle {session.manifest.name!r} was exported without that for "
+            f"{session.runtime}: export it with --per-sample-clipping"
+        )
 
 
 def planned_release(num_examples: int, config: TrainingConfig) -> Release:

@@ -147,6 +147,7 @@ class SecureParticipation:
                 random=os.urandom,
                 is_enrolled=self._is_enrolled,
                 least_clients=self._config.secure_aggregation.least_clients,
+                colluding=self._config.secure_aggregation.max_colluding,
             )
             self._keep(plan, member)
         if member.phase != "shared":

@@ -19,7 +19,7 @@ from torch import fx
 
 aten = torch.ops.aten
 
-_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)  # noqa: SLF001
+_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.clone.default)  # noqa: SLF001
 
 
 class _Product(NamedTuple):

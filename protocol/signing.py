@@ -12,6 +12,7 @@ Ed25519: RFC 8032.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -151,10 +152,16 @@ def unseal(data: bytes) -> Envelope:
 def is_signed(public_key: bytes, data: bytes, signature: bytes) -> bool:
     """Whether the owner of `public_key` signed these bytes."""
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, data)
+        _loaded(public_key).verify(signature, data)
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _loaded(public_key: bytes) -> Ed25519PublicKey:
+    """The same few keys sign again and again."""
+    return Ed25519PublicKey.from_public_bytes(public_key)
 
 
 def verify(envelope: Envelope, federation: str, public_key: bytes) -> None:

@@ -9,6 +9,7 @@ from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.records import RoundRecord
 from edgetrain.coordinator.strategies import Strategy, described
 from edgetrain.protocol.errors import ConfigError
+from edgetrain.protocol.manifest import STEP_CLIPPED, Manifest
 from edgetrain.protocol.privacy.dp_accounting import accountant
 from edgetrain.protocol.privacy.errors import BudgetExhausted, PrivacyError
 from edgetrain.protocol.privacy.ledger import Budget, Ledger
@@ -127,6 +128,19 @@ def open_budget(
         ledger.close()
         raise
     return FederationBudget(ledger, strategy.private.release)
+
+
+def check_bundle(config: FederationConfig, manifest: Manifest) -> None:
+    """Returns if the bundle can do what [training.privacy] asks for.
+
+    Raises:
+        ConfigError: no program of it clips by sample.
+    """
+    if config.training.privacy and not any(STEP_CLIPPED in program.graphs for program in manifest.programs):
+        raise ConfigError(
+            f"[training.privacy] clips by sample, and bundle {manifest.name!r} was exported without that: export it "
+            "with --per-sample-clipping"
+        )
 
 
 def ledger_path(config: FederationConfig) -> Path:

@@ -15,8 +15,9 @@ import numpy as np
 from sklearn.datasets import load_breast_cancer
 
 from edgetrain.coordinator.broker import start_broker
-from edgetrain.protocol.privacy import Release
 from edgetrain.protocol.privacy.calibrate import noise_multiplier_for
+from edgetrain.protocol.privacy.distributed import distributed_noise
+from edgetrain.protocol.privacy.release import Release
 
 HERE = Path(__file__).parent
 HOSPITALS = ("aachen", "bergen", "cadiz", "dublin", "evora")
@@ -24,6 +25,9 @@ ROUNDS = 10
 # What the ten rounds may reveal about one hospital. See README.md on why it is large here.
 EPSILON, DELTA = 10.0, 1e-3
 CLIP_NORM = 1.0
+PARAMETERS = 62
+# Updates are quantized to 127 steps in this range on either side: about 4 CLIP_NORM / sqrt(PARAMETERS).
+VALUE_RANGE = 0.5
 TEST_SHARE = 0.3
 # Of each measurement, as in the textbooks that all hospitals have: computed from the patients' own records, they
 # would have to be paid for, too.
@@ -48,9 +52,7 @@ def main() -> None:
     out.mkdir(parents=True)
     write_data(out)
     edgetrain("--quiet", "export", f"{HERE / 'model.py'}:make", "-o", out / "tumours.edge")
-    noise_multiplier = noise_multiplier_for(
-        EPSILON, DELTA, lambda noise: [Release(mechanism="gaussian", noise_multiplier=noise, steps=ROUNDS)]
-    )
+    noise_multiplier = noise_multiplier_for(EPSILON, DELTA, lambda noise: [one_round(noise)] * ROUNDS)
     print(f"{ROUNDS} rounds within epsilon {EPSILON:g} at delta {DELTA:g}: noise multiplier {noise_multiplier:.3f}")
     broker = start_broker(arguments.broker)
     try:
@@ -63,6 +65,17 @@ def main() -> None:
     finally:
         broker.stop()
     report(out)
+
+
+def one_round(noise_multiplier: float) -> Release:
+    """What a round reveals: a sum with a share of noise from each hospital."""
+    return distributed_noise(
+        "discrete-gaussian",
+        noise_multiplier=noise_multiplier,
+        l2_steps=CLIP_NORM * 127 / VALUE_RANGE,
+        dimension=PARAMETERS,
+        clients=len(HOSPITALS),
+    ).release
 
 
 def write_data(out: Path) -> None:
@@ -86,8 +99,8 @@ def write_settings(out: Path, address: str, version: str, noise_multiplier: floa
 federation = "hospitals"
 bundle = "{out / "tumours.edge"}"
 out = "{out / "run"}"
-# A few parameters: nothing to compress.
-codec = "dense|float32"
+strategy = "fedavg"
+codec = "dense|int8:block=all:stochastic|packed"
 
 [rounds]
 total = {total}
@@ -101,11 +114,14 @@ epochs = 3
 batch_size = 16
 learning_rate = 0.5
 
-[strategy]
-name = "dp-fedavg"
-clip_norm = {CLIP_NORM}
+# The coordinator sees one sum of all five, with noise that they added themselves.
+[secure_aggregation]
+enabled = true
+weighting = "equal"
+adapt_range = false
+value_range = {VALUE_RANGE}
+max_norm = {CLIP_NORM}
 noise_multiplier = {noise_multiplier}
-clients_per_round = {len(HOSPITALS)}
 
 [privacy]
 epsilon = {EPSILON}

@@ -126,6 +126,7 @@ def share(
     random: Random,
     is_enrolled: Callable[[str, bytes], bool] = lambda _name, _identity: True,
     least_clients: int = 2,
+    colluding: float = 0.0,
 ) -> tuple[Member, Shares]:
     """The second: shares of this client's secrets, sealed for its neighbours.
 
@@ -135,6 +136,7 @@ def share(
         random: a cryptographically strong source.
         is_enrolled: whether a name and an Ed25519 key belong to a client that may take part.
         least_clients: fewest clients that this one takes part with, whatever the plan says.
+        colluding: share of the clients that may collude with a lying coordinator, whatever the plan says.
 
     Raises:
         SecureAggregationError: not with this roster.
@@ -153,22 +155,16 @@ def share(
         raise SecureAggregationError("the roster does not have this client's own keys")
     if len(peers) < least_clients:
         raise SecureAggregationError(f"{len(peers)} clients are fewer than this client takes part with")
-    if not is_secure(
-        len(peers),
-        cast.roster.neighbours,
-        cast.roster.threshold,
-        colluding=settings.colluding,
-        lying=settings.lying,
-    ):
-        raise SecureAggregationError(
-            f"{cast.roster.neighbours} neighbours with a threshold of {cast.roster.threshold} are too few "
-            f"for {len(peers)} clients"
-        )
+    size, degree, threshold = len(peers), cast.roster.neighbours, cast.roster.threshold
+    for share_bad, lying in ((settings.colluding, settings.lying), (colluding, True)):
+        if not is_secure(size, degree, threshold, colluding=share_bad, lying=lying):
+            raise SecureAggregationError(
+                f"{degree} neighbours with a threshold of {threshold} are too few for {size} clients"
+            )
     for neighbour in cast.graph.neighbours(own):
         _check_peer(member.session, peers[neighbour], is_enrolled)
     holders = cast.graph.holders(own)
     points = [holder + 1 for holder in holders]
-    threshold = cast.roster.threshold
     pairs = zip(split(member.mask_private, points, threshold, random), split(member.seed, points, threshold, random),
                 strict=True)  # fmt: skip
     shares = {holder: of_key + of_seed for holder, (of_key, of_seed) in zip(holders, pairs, strict=True)}

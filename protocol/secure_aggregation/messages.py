@@ -66,6 +66,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Deviation of the noise of all clients together, in `max_norm`; 0 for none. Then the norm holds after rounding.
     noise_multiplier: Annotated[float, Meta(ge=0)] = 0.0
     noise: Literal["discrete-gaussian", "skellam"] = "discrete-gaussian"
+    # Fewest honest clients that a sum may come from: so many shares make up the noise.
+    noise_shares: Annotated[int, Meta(ge=1, le=MAX_CLIENTS)] = 1
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):

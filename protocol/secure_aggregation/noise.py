@@ -29,13 +29,12 @@ def noise_of(settings: Settings) -> DistributedNoise | None:
     if not settings.noise_multiplier:
         return None
     step = settings.quantizer.range / LARGEST[settings.quantizer.kind]
-    honest = settings.minimum - math.floor(settings.colluding * settings.minimum)
     return distributed_noise(
         settings.noise,
         noise_multiplier=settings.noise_multiplier,
         l2_steps=settings.max_norm / step,
         dimension=settings.count,
-        clients=honest,
+        clients=settings.noise_shares,
     )
 
 

@@ -289,7 +289,12 @@ class MqttTransport:
     def _run(self) -> None:
         version = MQTTProtocolVersion(self._connection.client.protocol)
         while True:
-            reason = self._serve(self._connection)
+            try:
+                reason = self._serve(self._connection)
+            except Exception as error:
+                # What a broker sends may upset paho; that costs the connection, not the thread.
+                logger.exception("broker %s:%d", self._config.host, self._config.port)
+                reason = f"{type(error).__name__}: {error}"
             if self._closing.is_set():
                 self._connection.close(_GOODBYE_SECONDS)
                 return

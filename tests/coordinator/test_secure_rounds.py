@@ -11,8 +11,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from edgetrain.coordinator import events
 from edgetrain.coordinator.config import FederationConfig, RoundsConfig, SelectionConfig, StopConfig
-from edgetrain.coordinator.errors import RoundFailed
+from edgetrain.coordinator.errors import RoundFailed, RunError
 from edgetrain.coordinator.invitations import checked_strategy
 from edgetrain.coordinator.privacy.config import PrivacyConfig
 from edgetrain.coordinator.secure_config import SecureAggregationConfig
@@ -152,6 +153,31 @@ def test_a_coordinator_that_ends_in_the_middle_goes_on(federate, undisturbed, ph
     np.testing.assert_array_equal(federation.parameters(), undisturbed)
 
 
+def test_other_settings_in_the_middle_of_a_session(federate, undisturbed):
+    """What clients were told cannot be changed: said at once, and nothing is lost."""
+    federation = federate()
+    federation.crash_coordinator("mask", told=True)
+    federation.start()
+    with pytest.raises(Crash):
+        federation.secure_coordinator().run()
+    federation.close_directories()
+    with pytest.raises(RunError, match="cannot be taken up: shares for another roster. Go on with the settings"):
+        federation.secure_coordinator(secure={"neighbours": 2, "threshold": 3, "max_colluding": 0.0}).run()
+    federation.close_directories()
+    federation.secure_coordinator().run()
+    assert [record["accepted"] for record in finish(federation)] == [3, 3]
+    np.testing.assert_array_equal(federation.parameters(), undisturbed)
+
+
+def test_a_client_that_was_not_invited_gets_no_part(federate):
+    federation = federate(clients=4)
+    seen = []
+    federation.start()
+    federation.secure_coordinator(rounds={"total": 2, "goal": 3, "minimum": 3}, observe=seen.append).run()
+    assert [record["accepted"] for record in finish(federation)] == [3, 3]
+    assert all(event.invited == 3 for event in seen if isinstance(event, events.RoundStarted))
+
+
 def test_too_few_for_a_sum_and_nothing_is_revealed(federate, undisturbed):
     """A client is gone when its vector is needed: the attempt is given up, later the round is done without a trace."""
     federation = federate()
@@ -273,6 +299,9 @@ def settings_for(**changes):
         ({"secure_aggregation": SecureAggregationConfig(enabled=True, noise_multiplier=1.0)}, "set it"),
         ({"secure_aggregation": SecureAggregationConfig(enabled=True, noise_multiplier=1.0, max_norm=1.0)},
          "noise is added to values"),
+        ({"secure_aggregation": SecureAggregationConfig(enabled=True, noise_multiplier=1.0, max_norm=1.0,
+                                                        weighting="equal", adapt_range=False, max_colluding=0.4),
+          "rounds": RoundsConfig(goal=8, minimum=3)}, "leave out their noise"),
         ({"strategy": {"name": "dp-fedavg", "clip_norm": 1.0, "noise_multiplier": 1.0, "clients_per_round": 4}},
          "sum"),
         ({"secure_aggregation": SecureAggregationConfig(enabled=True, neighbours=7)}, "even"),

@@ -11,6 +11,10 @@ import pytest
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
 from edgetrain.coordinator.errors import RoundFailed
 from edgetrain.edge_client.privacy_budget import DeviceBudget, DevicePrivacy
+from edgetrain.edge_client.private_steps import check_bundle
+from edgetrain.edge_client.runtimes import open_session
+from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.privacy import PrivacyError, Release, spent
 from edgetrain.protocol.training import SamplePrivacy, TrainingConfig
 from support.in_memory import Federation
@@ -77,6 +81,16 @@ def test_a_plan_without_noise_is_declined(private_bundle, tmp_path):
     with pytest.raises(RoundFailed, match="the plan has no noise for its samples"):
         serve(federation, 1, training=TrainingConfig(batch_size=10))
     assert ledger_of(tmp_path, "client-0")["releases"] == []
+
+
+def test_a_bundle_without_clipping_is_refused_at_both_ends(tiny_bundle, private_bundle, tmp_path):
+    federation = Federation(tmp_path, tiny_bundle, make_shards())
+    with pytest.raises(ConfigError, match="export it with --per-sample-clipping"):
+        federation.coordinator(training=TRAINING)
+    federation.close()
+    with pytest.raises(PrivacyError, match="export it with --per-sample-clipping"):
+        check_bundle(open_session(Bundle(tiny_bundle), "onnxruntime", threads=1), TRAINING)
+    check_bundle(open_session(Bundle(private_bundle), "onnxruntime", threads=1), TRAINING)
 
 
 def test_without_a_limit_a_device_keeps_count_of_what_it_was_asked_for(private_bundle, tmp_path):

@@ -65,8 +65,9 @@ def plain_sum(federation, tiny_bundle, survivors, largest_weight):
     }
 
 
-def test_four_clients_one_killed_after_it_has_shared(processes, tiny_bundle, tmp_path):
-    # Client 4 has so much to learn that the others are done long before.
+@pytest.fixture
+def federation(processes, tiny_bundle, tmp_path):
+    """Four clients; the fourth has so much to learn that the others have advertised keys long before."""
     data = [make_data(40 + 10 * number, seed=number) for number in range(3)] + [make_data(30_000, seed=9)]
     federation = Federation(
         processes,
@@ -79,34 +80,60 @@ def test_four_clients_one_killed_after_it_has_shared(processes, tiny_bundle, tmp
         training=TRAINING,
         secure_aggregation={"enabled": True, "phase_seconds": 40.0},
     )
-    try:
-        coordinator = federation.start_coordinator()
-        clients = federation.start_clients()
-        wait_for(lambda: len(advertised(federation)) == 3, "three clients have advertised keys")
-        assert advertised(federation) == {"client-1", "client-2", "client-3"}
-        # While client 3 stands still, nobody gets beyond sharing.
-        clients["client-3"].popen.send_signal(signal.SIGSTOP)
-        wait_for(lambda: phase_of(federation, "client-4") == "shared", "client 4 has shared")
-        wait_for(lambda: len(advertised(federation)) == 4, "the coordinator has its keys")
-        journal = federation.run / "journal" / "round-00001.journal"
-        wait_for(
-            lambda: sum(isinstance(meta, SecureReceived) and meta.client == "client-4"
-                        for meta, _ in read_journal(journal)) == 2, "the coordinator has its shares"
-        )  # fmt: skip
-        clients["client-4"].kill()
-        clients["client-3"].popen.send_signal(signal.SIGCONT)
-        assert coordinator.wait() == 0, coordinator.output
-        for name in ("client-1", "client-2", "client-3"):
-            assert clients[name].wait() == 0, clients[name].output
-    finally:
-        processes.end_all()
-        federation.stop_broker()
-    survivors = ["client-1", "client-2", "client-3"]
+    yield federation
+    processes.end_all()
+    federation.stop_broker()
+
+
+def stop_in_the_middle(federation):
+    """(coordinator, clients): client 3 stands still, so that nobody gets beyond sharing; the others have shared."""
+    coordinator = federation.start_coordinator()
+    clients = federation.start_clients()
+    wait_for(lambda: len(advertised(federation)) == 3, "three clients have advertised keys")
+    assert advertised(federation) == {"client-1", "client-2", "client-3"}
+    clients["client-3"].popen.send_signal(signal.SIGSTOP)
+    wait_for(lambda: phase_of(federation, "client-4") == "shared", "client 4 has shared")
+    journal = federation.run / "journal" / "round-00001.journal"
+
+    def messages(name):
+        return sum(isinstance(meta, SecureReceived) and meta.client == name for meta, _ in read_journal(journal))
+
+    wait_for(lambda: [messages(name) for name in federation.names] == [2, 2, 1, 2], "the coordinator has all shares")
+    return coordinator, clients
+
+
+def check_first_round(federation, tiny_bundle, survivors):
     assert [name for name, number in federation.accepted_by_coordinator() if number == 1] == survivors
     assert [record["attempts"] for record in federation.records()] == [1, 1]
-    federation.check_nothing_lost_or_doubled(2, clients_killed=1)
     saved = load_file(federation.run / "parameters" / "round-00001.safetensors")
     expected = plain_sum(federation, tiny_bundle, survivors, largest_weight=27_000)
     for name, tensor in expected.items():
         np.testing.assert_array_equal(saved[name], tensor)
-    assert any((tensor != Bundle(tiny_bundle).initial_parameters()[:1]).any() for tensor in saved.values())
+    start = Bundle(tiny_bundle).initial_parameters()
+    assert not np.array_equal(np.concatenate([tensor.ravel() for tensor in expected.values()]), start)
+
+
+def test_four_clients_one_killed_after_it_has_shared(federation, tiny_bundle):
+    """The sum is exactly that of the three that are left, whose masks with the fourth are taken off."""
+    coordinator, clients = stop_in_the_middle(federation)
+    clients["client-4"].kill()
+    clients["client-3"].popen.send_signal(signal.SIGCONT)
+    assert coordinator.wait() == 0, coordinator.output
+    survivors = ["client-1", "client-2", "client-3"]
+    for name in survivors:
+        assert clients[name].wait() == 0, clients[name].output
+    check_first_round(federation, tiny_bundle, survivors)
+    federation.check_nothing_lost_or_doubled(2, clients_killed=1)
+
+
+def test_a_coordinator_killed_in_the_middle_goes_on(federation, tiny_bundle):
+    """The session is taken up where it was: nobody starts anew, and everybody is in the sum."""
+    coordinator, clients = stop_in_the_middle(federation)
+    coordinator.kill()
+    coordinator = federation.start_coordinator()
+    clients["client-3"].popen.send_signal(signal.SIGCONT)
+    assert coordinator.wait() == 0, coordinator.output
+    for client in clients.values():
+        assert client.wait() == 0, client.output
+    check_first_round(federation, tiny_bundle, federation.names)
+    federation.check_nothing_lost_or_doubled(2)

@@ -31,7 +31,14 @@ from edgetrain.protocol.blobs import HEADER_BYTES, Assembler, blob_ref, cut, par
 from edgetrain.protocol.checkpoints import SeenCheckpoint, contradiction
 from edgetrain.protocol.codecs import CodecSpec, Limits, decode
 from edgetrain.protocol.config import convert, parse_toml
-from edgetrain.protocol.errors import BlobError, BundleError, CodecError, ConfigError, MessageError
+from edgetrain.protocol.errors import (
+    BlobError,
+    BundleError,
+    CodecError,
+    ConfigError,
+    MessageError,
+    SecureAggregationError,
+)
 from edgetrain.protocol.manifest import decode_manifest, encode_manifest
 from edgetrain.protocol.messages import (
     Announce,
@@ -48,6 +55,7 @@ from edgetrain.protocol.messages import (
     Refusal,
     Report,
     RoundClosed,
+    Secure,
     Verdict,
     Want,
     Welcome,
@@ -56,6 +64,7 @@ from edgetrain.protocol.messages import (
     encode_message,
 )
 from edgetrain.protocol.names import Topics
+from edgetrain.protocol.secure_aggregation import messages as secure
 from edgetrain.protocol.signing import MAX_MESSAGE_BYTES, SigningKey, seal, unseal, verify
 
 VECTORS = Path(__file__).parent.parent / "vectors"
@@ -139,6 +148,7 @@ MESSAGES = [
          patches=(Patch(base=DIGEST, blob=REF),), deadline_seconds=5.0, personal=("head.*",)),
     Verdict(round=1, digest=DIGEST, accepted=True),
     RoundClosed(run=RUN, round=1, nonce=RUN),
+    Secure(run=RUN, round=1, nonce=RUN, body=b"body"),
     Checkpoint(run=RUN, newest=LogPoint(records=5, head=DIGEST), earlier=(LogPoint(records=3, head=DIGEST),)),
 ]  # fmt: skip
 
@@ -158,6 +168,45 @@ def messages(data: bytes) -> bool:
             continue
         if "nan" not in repr(message):
             assert decoder(encode_message(message)) == message
+        good = True
+    return good
+
+
+SECURE_SETTINGS = secure.Settings(minimum=2, count=16, seed=1, quantizer=secure.Quantizer(range=1.0))
+SECURE = [
+    secure.Advertise(cipher_key=DIGEST, mask_key=DIGEST, signature=DIGEST * 2),
+    secure.Shares(roster=DIGEST, commitment=DIGEST, boxes=b"x" * 40),
+    secure.Agreement(signature=DIGEST * 2),
+    secure.Reveal(shares=b"s" * 40),
+    secure.RosterReady(digest=DIGEST, size=5),
+    secure.Boxes(present=b"\x07", boxes=b"x" * 40),
+    secure.Survivors(survivors=b"\x07"),
+    secure.Agreements(signatures=(b"", DIGEST * 2)),
+    SECURE_SETTINGS,
+    secure.Roster(
+        neighbours=2,
+        threshold=2,
+        peers=tuple(
+            secure.Peer(name, *(bytes([number, kind]) * 16 for kind in range(3)), DIGEST * 2)
+            for number, name in enumerate("abc")
+        ),
+    ),
+]
+
+
+def secure_aggregation(data: bytes) -> bool:
+    """A message of the schema; a roster that makes sense, or the typed error."""
+    good = False
+    for decoder in (
+        secure.decode_from_member,
+        secure.decode_from_server,
+        secure.decode_settings,
+        lambda body: secure.open_roster.__wrapped__(body, RUN, secure.encode(SECURE_SETTINGS)),
+    ):
+        try:
+            decoder(data)
+        except SecureAggregationError:
+            continue
         good = True
     return good
 
@@ -372,6 +421,7 @@ TARGETS = {
         lambda: [b"topk:0.05|int8:block=256|rice", b"dense|float32", b"randomk:0.1|sign|zstd"], codec_specs
     ),
     "messages": Target(message_seeds, messages),
+    "secure-aggregation": Target(lambda: [secure.encode(message) for message in SECURE], secure_aggregation),
     "envelopes": Target(envelope_seeds, envelopes),
     "topics": Target(lambda: [b"pi/message", b"pi/blob", b"a/b/c"], topics),
     "manifest": Target(manifest_seeds, manifests),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
 import signal
+import socket
 import threading
 import time
 
@@ -186,6 +188,37 @@ def test_what_nobody_looks_at_yet_waits_at_the_broker(start, version):
         time.sleep(0.2)
     assert before <= 64
     assert [payload[:2] for _, payload in received(listener, 300)] == [n.to_bytes(2, "big") for n in range(300)]
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\x30\x01\x00", b"\x32\x03\xff\xff\x00", b"\x90\x00", b"\x00\x00", b"\xf0\xff\xff\xff\xff\xff"]
+)
+def test_a_broker_that_sends_junk_is_left_and_tried_again(junk):
+    connections = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connections.append(connection)
+                    connection.recv(1000)
+                    connection.sendall(b"\x20\x02\x00\x00" + (junk if len(connections) == 1 else b""))
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        transport = MqttTransport(
+            BrokerConfig(host="127.0.0.1", port=server.getsockname()[1], mqtt_version="3.1.1"), client_id="test"
+        )
+        try:
+            next_event(transport, Disconnected)
+            next_event(transport, Connected)
+        finally:
+            transport.close()
+            server.shutdown(socket.SHUT_RDWR)
+            serving.join()
+            for connection in connections:
+                connection.close()
 
 
 # --- all at once -------------------------------------------------------------------------------------

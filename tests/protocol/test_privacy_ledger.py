@@ -6,7 +6,7 @@ import math
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgetrain.protocol.privacy import BudgetExhausted, PrivacyError, Release, spent
@@ -105,6 +105,7 @@ def test_without_a_limit_it_keeps_count(tmp_path):
     ledger.close()
 
 
+@settings(max_examples=25)
 @given(cut=st.integers(0, 400))
 def test_a_damaged_ledger_never_counts_as_an_empty_one(tmp_path_factory, cut):
     path = tmp_path_factory.mktemp("ledger")

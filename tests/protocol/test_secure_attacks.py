@@ -305,6 +305,16 @@ def test_too_few_neighbours_for_those_who_may_collude():
                       random=session.randoms[0])  # fmt: skip
 
 
+def test_a_client_has_its_own_idea_of_how_many_collude():
+    """The coordinator says that nobody does; the client does not take its word for it."""
+    session = Session(60, settings_of(3, colluding=0.0), neighbours=20)
+    session.advertise(range(60))
+    roster, random = session.server.roster, session.randoms[0]
+    with pytest.raises(SecureAggregationError, match="20 neighbours with a threshold of 11 are too few"):
+        members.share(session.members[0], roster, random=random, colluding=0.1)
+    assert members.share(session.members[0], roster, random=random)[0].phase == "shared"
+
+
 def test_fewer_clients_than_this_one_takes_part_with():
     session = session_after("advertise")
     with pytest.raises(SecureAggregationError, match="4 clients are fewer"):
