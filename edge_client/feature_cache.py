@@ -5,13 +5,14 @@ A cache is one file, written whole or not at all:
     magic             8 bytes
     key              32 bytes, SHA-256 over the bundle's digest, the program, the precision and the trunk's inputs
     checksum         32 bytes, SHA-256 of what follows the header
+    error             8 bytes, float64: what rounding changed, relative
     at byte 128, each at a multiple of 64, for every feature in the manifest's order:
-        scales       float32 [N], with precision int8 only
+        scales       float32 [N], unless the values are as the trunk gave them
         values       [N, ...] in the stored dtype
 
-One with another key or a wrong checksum is built again. float16 keeps 11 significant bits; int8 divides each
-sample's feature by a scale of its own, largest / 127, and rounds to nearest. Features of whole numbers stay as they
-are.
+One with another key or a wrong checksum is built again. Each sample's feature has a scale of its own: for int8 its
+largest value / 127; for float16, which keeps 11 significant bits, the power of two above it, so that small ones do not
+vanish nor large ones overflow. Features of whole numbers stay as they are.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ RESERVE_BYTES = 64 << 20
 class FeatureDataset(Dataset):
     """Samples whose inputs are features, memory-mapped."""
 
-    # Of features that are kept as int8, [N]: `inputs[name] * scales[name]` is the feature.
+    # Of features that are kept as float16 or int8, [N]: `inputs[name] * scales[name]` is the feature.
     scales: dict[str, npt.NDArray[np.float32]] | None = None
 
     def subset(self, indices: npt.NDArray[np.int64]) -> Dataset:
@@ -116,7 +117,7 @@ def cache_features(
 
     Raises:
         StateError: the disk is full, or the file too large or not writable.
-        DataError: a feature does not fit the precision.
+        DataError: a feature is NaN or infinite.
         SessionError: the trunk does not run.
     """
     program = session.manifest.program(session.runtime)
@@ -141,7 +142,7 @@ def _layout(features: tuple[TensorSpec, ...], count: int, precision: Precision) 
         is_float = np.dtype(spec.dtype).kind == "f"
         dtype = precision if is_float else spec.dtype
         scales = None
-        if is_float and precision == "int8":
+        if is_float and precision != "float32":
             scales, end = end, _aligned(end + 4 * count)
         shape = (count, *spec.shape[1:])
         stored.append(_Stored(spec, dtype, shape, end, scales))
@@ -250,13 +251,13 @@ def _keep(entry: _Stored, values: Array) -> tuple[Array, npt.NDArray[np.float32]
     if not np.isfinite(values).all():
         raise DataError(f"{entry.spec.name}: the trunk gives a value that is NaN or infinite")
     if entry.scales is None:
-        with np.errstate(over="ignore"):
-            kept = values.astype(entry.dtype)
-        if not np.isfinite(kept).all():
-            raise DataError(f"{entry.spec.name}: values up to {np.abs(values).max():g} do not fit float16: keep int8")
-        return kept, None
+        return values.astype(entry.dtype), None
     floats = values.astype(np.float32)
     largest = np.abs(floats).max(axis=tuple(range(1, floats.ndim)), keepdims=True, initial=0)
+    if entry.dtype == "float16":
+        power = np.clip(np.frexp(largest)[1], -100, 127)
+        scales = np.where(largest > 0, np.ldexp(np.float32(1), power), np.float32(1)).astype(np.float32)
+        return (floats / scales).astype(np.float16), scales
     scales = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
     return np.rint(floats / scales).astype(np.int8), scales
 

@@ -80,6 +80,13 @@ def test_the_stated_error_is_the_error(session, dataset, tmp_path):
     assert rounded.size == 128 + 128 + COUNT * 12 + (-COUNT * 12) % 64
 
 
+def test_tiny_and_huge_features_keep_their_bits(session, dataset, tmp_path):
+    """Beyond float16's range, from 6e-8 to 65504."""
+    for factor in (1e-9, 1e9):
+        spread = Dataset(dataset.inputs * np.float32(factor), dataset.targets)
+        assert cache(session, spread, tmp_path / "f", precision="float16").error < 2**-11
+
+
 def test_a_cache_is_used_again_and_gives_the_same_bytes(session, dataset, tmp_path):
     first = cache(session, dataset, tmp_path / "f")
     data = (tmp_path / "f").read_bytes()

@@ -34,9 +34,9 @@ def test_clients_keep_features_and_learn_the_same(tmp_path):
     federation.start()
     coordinator.run()
     federation.finish()
-    # 12 features of 2 bytes, behind a header of 128, at multiples of 64.
-    assert (tmp_path / "client-0" / "features-training.bin").stat().st_size == 128 + 512
-    assert (tmp_path / "client-1" / "features-training.bin").stat().st_size == 128 + 320
+    # A header of 128, scales of 4 bytes, 12 features of 2 bytes, at multiples of 64.
+    assert (tmp_path / "client-0" / "features-training.bin").stat().st_size == 128 + 128 + 512
+    assert (tmp_path / "client-1" / "features-training.bin").stat().st_size == 128 + 64 + 320
     bundle = Bundle(path)
     start = bundle.initial_parameters()
     *_, last = simulate(
