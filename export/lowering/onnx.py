@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from torch import fx
 
 from edgetrain.export.decompositions import Decompositions, for_onnx
 from edgetrain.export.errors import OperatorError, UnsupportedError
@@ -24,10 +25,17 @@ MAX_MODEL_BYTES = 2**31 - 1
 
 
 class OnnxLowering:
-    """See `edgetrain.export.lowering.base.Lowering`."""
+    """See `edgetrain.export.lowering.base.Lowering`.
+
+    Args:
+        rewrite: what is changed in a traced graph for the runtime's sake.
+    """
 
     runtime = "onnxruntime"
     minimum_version = "1.22"
+
+    def __init__(self, rewrite: Callable[[fx.GraphModule], fx.GraphModule] = for_onnxruntime) -> None:
+        self._rewrite = rewrite
 
     def available(self) -> str | None:
         """None, or what to install."""
@@ -43,7 +51,7 @@ class OnnxLowering:
     def lower(self, graph: TracedGraph) -> LoweredGraph:
         """Translates by torch's own exporter, then strips what ties the file to this machine."""
         try:
-            program = _export(graph)
+            program = _export(graph, self._rewrite(graph.module))
         except Exception as error:
             raise _operator_error(error) from error
         model = program.model_proto
@@ -69,11 +77,11 @@ class OnnxLowering:
         return run
 
 
-def _export(graph: TracedGraph) -> torch.onnx.ONNXProgram:
+def _export(graph: TracedGraph, module: fx.GraphModule) -> torch.onnx.ONNXProgram:
     from onnxscript import optimizer  # noqa: PLC0415  # slow to import, and needed only here
 
     with quiet(), torch.no_grad():
-        exported = torch.export.export(for_onnxruntime(graph.module), graph.example, strict=False)
+        exported = torch.export.export(module, graph.example, strict=False)
         program = torch.onnx.export(
             exported,
             (),

@@ -118,7 +118,7 @@ def test_the_clients_flags(cli, data, tmp_path):
     refused(cli("client"), "a setting is missing: `name`")
     refused(cli(*client(data, tmp_path, "--name", "a/b")), "client name 'a/b' is not usable")
     refused(cli(*client(data, tmp_path, "--federation", "#")), "federation name '#' is not usable")
-    refused(cli(*client(data, tmp_path, "--broker", "http://x")), "is not HOST or HOST:PORT")
+    refused(cli(*client(data, tmp_path, "--broker", "http://x")), "is not HOST, HOST:PORT or SCHEME")
     refused(cli(*client(data, tmp_path, "--threads", "-1")), "`threads`")
     refused(cli(*client(data, tmp_path, "--threads", "many")), "many", status=2)
     refused(cli(*client(data, tmp_path, "--broker-mqtt-version", "4")), "'4' is not one of", status=2)
