@@ -52,6 +52,14 @@ class ParityError(ExportError):
     """The exported graph computes other numbers than eager torch; nothing was written."""
 
 
+class GradientError(ParityError):
+    """A gradient differs, by `share` of the largest element of its parameter's."""
+
+    def __init__(self, share: float, message: str) -> None:
+        super().__init__(message)
+        self.share = share
+
+
 class ToleranceError(ExportError):
     """Quantization changes the loss by more than the user allows; nothing was written."""
 

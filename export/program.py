@@ -49,7 +49,7 @@ def make_program(
         parity.prove_eval(lowering.runtime, problem, graph, run, expected)
 
     def step(graph: TracedGraph, run: Run) -> None:
-        report = parity.prove_step(lowering.runtime, problem, graph, run, expected)
+        report = parity.prove_step(lowering.runtime, problem, graph, run, expected, kinks=True)
         logger.info(
             f"{lowering.runtime}: largest gradient error {report.gradient:.1e} ({report.worst}), "
             f"loss error {report.loss:.1e}"
