@@ -33,12 +33,12 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.broker import Mosquitto, free_port
-from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, LimitsConfig, RoundsConfig
 from edgetrain.coordinator.coordinator import Coordinator
-from edgetrain.coordinator.folding import FixedPointSum
-from edgetrain.coordinator.journal import RoundOpened
-from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.rounds.collection import Collection
+from edgetrain.coordinator.rounds.folding import FixedPointSum
+from edgetrain.coordinator.run.journal import RoundOpened
+from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import make_strategy
 from edgetrain.coordinator.strategies.base import Contribution
 from edgetrain.protocol.blobs import blob_ref, cut

@@ -7,7 +7,7 @@ import hashlib
 from edgetrain.coordinator.audit import AuditLog
 from edgetrain.coordinator.audit.records import Aggregated, Command, Ended, Invited, PrivacySpent
 from edgetrain.coordinator.post import Post
-from edgetrain.coordinator.records import RoundRecord
+from edgetrain.coordinator.run.records import RoundRecord
 from edgetrain.protocol.messages import LogPoint, Plan, encode_message
 
 

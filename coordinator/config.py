@@ -8,11 +8,11 @@ import msgspec
 import tomli_w
 from msgspec import Meta
 
-from edgetrain.coordinator.adaptation import DeviceRule
 from edgetrain.coordinator.observability.config import ObservabilityConfig
 from edgetrain.coordinator.privacy.config import PrivacyConfig
-from edgetrain.coordinator.secure_config import SecureAggregationConfig
-from edgetrain.coordinator.selection import SelectionConfig
+from edgetrain.coordinator.rounds.adaptation import DeviceRule
+from edgetrain.coordinator.rounds.selection import SelectionConfig
+from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
 from edgetrain.coordinator.strategies import StrategyTable
 from edgetrain.protocol.training import TrainingConfig
 from edgetrain.protocol.transport.mqtt import BrokerConfig

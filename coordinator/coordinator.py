@@ -11,21 +11,21 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator import events
+from edgetrain.coordinator.clients.spread import evaluation_of
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.deadlines import deadline_seconds
 from edgetrain.coordinator.errors import RoundFailed, RunError, StopRequested
 from edgetrain.coordinator.evaluation import Evaluation
-from edgetrain.coordinator.invitations import checked_strategy
-from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.parts import assemble, obeyed_request
 from edgetrain.coordinator.privacy.budget import check_bundle, open_budget
 from edgetrain.coordinator.privacy.lottery import Lottery
-from edgetrain.coordinator.records import Summary
 from edgetrain.coordinator.reports import client_rows, round_record, summarize
-from edgetrain.coordinator.requests import read_request, write_request
-from edgetrain.coordinator.rounds import Outcome, Part
-from edgetrain.coordinator.run_directory import RunDirectory
-from edgetrain.coordinator.spread import evaluation_of
+from edgetrain.coordinator.rounds.deadlines import deadline_seconds
+from edgetrain.coordinator.rounds.invitations import checked_strategy
+from edgetrain.coordinator.rounds.open_round import OpenRound
+from edgetrain.coordinator.rounds.rounds import Outcome, Part
+from edgetrain.coordinator.run.records import Summary
+from edgetrain.coordinator.run.requests import read_request, write_request
+from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.stopping import metric_series, stop_reason
 from edgetrain.coordinator.strategies import Strategy, described
 from edgetrain.coordinator.traffic import count_traffic

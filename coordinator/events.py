@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgetrain.coordinator.records import RoundRecord, Summary
-from edgetrain.coordinator.spread import FederatedEvaluation
+from edgetrain.coordinator.clients.spread import FederatedEvaluation
+from edgetrain.coordinator.run.records import RoundRecord, Summary
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,15 @@ from edgetrain import __version__
 from edgetrain.coordinator import events
 from edgetrain.coordinator.audit import AuditLog, records
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients import ClientRecord, Roster
-from edgetrain.coordinator.enrolments import Enrolments
+from edgetrain.coordinator.clients.clients import ClientRecord, Roster
+from edgetrain.coordinator.clients.enrolments import Enrolments
+from edgetrain.coordinator.clients.refusals import Kind, Refusals
 from edgetrain.coordinator.errors import RunError, UpdateRefused
-from edgetrain.coordinator.open_round import OpenRound, Upload
 from edgetrain.coordinator.post import Post
-from edgetrain.coordinator.records import ClientRow
-from edgetrain.coordinator.refusals import Kind, Refusals
-from edgetrain.coordinator.rounds import Part
-from edgetrain.coordinator.secure_round import SecureRound
+from edgetrain.coordinator.rounds.open_round import OpenRound, Upload
+from edgetrain.coordinator.rounds.rounds import Part
+from edgetrain.coordinator.run.records import ClientRow
+from edgetrain.coordinator.secure.secure_round import SecureRound
 from edgetrain.protocol import BlobError, MessageError, SignatureError
 from edgetrain.protocol.blobs import parse_chunk
 from edgetrain.protocol.codecs import CodecSpec

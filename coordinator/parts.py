@@ -9,24 +9,24 @@ from pathlib import Path
 from edgetrain.coordinator import events
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.chronicle import Chronicle
-from edgetrain.coordinator.client_reports import ClientReports
+from edgetrain.coordinator.clients.client_reports import ClientReports
+from edgetrain.coordinator.clients.enrolments import Enrolments
+from edgetrain.coordinator.clients.history import History
+from edgetrain.coordinator.clients.known_clients import KnownClients
+from edgetrain.coordinator.clients.membership import Membership
+from edgetrain.coordinator.clients.refusals import Refusals
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.downlink import Downlink
-from edgetrain.coordinator.enrolments import Enrolments
 from edgetrain.coordinator.errors import StopRequested
-from edgetrain.coordinator.gathering import Gathering
-from edgetrain.coordinator.history import History
 from edgetrain.coordinator.intake import Intake
-from edgetrain.coordinator.invitations import Invitations
-from edgetrain.coordinator.known_clients import KnownClients
-from edgetrain.coordinator.membership import Membership
-from edgetrain.coordinator.past_run import read_rows
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.pump import Pump
-from edgetrain.coordinator.refusals import Refusals
-from edgetrain.coordinator.requests import Request, read_request
-from edgetrain.coordinator.round_opening import RoundOpening
-from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.rounds.downlink import Downlink
+from edgetrain.coordinator.rounds.gathering import Gathering
+from edgetrain.coordinator.rounds.invitations import Invitations
+from edgetrain.coordinator.rounds.round_opening import RoundOpening
+from edgetrain.coordinator.run.past_run import read_rows
+from edgetrain.coordinator.run.requests import Request, read_request
+from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Strategy
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec

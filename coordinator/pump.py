@@ -8,8 +8,8 @@ from typing import Literal
 
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.chronicle import Chronicle
+from edgetrain.coordinator.clients.known_clients import KnownClients
 from edgetrain.coordinator.intake import Intake
-from edgetrain.coordinator.known_clients import KnownClients
 from edgetrain.coordinator.post import Post
 from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
 

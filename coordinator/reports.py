@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.coordinator.clients import ClientRecord
-from edgetrain.coordinator.open_round import OpenRound
+from edgetrain.coordinator.clients.clients import ClientRecord
 from edgetrain.coordinator.parameters import vector_sha256
-from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
-from edgetrain.coordinator.rounds import OUTSTANDING, Part
+from edgetrain.coordinator.rounds.open_round import OpenRound
+from edgetrain.coordinator.rounds.rounds import OUTSTANDING, Part
+from edgetrain.coordinator.run.records import ClientRow, RoundRecord, Summary
 from edgetrain.protocol.messages import Report
 
 Vector = npt.NDArray[np.float32]

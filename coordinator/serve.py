@@ -18,9 +18,9 @@ from edgetrain.coordinator.coordinator import Coordinator
 from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.events import Observer
 from edgetrain.coordinator.observability import observers
-from edgetrain.coordinator.records import Summary
-from edgetrain.coordinator.run_directory import RunDirectory
-from edgetrain.coordinator.secure_coordinator import SecureCoordinator
+from edgetrain.coordinator.run.records import Summary
+from edgetrain.coordinator.run.run_directory import RunDirectory
+from edgetrain.coordinator.secure.secure_coordinator import SecureCoordinator
 from edgetrain.coordinator.strategies import make_strategy
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from edgetrain.coordinator.clients.spread import FederatedEvaluation
 from edgetrain.coordinator.config import StopConfig
-from edgetrain.coordinator.records import RoundRecord
-from edgetrain.coordinator.spread import FederatedEvaluation
+from edgetrain.coordinator.run.records import RoundRecord
 
 # Of a metric by the clients: "clients.accuracy" is the mean over them, weighted by examples.
 BY_CLIENTS = "clients."

@@ -24,7 +24,7 @@ from typing import Annotated
 import numpy as np
 from msgspec import Meta
 
-from edgetrain.coordinator.folding import FixedPointSum
+from edgetrain.coordinator.rounds.folding import FixedPointSum
 from edgetrain.coordinator.strategies import Contribution, ServerState, Strategy, Vector
 
 # Weights are multiples of this: integers add up to the same sum in every order.

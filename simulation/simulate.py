@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.coordinator.clients import select_random
-from edgetrain.coordinator.downlink import Downlink
+from edgetrain.coordinator.clients.clients import select_random
 from edgetrain.coordinator.errors import UpdateRefused
+from edgetrain.coordinator.rounds.downlink import Downlink
 from edgetrain.coordinator.strategies import (
     Contribution,
     ServerState,

@@ -103,7 +103,7 @@ assert len(modules) > 40, len(modules)
 
 from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, RoundsConfig
 from edgetrain.coordinator.coordinator import Coordinator
-from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.serve import Evaluator
 from edgetrain.edge_client import open_session
 from edgetrain.edge_client.client import Client, connection_will, new_connection

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.records import RoundRecord
+from edgetrain.coordinator.run.records import RoundRecord
 from edgetrain.coordinator.strategies import Strategy, described
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.manifest import STEP_CLIPPED, Manifest

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgetrain.coordinator.open_round import OpenRound
+from edgetrain.coordinator.rounds.open_round import OpenRound
 from edgetrain.coordinator.strategies import Private
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.privacy.randomness import Keystream, RandomBytes, bernoulli, sample

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgetrain.coordinator.folding import FixedPointSum
+from edgetrain.coordinator.rounds.folding import FixedPointSum
 from edgetrain.coordinator.strategies.base import Contribution, ServerState, Strategy, Vector
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from msgspec import Meta
 
 from edgetrain.coordinator.errors import UpdateRefused
-from edgetrain.coordinator.folding import FixedPointSum
+from edgetrain.coordinator.rounds.folding import FixedPointSum
 from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy, Vector
 
 

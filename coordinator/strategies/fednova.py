@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from edgetrain.coordinator.errors import UpdateRefused
-from edgetrain.coordinator.folding import FixedPointSum
+from edgetrain.coordinator.rounds.folding import FixedPointSum
 from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy, Vector
 from edgetrain.edge_client.schedules import learning_rate_factor
 from edgetrain.protocol.training import TrainingConfig

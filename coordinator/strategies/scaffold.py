@@ -19,7 +19,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from edgetrain.coordinator.errors import UpdateRefused
-from edgetrain.coordinator.folding import FixedPointSum
+from edgetrain.coordinator.rounds.folding import FixedPointSum
 from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy, Vector
 
 _SUM, _MEMBERS = "scaffold/control_sum", "scaffold/members"

@@ -10,7 +10,7 @@ from edgetrain.cli.runs import command
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig, StopConfig
 from edgetrain.coordinator.evaluation import Evaluation
-from edgetrain.coordinator.past_run import PastRun
+from edgetrain.coordinator.run.past_run import PastRun
 from edgetrain.edge_client.data import Dataset
 from edgetrain.edge_client.runtimes import open_session
 from edgetrain.edge_client.trainer import evaluate

@@ -14,8 +14,8 @@ from cryptography import x509
 from edgetrain.coordinator.authority import AuthorityError, FederationDirectory, InitOptions, read_registry
 from edgetrain.coordinator.authority.broker_files import password_line
 from edgetrain.coordinator.authority.certificates import make_authority, revocation_list
+from edgetrain.coordinator.clients.enrolments import Enrolments
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.enrolments import Enrolments
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.config import convert, read_toml
 from edgetrain.protocol.errors import ConfigError

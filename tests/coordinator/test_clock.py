@@ -22,7 +22,7 @@ STAMPS = {
     "coordinator/observability/event_log.py",
     "coordinator/observability/tensorboard.py",
     "coordinator/post.py",
-    "coordinator/serials.py",
+    "coordinator/run/serials.py",
 }
 # Hours of the day are the wall clock's.
 QUIET_HOURS = {"edge_client/policy.py"}

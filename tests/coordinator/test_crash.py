@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tests.coordinator.test_coordinator import expected_parameters, final_parameters
 
 from edgetrain.coordinator import events
-from edgetrain.coordinator.database import RunDatabase
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.journal import Journal, RoundOpened, UpdateAccepted
-from edgetrain.coordinator.journal_reading import read_journal
-from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.run.database import RunDatabase
+from edgetrain.coordinator.run.journal import Journal, RoundOpened, UpdateAccepted
+from edgetrain.coordinator.run.journal_reading import read_journal
+from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.protocol.signing import SigningKey
 from support.scripted import Crash, ScriptedClient, ScriptedFederation
 

@@ -7,11 +7,11 @@ import sqlite3
 
 import pytest
 
-from edgetrain.coordinator.database import RunDatabase, migrations
-from edgetrain.coordinator.database.migrations import migrate, schema_files
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.journal import RoundOpened
-from edgetrain.coordinator.records import ClientRow, RoundRecord
+from edgetrain.coordinator.run.database import RunDatabase, migrations
+from edgetrain.coordinator.run.database.migrations import migrate, schema_files
+from edgetrain.coordinator.run.journal import RoundOpened
+from edgetrain.coordinator.run.records import ClientRow, RoundRecord
 
 RECORD = RoundRecord(
     round=1, attempts=1, seconds=1.5, invited=2, accepted=2, declined=0, refused=0, lost=0, loss=0.5,

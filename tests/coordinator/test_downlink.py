@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from edgetrain.coordinator.downlink import KEEP_PATCHES, Downlink, vector_digest
+from edgetrain.coordinator.rounds.downlink import KEEP_PATCHES, Downlink, vector_digest
 from edgetrain.edge_client.held_parameters import HeldParameters
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.blobs import blob_ref

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetrain.coordinator.errors import UpdateRefused
-from edgetrain.coordinator.folding import FRACTION_BITS, FixedPointSum
+from edgetrain.coordinator.rounds.folding import FRACTION_BITS, FixedPointSum
 from edgetrain.coordinator.strategies import Contribution, fedavg
 from edgetrain.protocol import SparseOrDense
 

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.journal import Journal, RoundOpened, UpdateAccepted
-from edgetrain.coordinator.journal_reading import JournalReader, read_journal
+from edgetrain.coordinator.run.journal import Journal, RoundOpened, UpdateAccepted
+from edgetrain.coordinator.run.journal_reading import JournalReader, read_journal
 
 SALT = b"s" * 16
 OPENED = RoundOpened(run=bytes(16), round=3, nonce=b"n" * 16, parameters=b"p" * 32, salt=SALT)

@@ -8,13 +8,13 @@ import urllib.request
 import pytest
 
 from edgetrain.coordinator import events
+from edgetrain.coordinator.clients.spread import evaluation_of, spread_of
 from edgetrain.coordinator.config import StopConfig
 from edgetrain.coordinator.errors import CoordinatorError
 from edgetrain.coordinator.observability import ObservabilityConfig, observers
 from edgetrain.coordinator.observability.prometheus import Counters, PrometheusServer
 from edgetrain.coordinator.observability.tensorboard import TensorBoardWriter, crc32c
-from edgetrain.coordinator.records import RoundRecord
-from edgetrain.coordinator.spread import evaluation_of, spread_of
+from edgetrain.coordinator.run.records import RoundRecord
 from edgetrain.coordinator.stopping import best_round, metric_series, stop_reason
 from edgetrain.protocol.messages import Report
 

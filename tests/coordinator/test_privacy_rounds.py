@@ -12,11 +12,11 @@ from tests.coordinator.test_coordinator import final_parameters
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import RoundsConfig
-from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.privacy.config import PrivacyConfig
 from edgetrain.coordinator.privacy.lottery import Lottery
-from edgetrain.coordinator.rounds import Round
-from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.rounds.open_round import OpenRound
+from edgetrain.coordinator.rounds.rounds import Round
+from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Private
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.privacy import Keystream, PrivacyError, Release, spent

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from edgetrain.coordinator.clients.spread import evaluation_of
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.journal import Journal
 from edgetrain.coordinator.parameters import vector_sha256
-from edgetrain.coordinator.records import ClientRow, RoundRecord
-from edgetrain.coordinator.run_directory import RunDirectory
-from edgetrain.coordinator.spread import evaluation_of
+from edgetrain.coordinator.run.journal import Journal
+from edgetrain.coordinator.run.records import ClientRow, RoundRecord
+from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.errors import EdgetrainError
 from support.tiny_bundle import NUM_PARAMETERS, SHAPES, initial_parameters

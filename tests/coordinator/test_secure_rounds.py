@@ -14,9 +14,9 @@ import pytest
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import FederationConfig, RoundsConfig, SelectionConfig, StopConfig
 from edgetrain.coordinator.errors import RoundFailed, RunError
-from edgetrain.coordinator.invitations import checked_strategy
 from edgetrain.coordinator.privacy.config import PrivacyConfig
-from edgetrain.coordinator.secure_config import SecureAggregationConfig
+from edgetrain.coordinator.rounds.invitations import checked_strategy
+from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
 from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.bundle import Bundle

@@ -4,13 +4,12 @@ import msgspec
 import numpy as np
 import pytest
 
+from edgetrain.coordinator.clients.history import ClientHistory, History
 from edgetrain.coordinator.config import RoundsConfig
-from edgetrain.coordinator.deadlines import deadline_seconds
-from edgetrain.coordinator.history import ClientHistory, History
-from edgetrain.coordinator.pace import come_back_seconds
-from edgetrain.coordinator.records import ClientRow
-from edgetrain.coordinator.rounds import Outcome, Part, Round
-from edgetrain.coordinator.selection import (
+from edgetrain.coordinator.rounds.deadlines import deadline_seconds
+from edgetrain.coordinator.rounds.pace import come_back_seconds
+from edgetrain.coordinator.rounds.rounds import Outcome, Part, Round
+from edgetrain.coordinator.rounds.selection import (
     Candidate,
     SelectionConfig,
     admitted,
@@ -19,6 +18,7 @@ from edgetrain.coordinator.selection import (
     select,
     unfit,
 )
+from edgetrain.coordinator.run.records import ClientRow
 from edgetrain.edge_client.device import device_state, is_news
 from edgetrain.protocol.messages import DeviceState
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.serials import Serials
+from edgetrain.coordinator.run.serials import Serials
 
 
 def test_they_follow_the_clock_and_never_go_back(tmp_path):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from edgetrain.coordinator import events
-from edgetrain.coordinator.adaptation import DeviceRule
-from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.requests import write_request
-from edgetrain.coordinator.rounds import OUTSTANDING
-from edgetrain.coordinator.selection import SelectionConfig
+from edgetrain.coordinator.rounds.adaptation import DeviceRule
+from edgetrain.coordinator.rounds.collection import Collection
+from edgetrain.coordinator.rounds.rounds import OUTSTANDING
+from edgetrain.coordinator.rounds.selection import SelectionConfig
+from edgetrain.coordinator.run.requests import write_request
 from edgetrain.edge_client.data import Dataset
 from edgetrain.edge_client.runtimes import open_session
 from edgetrain.protocol.bundle import Bundle

@@ -4,10 +4,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgetrain.coordinator.collection import Collection
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import UpdateRefused
-from edgetrain.coordinator.journal import RoundOpened
+from edgetrain.coordinator.rounds.collection import Collection
+from edgetrain.coordinator.run.journal import RoundOpened
 from edgetrain.coordinator.strategies import STRATEGIES, make_strategy
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import CodecSpec, Limits, encode

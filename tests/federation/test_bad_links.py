@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 
 from edgetrain.coordinator.broker import find_mosquitto
-from edgetrain.coordinator.requests import write_request
+from edgetrain.coordinator.run.requests import write_request
 from support import tiny_bundle as tiny
 from support.federation import Federation
 from support.mqtt_frames import kind_of

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from edgetrain.coordinator.broker import find_mosquitto
-from edgetrain.coordinator.journal_reading import read_journal
-from edgetrain.coordinator.secure_records import SecureReceived
+from edgetrain.coordinator.run.journal_reading import read_journal
+from edgetrain.coordinator.secure.secure_records import SecureReceived
 from edgetrain.edge_client.client import _mix_seed, split_validation
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session

@@ -13,7 +13,7 @@ import numpy as np
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.coordinator import Coordinator
-from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.serve import coordinator_kind
 from edgetrain.edge_client.client import Client, connection_will, new_connection
 from edgetrain.edge_client.config import ClientConfig

@@ -17,8 +17,8 @@ import numpy as np
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, RoundsConfig
 from edgetrain.coordinator.coordinator import Coordinator
-from edgetrain.coordinator.records import Summary
-from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.run.records import Summary
+from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.protocol import encode
 from edgetrain.protocol.blobs import blob_ref, cut, parse_chunk
 from edgetrain.protocol.bundle import Bundle

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.downlink import vector_digest
 from edgetrain.coordinator.post import Post
+from edgetrain.coordinator.rounds.downlink import vector_digest
 from edgetrain.protocol import encode
 from edgetrain.protocol.blobs import Assembler, parse_chunk
 from edgetrain.protocol.bundle import Bundle

@@ -18,7 +18,7 @@ import numpy as np
 from edgetrain.coordinator.broker import BrokerKind, LocalBroker, start_broker
 from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, RoundsConfig, StopConfig, to_toml
 from edgetrain.coordinator.processes import spawn, stop
-from edgetrain.coordinator.records import Summary
+from edgetrain.coordinator.run.records import Summary
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.errors import ConfigError, EdgetrainError
 from edgetrain.protocol.training import TrainingConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgetrain.coordinator.records import RoundRecord
+from edgetrain.coordinator.run.records import RoundRecord
 
 
 def plot_rounds(rounds: Path, out: Path, *, title: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgetrain.coordinator.past_run import PastRun
+from edgetrain.coordinator.run.past_run import PastRun
 from edgetrain.protocol.errors import ConfigError
 
 SUFFIXES = (".png", ".svg", ".pdf")

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from edgetrain.coordinator import events
+from edgetrain.coordinator.clients.spread import FederatedEvaluation
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.records import RoundRecord
-from edgetrain.coordinator.spread import FederatedEvaluation
+from edgetrain.coordinator.run.records import RoundRecord
 
 # Rounds shown at once; older ones scroll out of the table.
 VISIBLE_ROUNDS = 12

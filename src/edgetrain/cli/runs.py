@@ -10,7 +10,7 @@ import click
 from edgetrain.protocol.errors import ConfigError
 
 if TYPE_CHECKING:
-    from edgetrain.coordinator.past_run import PastRun
+    from edgetrain.coordinator.run.past_run import PastRun
 
 
 @click.group("runs")
@@ -28,7 +28,7 @@ def list_runs(directory: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from edgetrain.coordinator.past_run import find_runs
+    from edgetrain.coordinator.run.past_run import find_runs
 
     runs = find_runs(Path(directory))
     if not runs:
@@ -58,7 +58,7 @@ def show(run: str, *, clients: bool) -> None:
     """Show the rounds of RUN, and how its clients fare."""
     from rich.console import Console
 
-    from edgetrain.coordinator.past_run import PastRun
+    from edgetrain.coordinator.run.past_run import PastRun
 
     console = Console()
     past = PastRun.open(Path(run))
@@ -83,7 +83,7 @@ def show(run: str, *, clients: bool) -> None:
 def plot(run: str, out: str) -> None:
     """Draw loss, accuracy, bytes and participation of RUN over its rounds."""
     from edgetrain.cli.plot_run import plot_run
-    from edgetrain.coordinator.past_run import PastRun
+    from edgetrain.coordinator.run.past_run import PastRun
 
     past = PastRun.open(Path(run))
     path = Path(out) if out else past.path / "plot.png"
@@ -113,8 +113,8 @@ def stop(run: str) -> None:
 
 
 def _ask(run: str, request: str, what: str) -> None:
-    from edgetrain.coordinator.past_run import PastRun
-    from edgetrain.coordinator.requests import write_request
+    from edgetrain.coordinator.run.past_run import PastRun
+    from edgetrain.coordinator.run.requests import write_request
 
     past = PastRun.open(Path(run))
     write_request(past.path, request)  # type: ignore[arg-type]  # one of the three above

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from edgetrain.coordinator.records import ClientRow
+from edgetrain.coordinator.run.records import ClientRow
 
 # Durations of so many accepted updates are remembered, over all clients.
 KEEP_DURATIONS = 200

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import msgspec
 
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.journal import HEADER, MAGIC, VERSION, Meta, RoundOpened, checksum
+from edgetrain.coordinator.run.journal import HEADER, MAGIC, VERSION, Meta, RoundOpened, checksum
 
 logger = logging.getLogger(__name__)
 

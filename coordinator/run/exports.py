@@ -17,7 +17,7 @@ from typing import TypeVar
 import msgspec
 
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.records import ClientRow, RoundRecord
+from edgetrain.coordinator.run.records import ClientRow, RoundRecord
 
 T = TypeVar("T")
 

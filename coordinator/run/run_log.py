@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from edgetrain.coordinator import exports
-from edgetrain.coordinator.database import RunDatabase
-from edgetrain.coordinator.exports import KnownClient
-from edgetrain.coordinator.journal import RoundOpened
-from edgetrain.coordinator.past_run import read_rows
-from edgetrain.coordinator.records import ClientRow, RoundRecord
-from edgetrain.coordinator.spread import FederatedEvaluation
+from edgetrain.coordinator.clients.spread import FederatedEvaluation
+from edgetrain.coordinator.run import exports
+from edgetrain.coordinator.run.database import RunDatabase
+from edgetrain.coordinator.run.exports import KnownClient
+from edgetrain.coordinator.run.journal import RoundOpened
+from edgetrain.coordinator.run.past_run import read_rows
+from edgetrain.coordinator.run.records import ClientRow, RoundRecord
 from edgetrain.protocol.files import write_atomically
 
 logger = logging.getLogger(__name__)

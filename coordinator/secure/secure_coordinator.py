@@ -22,12 +22,12 @@ from edgetrain.coordinator import events
 from edgetrain.coordinator.coordinator import MAX_RETRY_SECONDS, Coordinator
 from edgetrain.coordinator.errors import RoundFailed, RunError, UpdateRefused
 from edgetrain.coordinator.intake import accepted_record
-from edgetrain.coordinator.open_round import OpenRound
-from edgetrain.coordinator.records import ClientRow
-from edgetrain.coordinator.rounds import Part
-from edgetrain.coordinator.secure_records import SecureOpened, SecureRecord
-from edgetrain.coordinator.secure_round import SecureRound
-from edgetrain.coordinator.secure_settings import chosen_positions, remembered, round_settings, with_noise
+from edgetrain.coordinator.rounds.open_round import OpenRound
+from edgetrain.coordinator.rounds.rounds import Part
+from edgetrain.coordinator.run.records import ClientRow
+from edgetrain.coordinator.secure.secure_records import SecureOpened, SecureRecord
+from edgetrain.coordinator.secure.secure_round import SecureRound
+from edgetrain.coordinator.secure.secure_settings import chosen_positions, remembered, round_settings, with_noise
 from edgetrain.coordinator.strategies import Contribution, Strategy
 from edgetrain.protocol.codecs import SparseOrDense
 from edgetrain.protocol.errors import SecureAggregationError

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from edgetrain.coordinator.audit import AuditLog
 from edgetrain.coordinator.audit.records import Enrolled, Revoked
-from edgetrain.coordinator.enrolments import Enrolments
+from edgetrain.coordinator.clients.enrolments import Enrolments
 from edgetrain.coordinator.intake import Intake
 
 # Who is sent away should hear why before the broker drops it. We refuse it at once.

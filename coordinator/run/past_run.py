@@ -10,11 +10,11 @@ from typing import TypeVar
 
 import msgspec
 
+from edgetrain.coordinator.clients.spread import FederatedEvaluation
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
-from edgetrain.coordinator.requests import read_request
-from edgetrain.coordinator.spread import FederatedEvaluation
+from edgetrain.coordinator.run.records import ClientRow, RoundRecord, Summary
+from edgetrain.coordinator.run.requests import read_request
 from edgetrain.coordinator.stopping import best_round, metric_series
 from edgetrain.protocol.config import convert, read_toml
 

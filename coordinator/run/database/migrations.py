@@ -14,7 +14,7 @@ from edgetrain.coordinator.errors import RunError
 
 def schema_files() -> list[tuple[int, str]]:
     """(number, SQL) of every file, in order; the numbers count from 1."""
-    folder = resources.files("edgetrain.coordinator.database") / "schema"
+    folder = resources.files("edgetrain.coordinator.run.database") / "schema"
     files = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".sql")), key=lambda entry: entry.name)
     numbered = [(int(entry.name.partition("_")[0]), entry.read_text(encoding="utf-8")) for entry in files]
     assert [number for number, _ in numbered] == list(range(1, len(numbered) + 1)), "schema files are numbered 1, 2, …"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from edgetrain.coordinator.clients import ClientRecord, Roster
-from edgetrain.coordinator.exports import KnownClient
-from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.clients.clients import ClientRecord, Roster
+from edgetrain.coordinator.run.exports import KnownClient
+from edgetrain.coordinator.run.run_directory import RunDirectory
 
 
 class KnownClients:

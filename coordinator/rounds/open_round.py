@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edgetrain.coordinator.collection import Collection
-from edgetrain.coordinator.rounds import OUTSTANDING, Round
-from edgetrain.coordinator.secure_round import SecureRound
+from edgetrain.coordinator.rounds.collection import Collection
+from edgetrain.coordinator.rounds.rounds import OUTSTANDING, Round
+from edgetrain.coordinator.secure.secure_round import SecureRound
 from edgetrain.protocol.blobs import Assembler
 from edgetrain.protocol.messages import BlobRef, Offer, Patch
 from edgetrain.protocol.partial import PartialBlob

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from edgetrain.coordinator import events
 from edgetrain.coordinator.config import RoundsConfig
 from edgetrain.coordinator.errors import RoundFailed
-from edgetrain.coordinator.invitations import Invitations
-from edgetrain.coordinator.open_round import OpenRound
 from edgetrain.coordinator.pump import Pump
-from edgetrain.coordinator.rounds import Part
+from edgetrain.coordinator.rounds.invitations import Invitations
+from edgetrain.coordinator.rounds.open_round import OpenRound
+from edgetrain.coordinator.rounds.rounds import Part
 
 
 class Gathering:

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from edgetrain.coordinator.database.migrations import migrate
+from edgetrain.coordinator.clients.spread import FederatedEvaluation
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.journal import RoundOpened
-from edgetrain.coordinator.records import ClientRow, RoundRecord
-from edgetrain.coordinator.spread import FederatedEvaluation
+from edgetrain.coordinator.run.database.migrations import migrate
+from edgetrain.coordinator.run.journal import RoundOpened
+from edgetrain.coordinator.run.records import ClientRow, RoundRecord
 
 T = TypeVar("T")
 

@@ -30,17 +30,17 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.audit.open import open_run_audit
+from edgetrain.coordinator.clients.spread import FederatedEvaluation
 from edgetrain.coordinator.config import FederationConfig, to_toml
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.exports import KnownClient
-from edgetrain.coordinator.journal import RoundOpened
-from edgetrain.coordinator.journal_reading import read_journal
-from edgetrain.coordinator.records import ClientRow, RoundRecord, Summary
-from edgetrain.coordinator.run_identity import load_or_create_run
-from edgetrain.coordinator.run_log import RunLog
-from edgetrain.coordinator.run_vectors import RunVectors, round_of
-from edgetrain.coordinator.serials import Serials
-from edgetrain.coordinator.spread import FederatedEvaluation
+from edgetrain.coordinator.run.exports import KnownClient
+from edgetrain.coordinator.run.journal import RoundOpened
+from edgetrain.coordinator.run.journal_reading import read_journal
+from edgetrain.coordinator.run.records import ClientRow, RoundRecord, Summary
+from edgetrain.coordinator.run.run_identity import load_or_create_run
+from edgetrain.coordinator.run.run_log import RunLog
+from edgetrain.coordinator.run.run_vectors import RunVectors, round_of
+from edgetrain.coordinator.run.serials import Serials
 from edgetrain.coordinator.stopping import best_round, metric_series
 from edgetrain.coordinator.strategies import ServerState
 from edgetrain.protocol.files import write_atomically

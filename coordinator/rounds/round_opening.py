@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients import Roster
-from edgetrain.coordinator.collection import Collection
+from edgetrain.coordinator.clients.clients import Roster
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.downlink import Downlink, Release
 from edgetrain.coordinator.intake import accepted_record
-from edgetrain.coordinator.journal import RoundOpened
-from edgetrain.coordinator.open_round import OpenRound
-from edgetrain.coordinator.rounds import Part, Round
-from edgetrain.coordinator.run_directory import RunDirectory
+from edgetrain.coordinator.rounds.collection import Collection
+from edgetrain.coordinator.rounds.downlink import Downlink, Release
+from edgetrain.coordinator.rounds.open_round import OpenRound
+from edgetrain.coordinator.rounds.rounds import Part, Round
+from edgetrain.coordinator.run.journal import RoundOpened
+from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import ServerState, Strategy
 from edgetrain.protocol.codecs import Limits
 from edgetrain.protocol.messages import Patch

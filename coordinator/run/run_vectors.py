@@ -23,7 +23,7 @@ from edgetrain.coordinator.parameters import (
     encode_state,
     vector_sha256,
 )
-from edgetrain.coordinator.records import RoundRecord
+from edgetrain.coordinator.run.records import RoundRecord
 from edgetrain.coordinator.strategies import ServerState
 from edgetrain.protocol.files import link_atomically, write_atomically
 from edgetrain.protocol.manifest import Manifest

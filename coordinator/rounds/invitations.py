@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from edgetrain.coordinator.adaptation import adapted_setting, rule_for
-from edgetrain.coordinator.clients import Roster
+from edgetrain.coordinator.clients.clients import Roster
+from edgetrain.coordinator.clients.history import History
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.downlink import vector_digest
-from edgetrain.coordinator.history import History
-from edgetrain.coordinator.open_round import OpenRound
-from edgetrain.coordinator.pace import come_back_seconds
-from edgetrain.coordinator.records import RoundRecord
-from edgetrain.coordinator.rounds import Part
-from edgetrain.coordinator.secure_settings import check_secure_aggregation
-from edgetrain.coordinator.selection import Candidate, admitted, select
+from edgetrain.coordinator.rounds.adaptation import adapted_setting, rule_for
+from edgetrain.coordinator.rounds.downlink import vector_digest
+from edgetrain.coordinator.rounds.open_round import OpenRound
+from edgetrain.coordinator.rounds.pace import come_back_seconds
+from edgetrain.coordinator.rounds.rounds import Part
+from edgetrain.coordinator.rounds.selection import Candidate, admitted, select
+from edgetrain.coordinator.run.records import RoundRecord
+from edgetrain.coordinator.secure.secure_settings import check_secure_aggregation
 from edgetrain.coordinator.strategies import Setting, Strategy, Vector, check_strategy, make_strategy
 from edgetrain.protocol.codecs import CodecSpec, negotiate
 from edgetrain.protocol.messages import BlobRef, Plan

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients import Roster
-from edgetrain.coordinator.downlink import WHOLE
+from edgetrain.coordinator.clients.clients import Roster
 from edgetrain.coordinator.intake import Intake
-from edgetrain.coordinator.invitations import Invitations
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.pump import Pump
+from edgetrain.coordinator.rounds.downlink import WHOLE
+from edgetrain.coordinator.rounds.invitations import Invitations
 from edgetrain.protocol.codecs import encode
 
 # Clients have so long to evaluate.

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Callable, Sequence
 
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients import Roster
+from edgetrain.coordinator.clients.clients import Roster
 from edgetrain.coordinator.post import Post
-from edgetrain.coordinator.secure_config import SecureAggregationConfig
-from edgetrain.coordinator.secure_records import (
+from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
+from edgetrain.coordinator.secure.secure_records import (
     SecureClosed,
     SecureMasked,
     SecureOpened,

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgetrain.coordinator.errors import RunError, UpdateRefused
-from edgetrain.coordinator.journal import Invited, Journal, RoundOpened, UpdateAccepted
-from edgetrain.coordinator.journal_reading import JournalReader
-from edgetrain.coordinator.records import ClientRow
-from edgetrain.coordinator.run_directory import RunDirectory
-from edgetrain.coordinator.secure_records import (
+from edgetrain.coordinator.run.journal import Invited, Journal, RoundOpened, UpdateAccepted
+from edgetrain.coordinator.run.journal_reading import JournalReader
+from edgetrain.coordinator.run.records import ClientRow
+from edgetrain.coordinator.run.run_directory import RunDirectory
+from edgetrain.coordinator.secure.secure_records import (
     SecureClosed,
     SecureMasked,
     SecureOpened,

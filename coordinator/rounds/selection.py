@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from edgetrain.coordinator.history import ClientHistory
+from edgetrain.coordinator.clients.history import ClientHistory
 from edgetrain.protocol.messages import DeviceState
 
 

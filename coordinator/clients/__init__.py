@@ -1,0 +1,1 @@
+"""Who takes part: the roster, enrolments, refusals, and what is known of each."""

@@ -1,3 +1,0 @@
-"""The state of a run in SQLite: closed rounds, clients, evaluations."""
-
-from edgetrain.coordinator.database.database import RunDatabase as RunDatabase

@@ -1,0 +1,1 @@
+"""One round: from its invitations to what has been collected."""

@@ -1,0 +1,1 @@
+"""What a run leaves on disk, and takes up again after a stop."""

@@ -1,0 +1,1 @@
+"""Rounds with secure aggregation: the coordinator's side."""
