@@ -46,6 +46,7 @@ from edgetrain.protocol.messages import (
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.partial import assemble, forget_partial_blobs
 from edgetrain.protocol.signing import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, VersionError, unseal, verify
+from edgetrain.protocol.training import TrainingConfig
 from edgetrain.protocol.transport import Received
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Intake:
         blobs: for `Want`.
         roster: the clients.
         plan: makes the open round's plan for a client, for those who may have lost it.
+        training: how a client trains in the open round; unlike the plan, also for one that has not said Hello yet.
         max_update_bytes: of one update.
         uploads: directory for updates on their way in; what is there is taken up when its client offers it again.
         observe: is told what happens.
@@ -90,6 +92,7 @@ class Intake:
         blobs: BlobServer,
         roster: Roster,
         plan: Callable[[OpenRound, str], Plan],
+        training: Callable[[OpenRound, str], TrainingConfig],
         max_update_bytes: int,
         uploads: Path,
         observe: events.Observer,
@@ -105,6 +108,7 @@ class Intake:
         self._blobs = blobs
         self._roster = roster
         self._plan = plan
+        self._training = training
         self._max_update_bytes = max_update_bytes
         self._uploads = uploads
         self._observe = observe
@@ -430,7 +434,7 @@ class Intake:
             return
         try:
             # A client that was invited before a restart: what its plan says, it said then.
-            training = current.trainings.get(client) or self._plan(current, client).training
+            training = current.trainings.get(client) or self._training(current, client)
             current.collection.accept(client, offer, upload.envelope, _finish(upload), training)
         except (UpdateRefused, BlobError) as error:
             current.state.advance(client, Part.REFUSED)

@@ -104,6 +104,7 @@ def assemble(
         blobs=blobs,
         roster=clients.roster,
         plan=invitations.plan,
+        training=invitations.training,
         max_update_bytes=max_update_bytes,
         uploads=directory.path / "uploads",
         observe=observe,

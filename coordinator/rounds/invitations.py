@@ -22,6 +22,7 @@ from edgetrain.coordinator.secure.secure_settings import check_secure_aggregatio
 from edgetrain.coordinator.strategies import Setting, Strategy, Vector, check_strategy, make_strategy
 from edgetrain.protocol.codecs import CodecSpec, negotiate
 from edgetrain.protocol.messages import BlobRef, Plan
+from edgetrain.protocol.training import TrainingConfig
 
 # What no client can encode with.
 NO_CODEC = "secure aggregation only"
@@ -107,6 +108,15 @@ class Invitations:
             attempt=attempt,
         )
 
+    def training(self, current: OpenRound, client: str) -> TrainingConfig:
+        """How a client trains in a round; noted there."""
+        rule = rule_for(self._config.devices, self._roster.get(client))
+        training = self._strategy.training(rule.adapt(self._config.training))
+        if current.clip_norm:
+            training = msgspec.structs.replace(training, max_delta_norm=current.clip_norm)
+        current.trainings[client] = training
+        return training
+
     def plan(self, current: OpenRound, client: str) -> Plan:
         """What a client is asked to do in a round; noted there."""
         rounds, record = self._config.rounds, self._roster.get(client)
@@ -114,10 +124,7 @@ class Invitations:
         codec = CodecSpec.parse(rule.codec) if rule.codec else self._codec
         if record:
             codec = negotiate(codec, record.stages)
-        training = current.trainings[client] = self._strategy.training(rule.adapt(self._config.training))
-        if current.clip_norm:
-            training = msgspec.structs.replace(training, max_delta_norm=current.clip_norm)
-            current.trainings[client] = training
+        training = self.training(current, client)
         reads_patches = record is not None and self._downlink_codec.stages <= record.stages
         left = max(0.0, current.state.deadline_at - self._clock())
         return Plan(
