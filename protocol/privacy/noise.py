@@ -161,7 +161,7 @@ def _table(weights: list[Decimal]) -> _Table:
 
 def _pick(table: _Table, leading: Unsigned, random_bytes: RandomBytes) -> Entries:
     """Entries by their probabilities, from their leading bits and further ones where those do not tell."""
-    picked: Entries = table.guide[leading]
+    picked: Entries = table.guide.take(leading)
     unclear = np.flatnonzero(picked < 0)
     if not len(unclear):
         return picked
@@ -240,10 +240,12 @@ class _Staircase:
                 int(stair[unclear]), int(place[unclear]), int(coin[unclear]), rest, random_bytes
             )
         value = self._value(stair, place, further)
-        negative = (first & 1).astype(np.bool_)
+        # 0 or -1, which has all bits set: value or -value, in two's complement.
+        sign = -(first & np.uint16(1)).astype(np.int64)
         if self.discrete:
-            accepted &= ~(negative & (value == 0))
-        np.negative(value, out=value, where=negative)
+            accepted &= (value | ~sign) != 0
+        value ^= sign
+        value -= sign
         kept: Integers = value[accepted]
         return kept
 
@@ -253,12 +255,9 @@ class _Staircase:
             place = place & np.uint32((2**self.log_width - 1) << (32 - self.log_width))
         return _fraction(place)
 
-    def _further(self, random_bytes: RandomBytes, count: int) -> Unsigned | None:
+    def _further(self, random_bytes: RandomBytes, count: int) -> npt.NDArray[np.uint32] | None:
         """Further bits of the places, where a stair is so wide that its integers need them."""
-        if self.log_width <= 31:
-            return None
-        bits = integers(random_bytes, count, np.uint32)
-        return bits
+        return integers(random_bytes, count, np.uint32) if self.log_width > 31 else None
 
     def _value(self, stair: Entries, place: Unsigned, further: Unsigned | None) -> Integers:
         """Integer part, or to the nearest integer."""
