@@ -149,7 +149,8 @@ class Connection:
             return str(error) or type(error).__name__
         if self._answer == "" and self._ended is None:
             return None
-        failure = self._answer or ("the broker closed the connection" if self._ended is not None else None)
+        closed = "the broker closed the connection" if self._ended is not None else ""
+        failure = self._answer or self.client.alert or closed
         self.client.disconnect()
         self.client.release()
         return failure or "it does not answer as an MQTT broker"

@@ -11,6 +11,7 @@ from collections import Counter
 import msgspec
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.audit.verify import records_of
@@ -23,6 +24,7 @@ from edgetrain.coordinator.secure.secure_round import SecureRound
 from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.enrolment import Authority, authority_key, prove_enrolment
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
 from edgetrain.protocol.messages import BlobRef, Plan
 from edgetrain.protocol.privacy import spent
@@ -326,6 +328,32 @@ def test_chance_and_a_sum_that_is_private_from_the_coordinator(federate, samplin
     name = max(times, key=times.__getitem__)
     known = msgspec.structs.replace(release, sampling="none", sampling_rate=1.0, steps=times[name])
     assert spent(releases_with(ledger, name), 1e-5) == spent([known], 1e-5)
+
+
+def test_devices_take_part_with_those_alone_whom_the_ca_has_enrolled(federate):
+    """A coordinator that lets one in on its own word gets no sum, and hears why."""
+    ca = ec.generate_private_key(ec.SECP256R1())
+    authority = Authority(authority_key(ca.public_key()), "test")
+
+    def federation_with(name, strangers):
+        made = federate(name)
+        for client in made.clients.values():
+            name, key = client._config.name, client._state.key.public_key
+            secure = client._secure
+            secure._is_enrolled = authority.has_enrolled
+            if name not in strangers:
+                proof = prove_enrolment(ca, federation="test", name=name, public_key=key)
+                secure._config = msgspec.structs.replace(secure._config, enrolment=proof.hex())
+        made.start()
+        return made
+
+    known = federation_with("known", ())
+    known.secure_coordinator(rounds={"total": 1}).run()
+    assert [record["accepted"] for record in finish(known)] == [3]
+    made_up = federation_with("made up", ("client-2",))
+    with pytest.raises(RoundFailed, match=r"'client-2' is in the roster with a key that is not enrolled"):
+        made_up.secure_coordinator(rounds={"total": 1, "max_failures": 1}).run()
+    made_up.finish()
 
 
 def test_an_attempt_that_fails_is_tried_again_with_the_same_draw(federate):
