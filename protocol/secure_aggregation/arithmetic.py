@@ -131,7 +131,7 @@ def make_layout(quantizer: Quantizer, *, count: int, clients: int) -> Layout:
 
 def finest(kind: Literal["int8", "int4"], *, clients: int, bits: int) -> int:
     """The largest L of a kind with which the sum of so many clients fits into so many bits; 0 for none."""
-    return min(LARGEST[kind], (2**bits - 1) // (2 * clients))
+    return min(LARGEST[kind], ((1 << bits) - 1) // (2 * clients))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
