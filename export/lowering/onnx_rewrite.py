@@ -11,6 +11,8 @@ aten = torch.ops.aten
 
 # exp(-60) = 9e-27: nothing beside a sum of at least 1, and far from denormal numbers.
 _MASKED = 60.0
+_BY_A_NUMBER = (aten.div.Scalar, aten.mul.Scalar, aten.div.Tensor, aten.mul.Tensor)
+_BROADCASTING = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
 
 
 def for_onnxruntime(module: fx.GraphModule) -> fx.GraphModule:
@@ -19,8 +21,44 @@ def for_onnxruntime(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.target is aten._softmax.default:  # noqa: SLF001
             _raise_masks(module.graph, node)
+        elif node.target is aten.expand.default:
+            _expand_late(module.graph, node)
+    module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _expand_late(graph: fx.Graph, expand: fx.Node) -> None:
+    """Operates on what is expanded before the expansion, and lets arithmetic with a full operand expand by itself.
+
+    The gradient of a mean is one number for a whole image, which is divided and then multiplied with masks.
+    """
+    small = expand.args[0]
+    assert isinstance(small, fx.Node)
+    if not _same_rank(small, expand):
+        return
+    for user in list(expand.users):
+        if user.target in _BY_A_NUMBER and not any(isinstance(other, fx.Node) for other in user.args[1:]):
+            with graph.inserting_before(user):
+                early = graph.call_function(user.target, (small, *user.args[1:]), user.kwargs)  # type: ignore[arg-type]
+                early.meta["val"] = user.target(small.meta["val"], *user.args[1:], **user.kwargs)  # type: ignore[operator]
+                late = graph.call_function(aten.expand.default, (early, expand.args[1]))
+                late.meta["val"] = user.meta["val"]
+            user.replace_all_uses_with(late)
+            _expand_late(graph, late)
+        elif user.target in _BROADCASTING and any(
+            isinstance(other, fx.Node) and other is not expand and _shape(other) == _shape(user) for other in user.args
+        ):
+            user.replace_input_with(expand, small)
+
+
+def _same_rank(small: fx.Node, large: fx.Node) -> bool:
+    return "val" in small.meta and "val" in large.meta and len(_shape(small)) == len(_shape(large))
+
+
+def _shape(node: fx.Node) -> torch.Size | None:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, torch.Tensor) else None
 
 
 def _raise_masks(graph: fx.Graph, softmax: fx.Node) -> None:
