@@ -77,5 +77,5 @@ class NormalizeWeights(TorchFunctionMode):
         shift = -running_mean * scale if old is None else (old - running_mean) * scale
         shift = shift if bias is None else bias + shift
         settings = {key: value for key, value in kwargs.items() if key != "bias"}
-        normalized = kernel * scale.reshape(-1, *[1] * (kernel.ndim - 1))
-        return convolve(args[0], normalized, shift, *args[3:], **settings)
+        normalized = kernel.reshape(kernel.shape[0], -1) * scale.reshape(-1, 1)
+        return convolve(args[0], normalized.reshape(kernel.shape), shift, *args[3:], **settings)

@@ -67,22 +67,20 @@ class Side:
         starts = [tap * self.dilation for tap in range(self.kernel)]
         return [aten.slice.Tensor(padded, dim, start, start + reach, self.stride) for start in starts]
 
-    def scatter(self, parts: Sequence[Tensor], dim: int) -> Tensor:
-        """The transposed of `gather`: adds what came from every tap where it was read."""
+    def scatter(self, x: Tensor, cut: int, dim: int) -> Tensor:
+        """The transposed of `gather`: adds what came from every tap, the parts of dimension `cut`, where it was read."""
         if self.stride == 1:
             rest = self.size - self.positions
-            return _sum([_pad(part, dim, self.first(k), rest - self.first(k)) for k, part in enumerate(parts)])
+            firsts = [self.first(tap) for tap in range(self.kernel)]
+            return _sum(_pad_parts(x, cut, dim, [(first, rest - first) for first in firsts]))
         length = -(-(self.size + self.padding) // self.stride)
         length = max(length, self.positions + (self.kernel - 1) * self.dilation // self.stride)
+        taps = [divmod(tap * self.dilation, self.stride) for tap in range(self.kernel)]
+        parts = _pad_parts(x, cut, dim, [(shift, length - self.positions - shift) for shift, _ in taps])
         classes = []
         for phase in range(self.stride):
-            taps = [divmod(tap * self.dilation, self.stride) for tap in range(self.kernel)]
-            met = [
-                _pad(part, dim, shift, length - self.positions - shift)
-                for (shift, rest), part in zip(taps, parts, strict=True)
-                if rest == phase
-            ]
-            classes.append(_sum(met) if met else torch.zeros_like(_pad(parts[0], dim, 0, length - self.positions)))
+            met = [part for (_, rest), part in zip(taps, parts, strict=True) if rest == phase]
+            classes.append(_sum(met) if met else torch.zeros_like(parts[0]))
         whole = torch.stack(classes, dim + 1).flatten(dim, dim + 1)
         return _pad(whole, dim, -self.padding, self.size + self.padding - length * self.stride)
 
@@ -163,9 +161,9 @@ def convolution(
     """`aten.convolution`."""
     del output_padding
     form = choose(x, weight, stride, padding, dilation, transposed, groups)
+    O, B = weight.shape[0], x.shape[0]
     if form is None or form.kind == "strided":
         return NotImplemented
-    O, B = weight.shape[0], x.shape[0]
     image, kernel = form.enter(x), form.kernel(weight)
     if form.kind in ("whole", "band"):
         y = torch.bmm(_matrices(form, kernel), _rows(form, image))
@@ -174,7 +172,7 @@ def convolution(
         y = torch.mm(matrix, columns) if bias is None else torch.addmm(bias.reshape(O, 1), matrix, columns)
         bias = None
     else:
-        y = _wide(form, image, kernel, transposed=False)
+        y = _wide(form, image, kernel)
     y = y.reshape(O, form.x.positions, form.y.positions, B)
     return form.leave(y if bias is None else y + bias.reshape(O, 1, 1, 1))
 
@@ -200,47 +198,63 @@ def gradients(
             if form.kind == "whole":
                 dx = spread.reshape(C, X, Y, B)
             else:
-                parts = _cut(spread.reshape(C, taps[1] * X, form.y.positions, B), 1, taps[1])
-                dx = form.y.scatter(parts, 2)
+                dx = form.y.scatter(spread.reshape(C, taps[1] * X, form.y.positions, B), 1, 2)
         if wanted[1]:
             product = torch.bmm(dy_CRN, rows.transpose(1, 2)).reshape(C, -1)
             dw = torch.mm(product, _placement(form).T).reshape(C, 1, *taps)
     elif form.kind in ("gathered", "strided"):
         dy_ON = dy.reshape(O, -1)
         if wanted[0] and form.kind == "gathered":
-            spread = torch.mm(kernel.permute(2, 3, 1, 0).reshape(-1, O), dy_ON)
-            rows = _cut(spread.reshape(math.prod(taps) * I, form.x.positions, form.y.positions, B), 0, taps[0])
-            across = form.x.scatter(rows, 1)
-            dx = form.y.scatter(_cut(across, 0, taps[1]), 2)
+            # Taps first; of a single tap, that is the matrix.
+            taps_first = kernel if math.prod(taps) == 1 else kernel.permute(0, 2, 3, 1)
+            spread = torch.mm(taps_first.reshape(O, -1).T, dy_ON)
+            spread = spread.reshape(math.prod(taps) * I, form.x.positions, form.y.positions, B)
+            dx = form.y.scatter(form.x.scatter(spread, 0, 1), 0, 2)
         if wanted[1]:
             dw = torch.mm(dy_ON, _columns(form, image).T).reshape(O, I, *taps)
     else:
-        if wanted[0]:
-            dx = _wide(form, dy, kernel, transposed=True).reshape(C, X, Y, B)
-        if wanted[1]:
-            dw = _wide_weight_gradient(form, image, dy)
+        dx, dw = _wide_gradients(form, image, kernel, dy, wanted)
     return None if dx is None else form.leave(dx), None if dw is None else form.kernel(dw)
 
 
-def _wide(form: Form, image: Tensor, kernel: Tensor, *, transposed: bool) -> Tensor:
-    """All samples beside each other in one image [1, C, X, Y*B]."""
-    B = image.shape[3]
-    wide = image.reshape(1, image.shape[0], image.shape[1], image.shape[2] * B)
-    padding, dilation = [form.x.padding, form.y.padding * B], [form.x.dilation, form.y.dilation * B]
-    y: Tensor = aten.convolution.default(wide, kernel, None, [1, 1], padding, dilation, transposed, [0, 0], 1)
-    return y
+def _wide(form: Form, image: Tensor, kernel: Tensor) -> Tensor:
+    """[C, X, Y, B] -> [O, P, Q, B]: one product for all taps, of which those along X are then added."""
+    O, B = kernel.shape[0], image.shape[3]
+    product = torch.mm(_sides(kernel), _beside(form, image))
+    product = product.reshape(form.x.kernel * O, form.x.size, form.y.positions, B)
+    rest = form.x.positions - form.x.size
+    firsts = [form.x.first(k) for k in range(form.x.kernel)]
+    return _sum(_pad_parts(product, 0, 1, [(-first, first + rest) for first in firsts]))
 
 
-def _wide_weight_gradient(form: Form, image: Tensor, dy: Tensor) -> Tensor:
-    O, I, B = dy.shape[0], image.shape[0], image.shape[3]
-    # The gradient is moved to where the input is along X, the input to where the gradient is along Y.
+def _wide_gradients(
+    form: Form, image: Tensor, kernel: Tensor, dy: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    (O, I), B = kernel.shape[:2], image.shape[3]
+    # The output's gradient where the input is along X, for each tap.
     rest = form.x.size - form.x.positions
     moved = [_pad(dy, 1, form.x.first(k), rest - form.x.first(k)) for k in range(form.x.kernel)]
-    N = form.x.size * form.y.positions * B
-    left = torch.cat(moved, 0).reshape(form.x.kernel * O, N)
-    right = torch.cat(form.y.gather(image, 2), 0).reshape(form.y.kernel * I, N)
-    product = torch.mm(left, right.T)
-    return product.reshape(form.x.kernel, O, form.y.kernel, I).permute(1, 3, 0, 2)
+    left = torch.cat(moved, 0).reshape(form.x.kernel * O, -1)
+    dx = dw = None
+    if wanted[0]:
+        spread = torch.mm(_sides(kernel).T, left).reshape(-1, form.x.size, form.y.positions, B)
+        dx = form.y.scatter(spread, 0, 2)
+    if wanted[1]:
+        product = torch.mm(left, _beside(form, image).T)
+        dw = product.reshape(form.x.kernel, O, form.y.kernel, I).permute(0, 2, 1, 3).reshape(-1, O * I)
+        dw = dw.T.reshape(O, I, form.x.kernel, form.y.kernel)
+    return dx, dw
+
+
+def _sides(kernel: Tensor) -> Tensor:
+    """[O, I, kx, ky] -> [kx*O, ky*I], in two steps that onnxruntime has fast kernels for."""
+    O, I, kx, ky = kernel.shape
+    return kernel.reshape(O * I, kx * ky).T.reshape(kx, ky, O, I).permute(0, 2, 1, 3).reshape(kx * O, ky * I)
+
+
+def _beside(form: Form, image: Tensor) -> Tensor:
+    """The input at every tap along Y: [ky*I, X*Q*B]."""
+    return torch.cat(form.y.gather(image, 2), 0).reshape(form.y.kernel * image.shape[0], -1)
 
 
 def _columns(form: Form, image: Tensor) -> Tensor:
@@ -297,22 +311,24 @@ def _along(side: Side) -> Tensor:
 
 def _pad(x: Tensor, dim: int, before: int, after: int) -> Tensor:
     """Zeros before and after; negative numbers cut off."""
-    if before == after == 0:
-        return x
-    # As a matrix: onnxruntime is five times slower with more dimensions.
-    inner = math.prod(x.shape[dim + 1 :])
-    rows = x.reshape(-1, x.shape[dim] * inner)
-    shape = [*x.shape[:dim], x.shape[dim] + before + after, *x.shape[dim + 1 :]]
-    padded: Tensor = aten.constant_pad_nd.default(rows, [before * inner, after * inner])
-    return padded.reshape(shape)
+    return _pad_parts(x, 0, dim, [(before, after)])[0]
 
 
-def _cut(x: Tensor, dim: int, count: int) -> list[Tensor]:
-    """Equal parts."""
-    size = x.shape[dim] // count
-    if count == 1:
-        return [x]
-    return [aten.slice.Tensor(x, dim, k * size, (k + 1) * size) for k in range(count)]
+def _pad_parts(x: Tensor, cut: int, dim: int, pads: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Equal parts of dimension `cut`, each with its own numbers of zeros before and after a later dimension `dim`."""
+    count, size = len(pads), x.shape[cut] // len(pads)
+    outer, inner = math.prod(x.shape[:cut]), math.prod(x.shape[dim + 1 :])
+    # One operator for both, on as few dimensions as possible: onnxruntime is five times slower with four.
+    flat = x.reshape(*([outer] if outer > 1 else []), -1, x.shape[dim] * inner)
+    height = flat.shape[-2] // count
+    parts = []
+    for k, (before, after) in enumerate(pads):
+        ends = [before * inner, after * inner, -k * height, (k + 1 - count) * height]
+        part = aten.constant_pad_nd.default(flat, ends if count > 1 else ends[:2]) if any(ends) else flat
+        shape = list(x.shape)
+        shape[cut], shape[dim] = size, x.shape[dim] + before + after
+        parts.append(part.reshape(shape))
+    return parts
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
