@@ -26,9 +26,9 @@ from edgetrain.export.batch import (
     per_sample_loss,
     tensor_spec,
 )
+from edgetrain.export.before_autograd import before_autograd
 from edgetrain.export.fold import fold_batch_norms
 from edgetrain.export.ghost import use_ghost_norms
-from edgetrain.export.normalize_weights import before_autograd
 from edgetrain.export.metrics import Metric, weighted_sum
 from edgetrain.export.prepare import Prepared, plain_math
 from edgetrain.export.tidy import VIEWS, drop_unused_leaves, mutates, name_constants, simplify

@@ -7,10 +7,10 @@ import copy
 import torch
 from torch import fx
 
+from edgetrain.export.attention import MASKED
+
 aten = torch.ops.aten
 
-# exp(-60) = 9e-27: nothing beside a sum of at least 1, and far from denormal numbers.
-_MASKED = 60.0
 _BY_A_NUMBER = (aten.div.Scalar, aten.mul.Scalar, aten.div.Tensor, aten.mul.Tensor)
 _BROADCASTING = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.div.Tensor)
 
@@ -62,7 +62,7 @@ def _shape(node: fx.Node) -> torch.Size | None:
 
 
 def _raise_masks(graph: fx.Graph, softmax: fx.Node) -> None:
-    """Raises attention scores to `_MASKED` below the row's largest.
+    """Raises attention scores to `MASKED` below the row's largest.
 
     The exponentials of a mask are denormal numbers, with which onnxruntime's softmax takes ten times as long. Rows that
     are masked whole stay NaN.
@@ -70,9 +70,9 @@ def _raise_masks(graph: fx.Graph, softmax: fx.Node) -> None:
     scores, dim, _ = softmax.args
     assert isinstance(scores, fx.Node)
     value = softmax.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.ndim < 3:
+    if not isinstance(value, torch.Tensor) or value.ndim < 3 or scores.target is aten.maximum.default:
         return
     with graph.inserting_before(softmax):
         largest = graph.call_function(aten.amax.default, (scores, [dim], True))
-        lowest = graph.call_function(aten.sub.Tensor, (largest, _MASKED))
+        lowest = graph.call_function(aten.sub.Tensor, (largest, MASKED))
         softmax.replace_input_with(scores, graph.call_function(aten.maximum.default, (scores, lowest)))

@@ -1,8 +1,10 @@
-"""Batch normalisation with kept statistics as part of the trainable convolution before it, before differentiation.
+"""What is computed in another way while the module runs, so that autograd finds the better form to differentiate.
 
-With s = gamma / sqrt(variance + eps), s * (W x + b) + t is (s W) x + (s b + t). In that form autograd never comes back to
-the activations: the gradients by W, gamma and beta are small operations on the gradients by s W and s b + t. (The
-frozen convolutions are folded afterwards, in `fold.py`.)
+A table of decompositions works on what autograd has made of the module. Two composite functions, which no trace ever
+meets, are better replaced before that: attention (`attention.py`), and batch normalisation with kept statistics, which
+becomes part of the trainable convolution before it. With s = gamma / sqrt(variance + eps), s * (W x + b) + t is
+(s W) x + (s b + t): autograd never comes back to the activations, and the gradients by W, gamma and beta are small
+operations on those by s W and s b + t. (Frozen convolutions are folded afterwards, in `fold.py`.)
 """
 
 from __future__ import annotations
@@ -16,20 +18,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_BATCH_NORM = torch.ops.aten.batch_norm.default
+from edgetrain.export.attention import attention
+
+aten = torch.ops.aten
+
+COMPOSITES = {
+    aten.batch_norm.default: torch.batch_norm,
+    aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
+}
+"""Entries of a table of decompositions by which a lowering asks for both."""
+
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 def before_autograd(decompositions: Container[Any]) -> AbstractContextManager[object]:
-    """What is rewritten while the module runs, for a lowering whose table has an entry for `aten.batch_norm`.
-
-    A table works on what autograd has made of the module; batch_norm is composite, so that no trace ever meets it.
-    """
-    return NormalizeWeights() if _BATCH_NORM in decompositions else nullcontext()
+    """The mode to run a module in, for a lowering with these decompositions."""
+    return BeforeAutograd() if all(op in decompositions for op in COMPOSITES) else nullcontext()
 
 
-class NormalizeWeights(TorchFunctionMode):
-    """While it is active, `F.batch_norm` of what a convolution gave is a convolution with other weights.
+class BeforeAutograd(TorchFunctionMode):
+    """While it is active, attention is ours, and `F.batch_norm` of a convolution is one with other weights.
 
     The first convolution is left without a reader. Convolutions whose weight is an `nn.Parameter`, hence frozen (what is
     trained is replaced by the trace's own tensors), stay as they are.
@@ -49,6 +57,9 @@ class NormalizeWeights(TorchFunctionMode):
         if func is F.batch_norm:
             fused = self._fuse(*args, **kwargs)
             return func(*args, **kwargs) if fused is None else fused
+        if func is F.scaled_dot_product_attention:
+            attended = attention(*args, **kwargs)
+            return func(*args, **kwargs) if attended is None else attended
         result = func(*args, **kwargs)
         if func in _CONVOLUTIONS and len(args) > 1 and not isinstance(args[1], nn.Parameter):
             self._made[id(result)] = (result, func, args, kwargs)
