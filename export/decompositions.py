@@ -263,16 +263,17 @@ def gelu_backward(grad: Tensor, x: Tensor, *, approximate: str = "none") -> Tens
         return grad * (_normal_distribution(x) + x * density)
     gate = _gate(x)
     y = x * gate
-    slope = x * x * (6 * _GELU_CUBE * _GELU_SCALE) + 2 * _GELU_SCALE
+    slope = x * x * (3 * GELU_CUBIC) + GELU_LINEAR
     return grad * (gate + (y - y * gate) * slope)
 
 
-_GELU_SCALE: float = math.sqrt(2 / math.pi)
-_GELU_CUBE = 0.044715
+# 2u = GELU_LINEAR x + GELU_CUBIC x^3
+GELU_LINEAR: float = 2 * math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715 * GELU_LINEAR
 
 
 def _gate(x: Tensor) -> Tensor:
-    return torch.sigmoid(x * (x * x * (2 * _GELU_CUBE * _GELU_SCALE) + 2 * _GELU_SCALE))
+    return torch.sigmoid(x * (x * x * GELU_CUBIC + GELU_LINEAR))
 
 
 def _normal_distribution(x: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import fx
 
 from edgetrain.export.attention import MASKED
+from edgetrain.export.decompositions import GELU_CUBIC, GELU_LINEAR
 
 aten = torch.ops.aten
 
@@ -21,11 +23,51 @@ def for_onnxruntime(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.target is aten._softmax.default:  # noqa: SLF001
             _raise_masks(module.graph, node)
+        elif node.target is aten.sigmoid.default:
+            _whole_gelu(module.graph, node)
         elif node.target is aten.expand.default:
             _expand_late(module.graph, node)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _whole_gelu(graph: fx.Graph, gate: fx.Node) -> None:
+    """A GELU whose parts no backward pass shares, as one operator: onnxruntime has a kernel for it."""
+    if len(gate.users) != 1:
+        return
+    (product,), argument = gate.users, gate.args[0]
+    x = next((other for other in product.args if other is not gate), None)
+    if product.target is not aten.mul.Tensor or not isinstance(x, fx.Node) or not isinstance(argument, fx.Node):
+        return
+    # The square, the argument and the product; a backward pass begins with the same.
+    if len(x.users) == 3 and _is_gelu_argument(argument, x):
+        with graph.inserting_before(product):
+            whole = graph.call_function(_fast_gelu, (x,))
+            whole.meta["val"] = product.meta["val"]
+        product.replace_all_uses_with(whole)
+
+
+def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.onnx.ops.symbolic("com.microsoft::FastGelu", (x,), dtype=x.dtype, shape=x.shape, version=1)
+
+
+def _is_gelu_argument(node: fx.Node, x: fx.Node) -> bool:
+    """Whether it is x * (x * x * c + d) with the numbers of `decompositions.gelu`."""
+    slope = _other_factor(node, x)
+    if slope is None or slope.target is not aten.add.Tensor or slope.args[1] != GELU_LINEAR:
+        return False
+    cube: Any = slope.args[0]
+    if cube.target is not aten.mul.Tensor or cube.args[1] != GELU_CUBIC:
+        return False
+    return _other_factor(cube.args[0], x) is x
+
+
+def _other_factor(node: fx.Node, x: fx.Node) -> fx.Node | None:
+    if node.target is not aten.mul.Tensor or x not in node.args:
+        return None
+    other = node.args[1] if node.args[0] is x else node.args[0]
+    return other if isinstance(other, fx.Node) else None
 
 
 def _expand_late(graph: fx.Graph, expand: fx.Node) -> None:
