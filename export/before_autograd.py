@@ -28,12 +28,18 @@ COMPOSITES = {
 }
 """Entries of a table of decompositions by which a lowering asks for both."""
 
+_ATTENTION = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+def wanted(decompositions: Container[Any]) -> bool:
+    """Whether a lowering with these decompositions asks for the other forms."""
+    return all(op in decompositions for op in COMPOSITES)
 
 
 def before_autograd(decompositions: Container[Any]) -> AbstractContextManager[object]:
     """The mode to run a module in, for a lowering with these decompositions."""
-    return BeforeAutograd() if all(op in decompositions for op in COMPOSITES) else nullcontext()
+    return BeforeAutograd() if wanted(decompositions) else nullcontext()
 
 
 class BeforeAutograd(TorchFunctionMode):
@@ -57,7 +63,7 @@ class BeforeAutograd(TorchFunctionMode):
         if func is F.batch_norm:
             fused = self._fuse(*args, **kwargs)
             return func(*args, **kwargs) if fused is None else fused
-        if func is F.scaled_dot_product_attention:
+        if func in _ATTENTION:
             attended = attention(*args, **kwargs)
             return func(*args, **kwargs) if attended is None else attended
         result = func(*args, **kwargs)
