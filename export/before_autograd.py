@@ -22,7 +22,7 @@ from edgetrain.export.attention import attention
 
 aten = torch.ops.aten
 
-COMPOSITES = {
+COMPOSITES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.batch_norm.default: torch.batch_norm,
     aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
 }
@@ -45,8 +45,8 @@ def before_autograd(decompositions: Container[Any]) -> AbstractContextManager[ob
 class BeforeAutograd(TorchFunctionMode):
     """While it is active, attention is ours, and `F.batch_norm` of a convolution is one with other weights.
 
-    The first convolution is left without a reader. Convolutions whose weight is an `nn.Parameter`, hence frozen (what is
-    trained is replaced by the trace's own tensors), stay as they are.
+    The first convolution is left without a reader. Convolutions whose weight is an `nn.Parameter`, hence frozen (what
+    is trained is replaced by the trace's own tensors), stay as they are.
     """
 
     def __init__(self) -> None:
