@@ -98,7 +98,8 @@ class Coordinator:
         self._topics, self._blobs, self._post = parts.topics, parts.blobs, parts.post
         self._chronicle = parts.chronicle
         self._history, self._clients = parts.history, parts.clients
-        self._invitations, self._intake, self._pump = parts.invitations, parts.intake, parts.pump
+        self._agenda, self._invitations, self._pump = parts.agenda, parts.invitations, parts.pump
+        self._uploads = parts.uploads
         self._opening, self._gathering, self._reports = parts.opening, parts.gathering, parts.reports
         check_bundle(config, bundle.manifest)
         # Last: it locks a file until `run` ends.
@@ -140,8 +141,8 @@ class Coordinator:
             self._pump.announce("paused", "the coordinator cannot write to its disk")
             raise
         finally:
-            if self._intake.current:
-                self._intake.current.collection.close()
+            if self._agenda.current:
+                self._agenda.current.collection.close()
             if self._budget:
                 self._budget.close()
         self._pump.announce("ended", reason)
@@ -191,7 +192,7 @@ class Coordinator:
 
     def _run_round(self, number: int) -> None:
         rounds = self._config.rounds
-        current = self._intake.current = self._open_round(number)
+        current = self._agenda.current = self._open_round(number)
         state = current.state
         failures = 0
         while True:
@@ -207,6 +208,7 @@ class Coordinator:
                 f"of at least {rounds.least}"
             )
             logger.warning("%s", message)
+            self._chronicle.abandoned(number, state.attempt, f"{message}{current.said()}")
             if rounds.max_failures and failures >= rounds.max_failures:
                 raise RoundFailed(
                     f"{message}, after {failures} attempts{current.said()}. Lower rounds.minimum, raise "
@@ -253,7 +255,7 @@ class Coordinator:
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
         self._dismiss(current)
-        epsilon = self._pay(state.number)
+        epsilon = self._pay(current)
         parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
@@ -287,18 +289,18 @@ class Coordinator:
         collection.close()
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
-        self._intake.current = None
-        self._intake.forget_uploads()
+        self._agenda.current = None
+        self._uploads.forget()
         self._chronicle.publish()
         self._observe(events.RoundEnded(record))
 
-    def _pay(self, number: int) -> float | None:
+    def _pay(self, current: OpenRound) -> float | None:
         """Pays for a round out of the privacy budget, if there is one, before its noisy sum is looked at."""
         if self._budget is None:
             return None
-        epsilon = self._budget.charge()
+        epsilon = self._budget.charge(sorted(current.contributors))
         self._chronicle.privacy_spent(
-            number, epsilon=epsilon, delta=self._budget.delta, mechanism=self._budget.mechanism
+            current.state.number, epsilon=epsilon, delta=self._budget.delta, mechanism=self._budget.mechanism
         )
         return epsilon
 
@@ -320,10 +322,10 @@ class Coordinator:
 
     def _evaluate_by_clients(self) -> None:
         self._reports.ask(self._round_number, self._parameters)
-        if not self._intake.reports:
+        if not self._agenda.reports:
             return
         before = self._directory.evaluations[-1] if self._directory.evaluations else None
-        evaluation = evaluation_of(self._round_number, self._intake.reports, before)
+        evaluation = evaluation_of(self._round_number, self._agenda.reports, before)
         self._directory.add_evaluation(evaluation)
         self._observe(events.ClientsEvaluated(evaluation))
 
@@ -334,7 +336,7 @@ class Coordinator:
             self._config.federation,
             self._directory.records,
             self._clients.roster.all(),
-            self._intake.reports,
+            self._agenda.reports,
             status=status,
             reason=reason,
             seconds=self._clock() - self._started,
