@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgetrain.export import decompositions, onnx_convolution
 from edgetrain.export.attention import attention
+from edgetrain.export.batch import read_example
 from edgetrain.export.before_autograd import BeforeAutograd
+from edgetrain.export.exporter import _problem
+from edgetrain.export.joint import trace_infer
 from edgetrain.export.lowering.onnx import OnnxLowering
 from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
+from edgetrain.export.prepare import prepare
+from edgetrain.export.program import Translator
 from support.layers import squared
 from support.steps import Step
 
@@ -221,3 +227,16 @@ def test_the_gradient_of_a_mean_is_not_spread_out():
 def test_nothing_is_asked_for_by_other_lowerings():
     assert aten.batch_norm.default in OnnxLowering().decompositions()
     assert aten.batch_norm.default not in decompositions.common()
+
+
+def test_a_graph_for_inference_has_standard_operators():
+    class Network(Separable):
+        def forward(self, x):
+            return F.gelu(super().forward(x), approximate="tanh")
+
+    problem = _problem(
+        prepare(Network(), "all"), squared, read_example((torch.randn(2, 3, 8, 8), ()), None), None, None
+    )
+    model = onnx.load_from_string(Translator(OnnxLowering(), problem).translate(trace_infer)[1].data)
+    assert {opset.domain for opset in model.opset_import} <= {""}
+    assert [node.op_type for node in model.graph.node].count("Conv") == 3
