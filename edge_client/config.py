@@ -28,6 +28,14 @@ class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_
             lt=0.5,
         ),
     ] = 0.0
+    least_noise: Annotated[
+        float,
+        Meta(
+            description="decline sums with less noise than this, in noise multipliers: whoever runs the coordinator "
+            "cannot leave it out",
+            ge=0,
+        ),
+    ] = 0.0
     enrolled: Annotated[
         str,
         Meta(

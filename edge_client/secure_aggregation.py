@@ -95,6 +95,11 @@ class SecureParticipation:
         least = self._config.secure_aggregation.least_clients
         if settings.minimum < least:
             raise SecureAggregationError(f"sums of {settings.minimum} clients: this client asks for {least}")
+        noise = self._config.secure_aggregation.least_noise
+        if settings.noise_multiplier < noise:
+            raise SecureAggregationError(
+                f"sums with a noise multiplier of {settings.noise_multiplier:g}: this client asks for {noise:g}"
+            )
         before = self._stored
         again = before and (before.run, before.round) == (plan.run, plan.round) and before.nonce != plan.nonce
         if before and again and before.member.phase == "revealed":

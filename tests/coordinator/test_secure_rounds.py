@@ -25,6 +25,7 @@ from edgetrain.coordinator.secure.secure_round import SecureRound
 from edgetrain.coordinator.secure.secure_settings import round_settings
 from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.edge_client.config import ClientConfig
+from edgetrain.edge_client.config import SecureAggregationConfig as Demands
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.enrolment import Authority, authority_key, prove_enrolment
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
@@ -492,6 +493,13 @@ def test_what_a_client_asks_for(tmp_path, federate):
     secure.check(plan)
     with pytest.raises(SecureAggregationError, match="sums of 2 clients: this client asks for 3"):
         secure.check(msgspec.structs.replace(plan, secure=encode(msgspec.structs.replace(good, minimum=2))))
+    secure._config = ClientConfig(name="c", federation="f", data="d",
+                                  secure_aggregation=Demands(least_noise=0.5))  # fmt: skip
+    with pytest.raises(SecureAggregationError, match=r"a noise multiplier of 0: this client asks for 0\.5"):
+        secure.check(plan)
+    secure.check(msgspec.structs.replace(
+        plan, secure=encode(msgspec.structs.replace(good, noise_multiplier=0.5, max_norm=1.0))
+    ))  # fmt: skip
     with pytest.raises(SecureAggregationError, match="in the clear"):
         secure.check(msgspec.structs.replace(plan, control=plan.parameters))
     plain = msgspec.structs.replace(plan, secure=b"")
