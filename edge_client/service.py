@@ -125,6 +125,10 @@ class LivingTransport:
         self._service.alive()
         return self._inner.receive(timeout)
 
+    def deliver(self, event: Event) -> None:
+        """See `Transport`."""
+        self._inner.deliver(event)
+
     def close(self) -> None:
         """See `Transport`."""
         self._inner.close()

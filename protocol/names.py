@@ -7,7 +7,7 @@
     edgetrain/FEDERATION/to/CLIENT/message   coordinator -> one client
     edgetrain/FEDERATION/to/CLIENT/blob      coordinator -> one client: chunks
     edgetrain/FEDERATION/from/CLIENT/message one client -> coordinator
-    edgetrain/FEDERATION/from/CLIENT/blob    one client -> coordinator: chunks
+    edgetrain/FEDERATION/from/CLIENT/blob    one client -> coordinator, or whichever of its workers: chunks
 
 So two broker rules suffice: a client writes `from/<own name>/#`, and reads `to/<own name>/#` and `all/#`.
 """
@@ -70,6 +70,11 @@ class Topics(msgspec.Struct, frozen=True):
     def from_client(self, client: str, kind: str) -> str:
         """`kind` is "message", "blob", or "#"; `client` may be "+"."""
         return f"edgetrain/{self.federation}/from/{client}/{kind}"
+
+    @staticmethod
+    def shared(group: str, topic: str) -> str:
+        """A subscription to `topic` of which every member of a group gets a part (MQTT 5, section 4.8.2)."""
+        return f"$share/{group}/{topic}"
 
     def sender(self, topic: str) -> tuple[str, str] | None:
         """(client, kind) of a topic that a client wrote to, else None."""

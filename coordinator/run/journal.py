@@ -82,7 +82,7 @@ class Journal:
         except OSError as error:
             raise RunError(f"{path}: cannot open the journal: {error}") from error
 
-    def append(self, meta: Meta, payload: bytes = b"") -> None:
+    def append(self, meta: Meta, payload: bytes | memoryview = b"") -> None:
         """Writes a record; it counts only after `commit`.
 
         Raises:
@@ -91,15 +91,17 @@ class Journal:
         encoded = msgspec.msgpack.encode(meta)
         salt = b"" if isinstance(meta, RoundOpened) else self._salt
         header = HEADER.pack(MAGIC, VERSION, 0, len(encoded), len(payload), checksum(salt, encoded, payload))
-        record = header + encoded + payload
+        length = len(header) + len(encoded) + len(payload)
         try:
-            written = 0
-            while written < len(record):
-                written += self._file.write(memoryview(record)[written:])
+            written = os.writev(self._file.fileno(), (header, encoded, payload))
+            if written < length:
+                record = memoryview(b"".join((header, encoded, payload)))
+                while written < length:
+                    written += self._file.write(record[written:])
         except OSError as error:
             self._file.truncate(self._length)
             raise RunError(f"{self.path}: cannot write to the journal: {error}") from error
-        self._length += len(record)
+        self._length += length
 
     def commit(self) -> None:
         """Returns when all records are on the disk.
@@ -120,6 +122,6 @@ class Journal:
         self._file.close()
 
 
-def checksum(salt: bytes, meta: bytes, payload: bytes) -> int:
+def checksum(salt: bytes, meta: bytes, payload: bytes | memoryview) -> int:
     """CRC-32 of a record."""
     return zlib.crc32(payload, zlib.crc32(meta, zlib.crc32(salt)))

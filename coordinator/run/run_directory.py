@@ -5,6 +5,7 @@ config.toml                    the settings in force
 state.sqlite                   closed rounds, clients, evaluations: the truth; the text files are made from it
 clients.json                   names and their keys
 journal/round-00001.journal    accepted updates of the rounds that are not yet closed
+journal/round-00001/           those that workers have accepted
 parameters/round-00001.safetensors   named tensors after a round
 parameters.safetensors         the latest
 strategy/round-00001.safetensors     what the strategy remembers after a round, if anything
@@ -23,6 +24,7 @@ summary.json                   at the end
 from __future__ import annotations
 
 import fcntl
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -180,6 +182,9 @@ class RunDirectory:
         for path in (self.path / "journal").glob("round-*.journal"):
             if (journal := round_of(path)) is not None and journal <= number:
                 path.unlink()
+        for path in (self.path / "journal").glob("round-*/"):
+            if (journal := round_of(path)) is not None and journal <= number:
+                shutil.rmtree(path)
 
     def best_round(self) -> int | None:
         """The round with the best [stop] metric; while that has not been measured, with the lowest loss."""

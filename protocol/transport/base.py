@@ -29,7 +29,14 @@ class Received:
     payload: bytes
 
 
-Event = Connected | Disconnected | Received
+@dataclass(frozen=True, slots=True)
+class Noticed:
+    """Another thread of this process has something to say, see `Transport.deliver`."""
+
+    notice: object
+
+
+Event = Connected | Disconnected | Received | Noticed
 
 
 class Transport(Protocol):
@@ -106,6 +113,10 @@ class Transport(Protocol):
 
     def receive(self, timeout: float) -> Event | None:
         """The next event, or None after `timeout` seconds (0: only what is there now)."""
+        ...
+
+    def deliver(self, event: Event) -> None:
+        """Puts an event into the queue of `receive`, from any thread: whoever waits there hears of it at once."""
         ...
 
     def close(self) -> None:

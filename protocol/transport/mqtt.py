@@ -17,7 +17,6 @@ from random import Random, SystemRandom
 from typing import Annotated, Literal
 
 import msgspec
-import paho.mqtt.client as paho
 from msgspec import Meta
 from paho.mqtt.enums import MQTTProtocolVersion
 
@@ -29,6 +28,7 @@ from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Re
 from edgetrain.protocol.transport.connection import PACKET_OVERHEAD_BYTES, Connection, make_client
 from edgetrain.protocol.transport.outgoing import Control, Outgoing, Piece
 from edgetrain.protocol.transport.pacing import Backoff
+from edgetrain.protocol.transport.packets import Publish
 from edgetrain.protocol.transport.tls import tls_context
 
 __all__ = ["BrokerConfig", "MqttTransport", "parse_broker"]
@@ -90,6 +90,7 @@ class MqttTransport:
         client_id: MQTT client id; the broker keeps one session per id.
         will: (topic, payload) that the broker publishes if the connection is lost.
         random: jitters the attempts to reconnect.
+        lasting: whether the broker keeps our session while we are away.
 
     Raises:
         TransportError: no broker there within the timeout, or it refused us.
@@ -102,14 +103,16 @@ class MqttTransport:
         client_id: str,
         will: tuple[str, bytes] | None = None,
         random: Random | None = None,
+        lasting: bool = True,
     ) -> None:
+        self._lasting = lasting
         self.bytes_sent = 0
         self.bytes_received = 0
         self._config = config
         self._client_id = client_id
         self._will = will
-        # With each message, what acknowledges it: (connection, packet id, QoS).
-        self._events: queue.SimpleQueue[tuple[Event, tuple[Connection, int, int] | None]] = queue.SimpleQueue()
+        # With each message, what acknowledges it: (connection, packet id).
+        self._events: queue.SimpleQueue[tuple[Event, tuple[Connection, int] | None]] = queue.SimpleQueue()
         # Guards all that follows but the connection, which belongs to the network's thread.
         self._lock = threading.RLock()
         self._outgoing = Outgoing(rate=config.upload_kbit * 125)
@@ -117,7 +120,7 @@ class MqttTransport:
         # (topic, QoS or None to unsubscribe, what waits for the confirmation).
         self._requests: deque[tuple[str, int | None, threading.Event]] = deque()
         self._confirmations: dict[int, threading.Event] = {}
-        self._acknowledgements: deque[tuple[Connection, int, int]] = deque()
+        self._acknowledgements: deque[tuple[Connection, int]] = deque()
         # The request that renews the subscriptions after a reconnect, until it is confirmed.
         self._renewal: int | None = None
         self._online = True
@@ -136,6 +139,11 @@ class MqttTransport:
     def version(self) -> str:
         """The MQTT version in use, "5" or "3.1.1"."""
         return "5" if self._connection.version_5 else "3.1.1"
+
+    @property
+    def shares_subscriptions(self) -> bool:
+        """Whether the broker spreads the messages of a `$share/…` topic over its subscribers."""
+        return self._connection.shares_subscriptions
 
     def subscribe(self, topic: str, *, qos: Literal[0, 1] = 1) -> None:
         """See `Transport`."""
@@ -197,6 +205,10 @@ class MqttTransport:
             self._wake()
         return event
 
+    def deliver(self, event: Event) -> None:
+        """See `Transport`."""
+        self._events.put((event, None))
+
     def close(self) -> None:
         """See `Transport`."""
         if self._closing.is_set():
@@ -248,7 +260,7 @@ class MqttTransport:
     def _try(self, version: MQTTProtocolVersion) -> Connection | str:
         """One attempt: a connection that stands, or why not."""
         config = self._config
-        client = make_client(version, self._client_id, transport=config.transport)
+        client = make_client(version, self._client_id, transport=config.transport, lasting=self._lasting)
         client.ws_set_options(path=config.path)
         if config.username:
             client.username_pw_set(config.username, config.password or None)
@@ -259,6 +271,7 @@ class MqttTransport:
             client.will_set(*self._will, qos=1)
         connection = Connection(
             client,
+            lasting=self._lasting,
             on_message=lambda message: self._on_message(connection, message),
             on_acknowledged=self._on_acknowledged,
             on_subscribed=self._on_subscribed,
@@ -336,18 +349,18 @@ class MqttTransport:
                 connection.client.unsubscribe(topic)
             elif (mid := connection.subscribe([(topic, qos)])) is not None:
                 self._confirmations[mid] = done
+        dealt_with = []
         while self._acknowledgements:
-            of, mid, qos = self._acknowledgements.popleft()
+            of, packet = self._acknowledgements.popleft()
             if of is connection:
-                connection.client.ack(mid, qos)
+                dealt_with.append(packet)
+        if dealt_with:
+            connection.client.acknowledge(dealt_with)
         while (what := self._outgoing.next(now)) is not None:
             if isinstance(what, Piece):
                 self.bytes_sent += len(what.payload)
-            packet = connection.publish(what)
-            # Without a packet id it goes again, as everything that was on the way.
-            self._outgoing.sent(-1 if packet is None else packet, what, now)
-            if packet is None:
-                return
+            self._outgoing.sent(connection.publish(what), what, now)
+        connection.flush()
 
     def _lost(self, reason: str) -> None:
         self._connection.client.release()
@@ -370,11 +383,10 @@ class MqttTransport:
             if self._renewal is None:
                 self._events.put((Connected(), None))
 
-    def _on_message(self, connection: Connection, message: paho.MQTTMessage) -> None:
+    def _on_message(self, connection: Connection, message: Publish) -> None:
         self.bytes_received += len(message.payload)
-        acknowledgement = (connection, message.mid, message.qos) if message.qos else None
-        with contextlib.suppress(UnicodeDecodeError):
-            self._events.put((Received(message.topic, bytes(message.payload)), acknowledgement))
+        acknowledgement = (connection, message.packet) if message.qos else None
+        self._events.put((Received(message.topic, message.payload), acknowledgement))
 
     def _on_acknowledged(self, mid: int, failure: str | None) -> None:
         if failure is not None:
