@@ -84,7 +84,7 @@ class Foreman:
     """Leads some workers. Used by the coordinator's thread.
 
     Args:
-        crew: runs them.
+        hire: makes who runs them.
         count: how many.
         listener: hears what becomes of updates.
         journal: path of a round's journal.
@@ -93,14 +93,15 @@ class Foreman:
 
     def __init__(
         self,
-        crew: Crew,
+        hire: Callable[[], Crew],
         count: int,
         *,
         listener: Listener,
         journal: Callable[[int], Path],
         max_update_bytes: int,
     ) -> None:
-        self._crew = crew
+        self._hire = hire
+        self._crew: Crew | None = None
         self._listener = listener
         self._journal = journal
         self._max_update_bytes = max_update_bytes
@@ -109,21 +110,32 @@ class Foreman:
         # What is to be said to each.
         self._outbox: dict[int, list[say.Command]] = {}
         self._round: _Round | None = None
+
+    def start(self) -> None:
+        """Starts the workers.
+
+        Raises:
+            ConfigError: what runs them is not installed, or does not start.
+        """
+        self._crew = self._hire()
         for worker, life in self._lives.items():
-            crew.start(worker, life)
+            self._crew.start(worker, life)
 
     def flush(self) -> None:
         """Tells the workers what they are to be told."""
         outbox, self._outbox = self._outbox, {}
         for worker, commands in outbox.items():
-            self._crew.send(worker, commands)
+            if self._crew:
+                self._crew.send(worker, commands)
 
     def _tell(self, worker: int, command: say.Command) -> None:
         self._outbox.setdefault(worker, []).append(command)
 
     def close(self) -> None:
-        """Ends the workers."""
-        self._crew.close()
+        """Ends the workers. Idempotent."""
+        if self._crew:
+            self._crew.close()
+            self._crew = None
 
     # --- rounds --------------------------------------------------------------------------------------
 
@@ -204,10 +216,10 @@ class Foreman:
         Raises:
             RunError: the workers cannot go on.
         """
-        if said.life != self._lives.get(said.worker):
+        if self._crew is None or said.life != self._lives.get(said.worker):
             return
         if isinstance(said, say.Died):
-            self._on_died(said)
+            self._on_died(self._crew, said)
             return
         for report in said.reports:
             match report:
@@ -280,14 +292,14 @@ class Foreman:
             self._deaths = 0
             self._round.shares[worker] = share
 
-    def _on_died(self, died: say.Died) -> None:
+    def _on_died(self, crew: Crew, died: say.Died) -> None:
         worker, self._lives[died.worker] = died.worker, died.life + 1
         self._outbox.pop(worker, None)
         self._deaths += 1
         logger.warning("worker %d has died (%s); another takes its place", worker, died.reason)
         if self._deaths >= MAX_DEATHS:
             raise RunError(f"workers die without having done anything, the last one of: {died.reason}")
-        self._crew.start(worker, died.life + 1)
+        crew.start(worker, died.life + 1)
         if self._round is None:
             return
         self._take_up(self._round, worker)

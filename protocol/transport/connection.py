@@ -20,7 +20,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edgetrain.protocol.transport.outgoing import Control, Piece
-from edgetrain.protocol.transport.packets import Publish, encode_publish
+from edgetrain.protocol.transport.packets import Publish, encode_puback, encode_publish
 from edgetrain.protocol.transport.paho_client import PahoClient
 
 # How long the broker keeps a session (and its queue) of somebody who is away.
@@ -75,6 +75,8 @@ class Connection:
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.prepare(on_publish=on_message, on_puback=lambda packet, code: on_acknowledged(packet, _failure(code)))
+        # There may be more packets than were handled.
+        self._unhandled = False
         # What is to be sent with the next `flush`.
         self._unsent: list[bytes] = []
         client.on_subscribe = lambda _c, _u, mid, _r, _p: on_subscribed(mid)
@@ -98,7 +100,8 @@ class Connection:
         try:
             self.client.connect(host, port, keepalive, **options)
             while self._answer is None and self._ended is None and time.monotonic() < deadline:
-                self.pump(None, 0.05)
+                # What the broker says after its answer is for those who use the connection.
+                self.pump(None, 0.05, until=lambda: self._answer is not None)
         except (OSError, ValueError) as error:
             self.client.release()
             return str(error) or type(error).__name__
@@ -109,8 +112,10 @@ class Connection:
         self.client.release()
         return failure or "it does not answer as an MQTT broker"
 
-    def pump(self, wake: socket.socket | None, timeout: float) -> str | None:
-        """Waits for the network or for a byte on `wake`, and handles what there is.
+    def pump(
+        self, wake: socket.socket | None, timeout: float, *, until: Callable[[], bool] = lambda: False
+    ) -> str | None:
+        """Waits for the network or for a byte on `wake`, and handles what there is (or a part of it, `until`).
 
         Returns:
             None; or why the connection has ended.
@@ -122,7 +127,7 @@ class Connection:
         poller.register(sock.fileno(), select.POLLIN | (select.POLLOUT if client.want_write() else 0))
         if wake is not None:
             poller.register(wake.fileno(), select.POLLIN)
-        pending = getattr(sock, "pending", lambda: 0)() > 0
+        pending = getattr(sock, "pending", lambda: 0)() > 0 or self._unhandled
         ready = dict(poller.poll(0 if pending else 1000 * min(timeout, _TICK_SECONDS)))
         if wake is not None and wake.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
@@ -131,7 +136,11 @@ class Connection:
         result = MQTTErrorCode.MQTT_ERR_SUCCESS
         if pending or seen & (select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL):
             self.heard_at = time.monotonic()
-            result = client.read()
+            if not self._unhandled:
+                result = client.read()
+            if result == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                result = client.handle(until)
+            self._unhandled = until()
         if result == MQTTErrorCode.MQTT_ERR_SUCCESS and seen & select.POLLOUT:
             result = client.loop_write()
         if result == MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -161,10 +170,14 @@ class Connection:
         )
         return packet
 
+    def acknowledge(self, packet: int) -> None:
+        """Queues that a message has been dealt with."""
+        self._unsent.append(encode_puback(packet))
+
     def flush(self) -> None:
         """Hands what is queued to the network, by one call. If that fails, so does the next `pump`."""
         if self._unsent:
-            packets, self._unsent = b"".join(self._unsent), []
+            packets, self._unsent = self._unsent, []
             self.client.write(packets)
 
     def subscribe(self, topics: list[tuple[str, int]]) -> int | None:

@@ -349,13 +349,10 @@ class MqttTransport:
                 connection.client.unsubscribe(topic)
             elif (mid := connection.subscribe([(topic, qos)])) is not None:
                 self._confirmations[mid] = done
-        dealt_with = []
         while self._acknowledgements:
             of, packet = self._acknowledgements.popleft()
             if of is connection:
-                dealt_with.append(packet)
-        if dealt_with:
-            connection.client.acknowledge(dealt_with)
+                connection.acknowledge(packet)
         while (what := self._outgoing.next(now)) is not None:
             if isinstance(what, Piece):
                 self.bytes_sent += len(what.payload)

@@ -6,7 +6,6 @@ MQTT 3.1.1, sections 3.3 and 3.4; MQTT 5.0, the same. The others are paho's.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 PUBLISH, PUBACK = 0x30, 0x40
@@ -139,9 +138,9 @@ def decode_puback(body: memoryview) -> tuple[int, int]:
     return struct.unpack_from("!H", body)[0], body[2] if len(body) > 2 else 0
 
 
-def encode_pubacks(packets: Iterable[int]) -> bytes:
-    """PUBACK packets, one after the other."""
-    return b"".join(struct.pack("!BBH", PUBACK, 2, packet) for packet in packets)
+def encode_puback(packet: int) -> bytes:
+    """A PUBACK packet."""
+    return struct.pack("!BBH", PUBACK, 2, packet)
 
 
 def _encoded_length(length: int) -> bytes:

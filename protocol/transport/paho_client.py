@@ -24,14 +24,13 @@ from edgetrain.protocol.transport.packets import (
     Publish,
     decode_puback,
     decode_publish,
-    encode_pubacks,
 )
 
 _READ_BYTES = 1 << 18
 
 
 class PahoClient(paho.Client):
-    """paho's client, that closes what it opens. Driven by one thread: `read`, `loop_write`, `loop_misc`."""
+    """paho's client, that closes what it opens. Driven by one thread: `read`, `handle`, `loop_write`, `loop_misc`."""
 
     raw: socket.socket | None = None
 
@@ -47,7 +46,7 @@ class PahoClient(paho.Client):
         return bool(self.protocol == MQTTProtocolVersion.MQTTv5)
 
     def read(self) -> MQTTErrorCode:
-        """Handles what the network has."""
+        """Takes what the network has; `handle` handles it."""
         if self._sock is None:
             return MQTTErrorCode.MQTT_ERR_NO_CONN
         try:
@@ -61,8 +60,12 @@ class PahoClient(paho.Client):
         with self._msgtime_mutex:
             self._last_bytes_received = time.monotonic()
         self._packets.feed(data)
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
+
+    def handle(self, until: Callable[[], bool]) -> MQTTErrorCode:
+        """Handles the whole packets that are here, `until`."""
         try:
-            while self._sock is not None and (packet := self._packets.next()) is not None:
+            while self._sock is not None and not until() and (packet := self._packets.next()) is not None:
                 result = self._handle(*packet)
                 if result > 0:
                     return self._loop_rc_handle(result)
@@ -70,14 +73,13 @@ class PahoClient(paho.Client):
             return self._loop_rc_handle(MQTTErrorCode.MQTT_ERR_PROTOCOL)
         return MQTTErrorCode.MQTT_ERR_SUCCESS
 
-    def write(self, packets: bytes) -> MQTTErrorCode:
-        """Sends whole packets, made by us; what does not fit waits for `loop_write`."""
-        # The command only matters for packets of paho's own.
-        return self._packet_queue(PUBACK, packets, 0, 1)
-
-    def acknowledge(self, packets: Iterable[int]) -> MQTTErrorCode:
-        """Says that messages have been dealt with."""
-        return self.write(encode_pubacks(packets))
+    def write(self, packets: Iterable[bytes]) -> None:
+        """Sends packets made by us; what does not fit waits for `loop_write`. A failure shows at the next `read`."""
+        # Some brokers read one packet of a WebSocket's frame and forget the rest.
+        batches = packets if self._transport == "websockets" else [b"".join(packets)]
+        for batch in batches:
+            # The command only matters for packets of paho's own.
+            self._packet_queue(PUBACK, batch, 0, 1)
 
     def next_packet(self) -> int:
         """A packet id that is not in use."""
