@@ -13,7 +13,7 @@ from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.uploads import Uploads
-from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
+from edgetrain.protocol.transport import Connected, Disconnected, Noticed, Received, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,9 @@ class Pump:
                 match event:
                     case Received():
                         self._intake.handle(event)
+                    case Noticed():
+                        if self._uploads.foreman:
+                            self._uploads.foreman.hear(event.notice)
                     case Disconnected():
                         logger.warning("lost the broker: %s; reconnecting", event.reason)
                     case Connected():

@@ -269,7 +269,7 @@ class Collection:
     def _contribution(
         self, client: str, offer: Offer, data: bytes | memoryview, training: TrainingConfig
     ) -> Contribution:
-        return self._checks.contribution(client, offer, data, training, round_number=self._round)
+        return self._checks.contribution(client, offer, memoryview(data), training, round_number=self._round)
 
 
 def _is_same(first: RoundOpened, opened: RoundOpened) -> bool:

@@ -30,7 +30,7 @@ class Checks:
     max_examples: int
 
     def contribution(
-        self, client: str, offer: Offer, data: bytes | memoryview, training: TrainingConfig, *, round_number: int
+        self, client: str, offer: Offer, data: memoryview, training: TrainingConfig, *, round_number: int
     ) -> Contribution:
         """Decodes an update.
 
@@ -55,7 +55,7 @@ class Checks:
             unclipped=offer.unclipped,
         )
 
-    def _decode(self, data: bytes | memoryview, what: str) -> SparseOrDense:
+    def _decode(self, data: memoryview, what: str) -> SparseOrDense:
         try:
             decoded = decode(data, self.limits)
         except CodecError as error:

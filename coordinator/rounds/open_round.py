@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from edgetrain.coordinator.rounds.collection import Collection
 from edgetrain.coordinator.rounds.rounds import OUTSTANDING, Round
 from edgetrain.coordinator.secure.secure_round import SecureRound
+from edgetrain.coordinator.workers.pieces import RemotePieces
 from edgetrain.protocol.blobs import Assembler
 from edgetrain.protocol.messages import BlobRef, Offer, Patch
 from edgetrain.protocol.partial import PartialBlob
@@ -20,11 +21,13 @@ class Upload:
     offer: Offer
     # The offer as it came, signed.
     envelope: bytes
-    assembler: Assembler | PartialBlob
+    assembler: Assembler | PartialBlob | RemotePieces
     # When its last chunk came, or it was asked for, on the coordinator's clock.
     moved_at: float
     # How often it was asked for since.
     stalls: int = 0
+    # It is whole, and with a worker.
+    in_work: bool = False
 
 
 @dataclass(slots=True)

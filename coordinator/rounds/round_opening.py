@@ -50,7 +50,9 @@ class RoundOpening:
         roster: Roster,
         max_update_bytes: int,
         clock: Callable[[], float],
+        workers: int = 0,
     ) -> None:
+        self._workers = workers
         self._config = config
         self._strategy = strategy
         self._directory = directory
@@ -89,6 +91,7 @@ class RoundOpening:
                 parameters=release.digest,
                 salt=os.urandom(16),
             ),
+            workers=self._workers,
         )
         state = Round(
             number,

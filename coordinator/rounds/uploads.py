@@ -17,8 +17,10 @@ from edgetrain.coordinator.rounds.open_round import OpenRound, Upload
 from edgetrain.coordinator.rounds.rounds import Part
 from edgetrain.coordinator.run.records import ClientRow
 from edgetrain.coordinator.secure.secure_round import SecureRound
+from edgetrain.coordinator.workers.foreman import Foreman
+from edgetrain.coordinator.workers.pieces import RemotePieces
 from edgetrain.protocol import BlobError
-from edgetrain.protocol.blobs import parse_chunk
+from edgetrain.protocol.blobs import HEADER_BYTES, MAX_CHUNK_BYTES, parse_chunk
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import Offer, Secure, Verdict, Want
 from edgetrain.protocol.partial import assemble, forget_partial_blobs
@@ -28,8 +30,6 @@ from edgetrain.protocol.training import TrainingConfig
 STALL_SECONDS = 3.0
 MAX_STALL_SECONDS = 60.0
 MAX_RANGES = 512
-# Brokers that carry larger messages are rare, and clients that send them rarer.
-MAX_CHUNK_BYTES = 1 << 20
 
 
 class Uploads:
@@ -77,6 +77,8 @@ class Uploads:
         self._clock = clock
         # Verdicts that wait for the journal to be synced.
         self._verdicts: list[tuple[str, Verdict]] = []
+        # Leads the workers, where they take the updates.
+        self.foreman: Foreman | None = None
         # When a client whose update was accepted should come back, see `pace`.
         self.come_back: Callable[[str], float] = lambda _client: 0.0
 
@@ -103,6 +105,9 @@ class Uploads:
             self._reject(client, offer, *objection)
         else:
             known = current.uploads.get(client)
+            if known is not None and known.in_work:
+                # Its verdict is on the way; another update of the same client waits for that.
+                return
             if known is not None and known.offer.update == offer.update:
                 # It has lost the connection, or its patience.
                 self._ask_for(client, known)
@@ -110,7 +115,12 @@ class Uploads:
                 if known is not None:
                     known.assembler.discard()
                 upload = current.uploads[client] = self._open_upload(client, offer, envelope)
-                if upload.assembler.missing() != [(0, offer.update.size)]:
+                if self.foreman:
+                    self._training_of(current, client)
+                    self.foreman.on_offered(client, upload)
+                if upload.in_work:
+                    pass
+                elif upload.assembler.missing() != [(0, offer.update.size)]:
                     # Begun before a restart. Else its chunks follow the offer, or are asked for.
                     self._ask_for(client, upload)
             current.state.advance(client, Part.COLLECTING)
@@ -119,7 +129,8 @@ class Uploads:
         # A directory each: two who offer the same bytes must not share a file.
         directory = self._uploads / client
         try:
-            assembler = assemble(offer.update, directory, limit=self._max_update_bytes)
+            make = RemotePieces if self.foreman else assemble
+            assembler = make(offer.update, directory, limit=self._max_update_bytes)
         except OSError as error:
             raise RunError(f"{directory}: cannot be used: {error}") from error
         return Upload(offer, envelope, assembler, self._clock())
@@ -144,7 +155,7 @@ class Uploads:
         """
         current = self._agenda.current
         upload = current.uploads.get(client) if current else None
-        if current is None or upload is None:
+        if current is None or upload is None or isinstance(upload.assembler, RemotePieces):
             return  # late, or ahead of its offer: it will be asked for if it is needed
         if len(payload) > MAX_CHUNK_BYTES:
             raise BlobError(f"a chunk of {len(payload)} bytes exceeds the limit of {MAX_CHUNK_BYTES}")
@@ -167,13 +178,20 @@ class Uploads:
             self._on_masked(current.secure, client, upload)
             return
         try:
-            # A client that was invited before a restart: what its plan says, it said then.
-            training = current.trainings.get(client) or self._training(current, client)
+            training = self._training_of(current, client)
             current.collection.accept(client, offer, upload.envelope, _finish(upload), training)
         except (UpdateRefused, BlobError) as error:
             current.state.advance(client, Part.REFUSED)
             self._reject(client, offer, "bad_update", str(error))
             return
+        self._count(current, client, offer)
+
+    def _training_of(self, current: OpenRound, client: str) -> TrainingConfig:
+        # A client that was invited before a restart: what its plan says, it said then.
+        return current.trainings.get(client) or self._training(current, client)
+
+    def _count(self, current: OpenRound, client: str, offer: Offer) -> None:
+        """An update is in the sum."""
         record = self._roster[client]
         record.last_accepted = (offer.round, offer.update.digest)
         record.resources, record.state = offer.resources, offer.state
@@ -184,9 +202,46 @@ class Uploads:
         accepted = current.state.count(Part.ACCEPTED)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
 
+    # --- updates that arrive at workers --------------------------------------------------------------
+
+    def on_arrived(self, client: str, num_bytes: int) -> bool:
+        """See `workers.foreman.Listener`."""
+        if record := self._roster.get(client):
+            record.bytes_up += num_bytes + HEADER_BYTES
+        if self._refusals.banned(client):
+            return False
+        upload = self._agenda.current.uploads.get(client) if self._agenda.current else None
+        if upload:
+            upload.moved_at, upload.stalls = self._clock(), 0
+        return True
+
+    def on_malformed(self, client: str, num_bytes: int, reason: str) -> None:
+        """See `workers.foreman.Listener`."""
+        if not self._refusals.banned(client):
+            self._refusals.message(client, "oversize" if num_bytes > MAX_CHUNK_BYTES else "malformed", reason)
+
+    def on_counted(self, client: str, offer: Offer) -> None:
+        """See `workers.foreman.Listener`."""
+        if current := self._agenda.current:
+            current.uploads.pop(client, None)
+            self._count(current, client, offer)
+
+    def on_refused(self, client: str, offer: Offer, reason: str) -> None:
+        """See `workers.foreman.Listener`."""
+        if current := self._agenda.current:
+            current.uploads.pop(client, None)
+            current.state.advance(client, Part.REFUSED)
+            self._reject(client, offer, "bad_update", reason)
+
+    def ask_again(self, client: str, upload: Upload) -> None:
+        """See `workers.foreman.Listener`."""
+        self._ask_for(client, upload)
+
+    # --- secure aggregation --------------------------------------------------------------------------
+
     def _on_masked(self, secure: SecureRound, client: str, upload: Upload) -> None:
         try:
-            secure.on_masked(client, upload.offer, upload.envelope, upload.assembler.finish())
+            secure.on_masked(client, upload.offer, upload.envelope, _finish(upload))
         except (SecureAggregationError, BlobError) as error:
             self._reject(client, upload.offer, "secure_aggregation", str(error))
         else:
@@ -222,6 +277,8 @@ class Uploads:
         Raises:
             RunError: the disk did not take the journal; then nobody is told anything.
         """
+        if self.foreman:
+            self.foreman.flush()
         if not self._verdicts:
             return
         if self._agenda.current:
@@ -249,6 +306,8 @@ class Uploads:
 
     def _ask_for(self, client: str, upload: Upload) -> None:
         upload.moved_at = self._clock()
+        if upload.in_work:
+            return
         missing = tuple(upload.assembler.missing()[:MAX_RANGES])
         self._post.send(client, Want(digest=upload.offer.update.digest, ranges=missing))
 
@@ -266,6 +325,7 @@ def accepted_record(row: ClientRow, digest: bytes, *, from_journal: bool = False
 
 
 def _finish(upload: Upload) -> bytes:
+    assert not isinstance(upload.assembler, RemotePieces), "a worker has it"
     try:
         return upload.assembler.finish()
     except OSError as error:

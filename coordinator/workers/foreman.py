@@ -131,6 +131,11 @@ class Foreman:
     def _tell(self, worker: int, command: say.Command) -> None:
         self._outbox.setdefault(worker, []).append(command)
 
+    @property
+    def count(self) -> int:
+        """How many workers there are."""
+        return len(self._lives)
+
     def close(self) -> None:
         """Ends the workers. Idempotent."""
         if self._crew:
@@ -210,13 +215,15 @@ class Foreman:
 
     # --- what workers say ----------------------------------------------------------------------------
 
-    def hear(self, said: say.Reports | say.Died) -> None:
-        """Handles what a worker says, or that it is gone.
+    def hear(self, said: object) -> None:
+        """Handles what a worker says, or that it is gone: `Reports` and `Died`.
 
         Raises:
             RunError: the workers cannot go on.
         """
-        if self._crew is None or said.life != self._lives.get(said.worker):
+        if self._crew is None or not isinstance(said, say.Reports | say.Died):
+            return
+        if said.life != self._lives.get(said.worker):
             return
         if isinstance(said, say.Died):
             self._on_died(self._crew, said)
@@ -263,6 +270,7 @@ class Foreman:
         upload = self._upload(spooled.client, spooled.digest)
         if upload is None or upload.in_work or self._round is None or self._round.closing:
             return
+        self._deaths = 0
         assert isinstance(upload.assembler, RemotePieces), "made for us"
         upload.assembler.note(spooled.start, spooled.stop)
         if upload.assembler.complete:
@@ -302,11 +310,12 @@ class Foreman:
         crew.start(worker, died.life + 1)
         if self._round is None:
             return
+        if not self._round.closing:
+            # First of all: it may be given updates at once.
+            self._tell(worker, self._round.command(worker))
         self._take_up(self._round, worker)
         if self._round.closing and worker not in self._round.shares:
             self._fold_here(self._round, worker)
-        elif not self._round.closing:
-            self._tell(worker, self._round.command(worker))
 
     def _take_up(self, at: _Round, worker: int) -> None:
         """What a dead worker has folded counts; of the rest, nobody knows what it held."""

@@ -159,10 +159,9 @@ class Worker:
     # --- updates -------------------------------------------------------------------------------------
 
     def _take(self, command: Take) -> None:
-        if self._collection is None:
-            return
         client, offer = command.client, offer_in(command.envelope)
         digest = offer.update.digest
+        assert self._collection, "a round was opened before"
         try:
             update = self._whole(command, offer.update)
             if update is None:

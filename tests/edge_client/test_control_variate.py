@@ -77,7 +77,7 @@ def test_personal_parameters_are_kept_and_laid_over(tmp_path):
     mine = personal(tmp_path)
     received = np.array([1, 2, 3, 4], np.float32)
     assert mine.overlay(received).tolist() == [1, 2, 3, 4]
-    mine.keep(np.array([9, 8, 7, 6], np.float32))
+    mine.keep(np.array([9, 8, 7, 6], np.float32), training=(b"run", 1))
     assert mine.overlay(received).tolist() == [1, 8, 3, 6]
     assert personal(tmp_path).overlay(received).tolist() == [1, 8, 3, 6]
     assert personal(tmp_path, bundle=b"y" * 32).overlay(received).tolist() == [1, 2, 3, 4]
