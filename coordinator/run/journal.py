@@ -91,17 +91,15 @@ class Journal:
         encoded = msgspec.msgpack.encode(meta)
         salt = b"" if isinstance(meta, RoundOpened) else self._salt
         header = HEADER.pack(MAGIC, VERSION, 0, len(encoded), len(payload), checksum(salt, encoded, payload))
-        length = len(header) + len(encoded) + len(payload)
+        record = memoryview(b"".join((header, encoded, payload)))
         try:
-            written = os.writev(self._file.fileno(), (header, encoded, payload))
-            if written < length:
-                record = memoryview(b"".join((header, encoded, payload)))
-                while written < length:
-                    written += self._file.write(record[written:])
+            written = 0
+            while written < len(record):
+                written += self._file.write(record[written:])
         except OSError as error:
             self._file.truncate(self._length)
             raise RunError(f"{self.path}: cannot write to the journal: {error}") from error
-        self._length += length
+        self._length += len(record)
 
     def commit(self) -> None:
         """Returns when all records are on the disk.

@@ -45,6 +45,9 @@ class ProcessCrew:
 
     def start(self, worker: int, life: int) -> None:
         """See `Crew`."""
+        if before := self._members.pop(worker, None):
+            before.listener.join()
+            before.process.close()
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         setting = WorkerSetting(self._config, self._run, worker, life)
@@ -66,9 +69,11 @@ class ProcessCrew:
         for worker in self._members:
             self.send(worker, [Stop()])
         for member in self._members.values():
-            member.process.join(_STOP_SECONDS)
+            # It waits for the process, too.
+            member.listener.join(_STOP_SECONDS)
             member.process.kill()
             member.listener.join()
+            member.process.close()
         self._members.clear()
 
     @property
@@ -86,7 +91,6 @@ class ProcessCrew:
                 process.kill()
                 process.join()
         self._deliver(Died(worker, life, f"exit status {process.exitcode}"))
-        process.close()
 
 
 def _main(setting: WorkerSetting, pipe: Connection) -> None:
