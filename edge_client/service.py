@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from edgetrain.protocol.blob_readers import BlobReader
@@ -103,6 +104,10 @@ class LivingTransport:
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, transient: bool = False) -> None:
         """See `Transport`."""
         self._inner.publish(topic, payload, retain=retain, transient=transient)
+
+    def together(self) -> AbstractContextManager[None]:
+        """See `Transport`."""
+        return self._inner.together()
 
     def send_blob(
         self,

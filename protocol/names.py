@@ -14,6 +14,7 @@ So two broker rules suffice: a client writes `from/<own name>/#`, and reads `to/
 
 from __future__ import annotations
 
+import functools
 import re
 
 import msgspec
@@ -78,8 +79,14 @@ class Topics(msgspec.Struct, frozen=True):
 
     def sender(self, topic: str) -> tuple[str, str] | None:
         """(client, kind) of a topic that a client wrote to, else None."""
-        prefix = f"edgetrain/{self.federation}/from/"
-        if not topic.startswith(prefix):
-            return None
-        client, _, kind = topic[len(prefix) :].partition("/")
-        return (client, kind) if _NAME.fullmatch(client) else None
+        return _sender(self.federation, topic)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _sender(federation: str, topic: str) -> tuple[str, str] | None:
+    """The same topics come again and again."""
+    prefix = f"edgetrain/{federation}/from/"
+    if not topic.startswith(prefix):
+        return None
+    client, _, kind = topic[len(prefix) :].partition("/")
+    return (client, kind) if _NAME.fullmatch(client) else None

@@ -9,6 +9,8 @@ after division by the total weight that is far below float32's resolution of any
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -89,9 +91,9 @@ class FixedPointSum:
         factor = float(weight) * scale * 2.0**FRACTION_BITS
         values = update.values
         # Rounding is monotonic: the largest product is that of the largest value. A NaN stays one.
-        bounds = np.array([np.max(values, initial=0), np.min(values, initial=0)], np.float64)
-        largest = float(np.max(np.abs(bounds * factor)))
-        if not np.isfinite(largest) or self._bound + int(largest) + 1 > self._limit:
+        high, low = (float(values.max()), float(values.min())) if len(values) else (0.0, 0.0)
+        largest = max(high * factor, low * factor, -high * factor, -low * factor)
+        if not math.isfinite(largest) or math.isnan(high) or self._bound + int(largest) + 1 > self._limit:
             raise UpdateRefused("the update's values are too large to be summed exactly")
         return factor, int(largest)
 

@@ -199,7 +199,7 @@ class Uploads:
         current.state.advance(client, Part.ACCEPTED)
         self._verdicts.append((client, _accepted(offer, self.come_back(client))))
         self._audit.append(accepted_record(current.collection.rows[-1], offer.update.digest))
-        accepted = current.state.count(Part.ACCEPTED)
+        accepted = len(current.collection.digests)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
 
     # --- updates that arrive at workers --------------------------------------------------------------
@@ -283,8 +283,7 @@ class Uploads:
             return
         if self._agenda.current:
             self._agenda.current.collection.commit()
-        for client, verdict in self._verdicts:
-            self._post.send(client, verdict)
+        self._post.send_all(self._verdicts)
         self._verdicts.clear()
 
     def ask_for_stalled(self) -> None:

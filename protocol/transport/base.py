@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -81,6 +82,10 @@ class Transport(Protocol):
             retain: the broker gives it to whoever subscribes later.
             transient: pointless after a reconnect, since the caller then says it anew: it is not sent again.
         """
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """In its body, messages that are published may wait for each other. For the thread that receives."""
         ...
 
     def send_blob(

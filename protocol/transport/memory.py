@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from edgetrain.protocol.blob_readers import BlobReader
@@ -117,6 +119,10 @@ class MemoryTransport:
         """See `Transport`."""
         self.bytes_sent += len(payload)
         self._broker.publish(topic, payload, retain=retain)
+
+    def together(self) -> AbstractContextManager[None]:
+        """See `Transport`. Nothing waits here."""
+        return contextlib.nullcontext()
 
     def send_blob(
         self,

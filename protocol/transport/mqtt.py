@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from random import Random, SystemRandom
 from typing import Annotated, Literal
 
@@ -25,7 +25,7 @@ from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, HEADER_BYTES, MIN_CHUN
 from edgetrain.protocol.errors import TransportError
 from edgetrain.protocol.transport.address import parse_broker
 from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Received
-from edgetrain.protocol.transport.connection import PACKET_OVERHEAD_BYTES, Connection, make_client
+from edgetrain.protocol.transport.connection import PACKET_OVERHEAD_BYTES, RECEIVE_MAXIMUM, Connection, make_client
 from edgetrain.protocol.transport.outgoing import Control, Outgoing, Piece
 from edgetrain.protocol.transport.pacing import Backoff
 from edgetrain.protocol.transport.packets import Publish
@@ -40,6 +40,8 @@ CONNACK_SECONDS = 5.0
 # How long a close waits for the broker to take what is queued.
 FLUSH_SECONDS = 5.0
 _GOODBYE_SECONDS = 1.0
+# A part of the messages that the broker sends ahead of their acknowledgements, so that it need not wait for them.
+_ACKNOWLEDGED_AT_ONCE = RECEIVE_MAXIMUM // 4
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,6 +132,8 @@ class MqttTransport:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._woken = False
+        # Messages are published that can go by one call into the network.
+        self._together = False
         self._wake_write.setblocking(False)
         self._events.put((Connected(), None))
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
@@ -172,7 +176,18 @@ class MqttTransport:
                 return
             self.bytes_sent += len(payload)
             self._outgoing.put(Control(topic, payload, retain, transient))
-        self._wake()
+        if not self._together:
+            self._wake()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """See `Transport`."""
+        self._together = True
+        try:
+            yield
+        finally:
+            self._together = False
+            self._wake()
 
     def send_blob(
         self,
@@ -202,7 +217,9 @@ class MqttTransport:
         if acknowledgement is not None:
             # The broker sends no more than a few messages ahead of this: what waits here is bounded.
             self._acknowledgements.append(acknowledgement)
-            self._wake()
+            # Some at a time, while there is more to do here; the last of them at once.
+            if len(self._acknowledgements) >= _ACKNOWLEDGED_AT_ONCE or self._events.empty():
+                self._wake()
         return event
 
     def deliver(self, event: Event) -> None:
