@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Sequence
@@ -88,6 +89,8 @@ class RayCrew:
         self._deliver = deliver
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
+            # A federation tells nobody else that it exists.
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             try:
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             except Exception as error:
