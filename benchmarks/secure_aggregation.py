@@ -140,7 +140,9 @@ def scale(size: int, dropout: float, *, colluding: float, lying: bool, kind: str
     """A whole session, its clients in another process."""
     settings = settings_for(size // 2, colluding=colluding, lying=lying, kind=kind)
     encoded = encode(settings)
-    session = session_digest(federation="f", run=bytes(16), round_number=1, nonce=os.urandom(16), settings=encoded)
+    session = session_digest(
+        federation="f", run=bytes(16), round_number=1, nonce=os.urandom(16), work=bytes(32), settings=encoded
+    )
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     process = context.Process(target=clients_process, args=(other, size, settings, session))
@@ -207,7 +209,9 @@ def client_cost(size: int, neighbours: int) -> Row:
     """What client 0 does, with as many neighbours."""
     settings = settings_for(2, colluding=0.0, lying=True)
     encoded = encode(settings)
-    session = session_digest(federation="f", run=bytes(16), round_number=1, nonce=bytes(16), settings=encoded)
+    session = session_digest(
+        federation="f", run=bytes(16), round_number=1, nonce=bytes(16), work=bytes(32), settings=encoded
+    )
     server = servers.Server(session=session, settings=encoded)
     watch, own, keys = Stopwatch(), {}, [key_of(client) for client in range(size)]
     up = 0

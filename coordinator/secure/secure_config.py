@@ -42,3 +42,9 @@ class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_
     # `max_norm`; 0 for none. Needs a budget in [privacy].
     noise_multiplier: Annotated[float, Meta(ge=0)] = 0.0
     noise: Literal["discrete-gaussian", "skellam"] = "discrete-gaussian"
+    # What chance does for the budget, as with dp-fedavg. poisson: each of the population takes part with probability
+    # rounds.goal / population. fixed: a random subset of that size. It protects from those who do not know who was
+    # drawn; the coordinator does, and so do the clients of the same round.
+    sampling: Literal["none", "poisson", "fixed"] = "none"
+    # Clients that could be drawn, for poisson and fixed.
+    population: Annotated[int, Meta(ge=0)] = 0

@@ -107,7 +107,8 @@ class Connection:
             return str(error) or type(error).__name__
         if self._answer == "" and self._ended is None:
             return None
-        failure = self._answer or ("the broker closed the connection" if self._ended is not None else None)
+        closed = "the broker closed the connection" if self._ended is not None else ""
+        failure = self._answer or self.client.alert or closed
         self.client.disconnect()
         self.client.release()
         return failure or "it does not answer as an MQTT broker"
@@ -146,7 +147,7 @@ class Connection:
         if result == MQTTErrorCode.MQTT_ERR_SUCCESS:
             result = client.loop_misc()
         if result != MQTTErrorCode.MQTT_ERR_SUCCESS or client.socket() is None:
-            self._ended = self._ended or paho.error_string(result)
+            self._ended = client.alert or self._ended or paho.error_string(result)
         return self._ended
 
     def publish(self, what: Control | Piece) -> int:

@@ -33,6 +33,8 @@ class PahoClient(paho.Client):
     """paho's client, that closes what it opens. Driven by one thread: `read`, `handle`, `loop_write`, `loop_misc`."""
 
     raw: socket.socket | None = None
+    # What TLS said when it gave up: an alert of the broker's, e.g. that our certificate was revoked.
+    alert = ""
 
     def prepare(self, *, on_publish: Callable[[Publish], None], on_puback: Callable[[int, int], None]) -> None:
         """Says who hears of messages, and of acknowledgements as (packet id, reason code)."""
@@ -120,6 +122,13 @@ class PahoClient(paho.Client):
         wrapped.settimeout(self._connect_timeout)
         wrapped.do_handshake()
         return wrapped
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        try:
+            return super()._sock_recv(bufsize)
+        except ssl.SSLError as error:
+            self.alert = str(error)
+            raise
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
         sent = super()._sock_send(buf)

@@ -1,8 +1,9 @@
-"""`edgetrain privacy plan`."""
+"""`edgetrain privacy plan` and `show`."""
 
 from __future__ import annotations
 
 import json
+import math
 
 import dp_accounting
 import pytest
@@ -10,6 +11,8 @@ from click.testing import CliRunner
 from dp_accounting.rdp import RdpAccountant
 
 from edgetrain.cli.privacy import command
+from edgetrain.protocol.privacy import PrivacyError, Release
+from edgetrain.protocol.privacy.ledger import Budget, Ledger
 
 CLIENTS = ["plan", "--epsilon", "4", "--delta", "1e-6", "--rounds", "200", "--clients-per-round", "100",
            "--population", "10000"]  # fmt: skip
@@ -73,3 +76,52 @@ def test_what_is_missing_is_named(arguments, message):
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+# --- show --------------------------------------------------------------------------------------------
+
+ROUND = Release(mechanism="gaussian", noise_multiplier=2.0, sampling="poisson", sampling_rate=0.1)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    path = tmp_path / "privacy-f.json"
+    made = Ledger(path, owner="federation f", budget=Budget(epsilon=8.0, delta=1e-6))
+    made.charge(ROUND, ["a", "b"])
+    made.charge(ROUND, ["b"])
+    made.close()
+    return path
+
+
+def show(*arguments):
+    result = CliRunner().invoke(command, ["show", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_what_was_spent_and_by_whom(ledger):
+    found = json.loads(show(ledger, "--format", "json"))
+    gaussian = dp_accounting.GaussianDpEvent(2.0)
+    sampled = RdpAccountant().compose(dp_accounting.PoissonSampledDpEvent(0.1, gaussian), 2)
+    assert found["epsilon"] == pytest.approx(sampled.get_epsilon(1e-6), rel=0.01)
+    assert (found["budget"], found["releases"][0]["sums"]) == (8.0, 2)
+    for row, name, sums in zip(found["clients"], "ab", (1, 2), strict=True):
+        known = RdpAccountant().compose(gaussian, sums).get_epsilon(1e-6)
+        assert (row["client"], row["sums"]) == (name, sums)
+        assert row["epsilon"] == pytest.approx(known, rel=0.01)
+    text = show(ledger)
+    assert "2 sums with gaussian noise, multiplier 2, poisson sampling, rate 0.1" in text
+    assert f"{'b':<32} {2:>6}" in text
+    assert "a  " not in show(ledger, "--client", "b")
+    assert "nothing about c" in show(ledger, "--client", "c")
+
+
+def test_of_a_device_and_what_is_damaged(tmp_path, ledger):
+    Ledger(tmp_path / "privacy.json", owner="client a", budget=Budget(epsilon=math.inf, delta=1e-5)).close()
+    assert show(tmp_path) == "client a: epsilon 0 no limit at delta 1e-05\n"
+    ledger.write_bytes(ledger.read_bytes().replace(b'"steps": 2', b'"steps": 1'))
+    result = CliRunner().invoke(command, ["show", str(ledger)])
+    assert isinstance(result.exception, PrivacyError)
+    assert "is damaged (its checksum is another)" in str(result.exception)
+    result = CliRunner().invoke(command, ["show", str(tmp_path / "none")])
+    assert "cannot read the privacy ledger" in str(result.exception)

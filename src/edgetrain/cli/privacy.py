@@ -1,4 +1,4 @@
-"""`edgetrain privacy plan`: how much noise a budget needs."""
+"""`edgetrain privacy`: how much noise a budget needs (`plan`), and what is spent of it (`show`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, cast
 import click
 import msgspec
 
+from edgetrain.cli.privacy_show import show
+
 if TYPE_CHECKING:
     from edgetrain.protocol.privacy.calibrate import Forecast
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 @click.group("privacy")
 def command() -> None:
     """Work with privacy budgets."""
+
+
+command.add_command(show)
 
 
 @command.command("plan")
