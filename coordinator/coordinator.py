@@ -147,6 +147,7 @@ class Coordinator:
                 self._budget.close()
             if self._uploads.foreman:
                 self._uploads.foreman.close()
+            self._opening.close()
         self._pump.announce("ended", reason)
         return self._summarize("completed", reason)
 
@@ -268,6 +269,9 @@ class Coordinator:
         epsilon = self._pay(current)
         parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
+        if state.number < self._config.rounds.total:
+            # While this round is evaluated and written.
+            self._opening.prepare(state.number + 1, parameters)
         due = state.number % self._config.evaluation.every == 0
         evaluation = (
             self._evaluate_after(state.number, parameters) if due or state.number >= self._config.rounds.total else None
@@ -300,7 +304,7 @@ class Coordinator:
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._agenda.current = None
-        self._uploads.forget()
+        self._uploads.forget(current, asynchronous=self._strategy.asynchronous)
         self._chronicle.publish()
         self._observe(events.RoundEnded(record))
 

@@ -73,6 +73,12 @@ class OpenRound:
         """Whether an update made for round `number` counts here."""
         return (number, nonce) == (self.state.number, self.state.nonce) or self.earlier.get(number) == nonce
 
+    def drop_upload(self, client: str) -> None:
+        """Forgets an upload that will not be finished, if there is one."""
+        upload = self.uploads.pop(client, None)
+        if upload:
+            upload.assembler.discard()
+
     def take_over(self, last: OpenRound) -> None:
         """Goes on with whoever still works for the round before."""
         self.earlier = {**last.earlier, last.state.number: last.state.nonce}

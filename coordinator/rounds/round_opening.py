@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -23,6 +24,36 @@ from edgetrain.protocol.codecs import Limits
 from edgetrain.protocol.messages import Patch
 
 Vector = npt.NDArray[np.float32]
+
+
+class Ahead(threading.Thread):
+    """What a round's clients get, made in a thread of its own."""
+
+    def __init__(self, number: int, parameters: Vector, make: Callable[[], Release]) -> None:
+        super().__init__(name="round-ahead", daemon=True)
+        self.number = number
+        self.parameters = parameters
+        self._make = make
+        self._release: Release | None = None
+        self._failure: Exception | None = None
+
+    def run(self) -> None:
+        """See `threading.Thread`."""
+        try:
+            self._release = self._make()
+        except Exception as error:  # noqa: BLE001 - `result` raises it
+            self._failure = error
+
+    def result(self) -> Release:
+        """When it has ended.
+
+        Raises:
+            RunError: the run directory cannot be written.
+        """
+        if self._failure:
+            raise self._failure
+        assert self._release, "joined"
+        return self._release
 
 
 class RoundOpening:
@@ -53,6 +84,7 @@ class RoundOpening:
         workers: int = 0,
     ) -> None:
         self._workers = workers
+        self._prepared: Ahead | None = None
         self._config = config
         self._strategy = strategy
         self._directory = directory
@@ -61,6 +93,21 @@ class RoundOpening:
         self._roster = roster
         self._max_update_bytes = max_update_bytes
         self._clock = clock
+
+    def prepare(self, number: int, parameters: Vector) -> None:
+        """Begins to make what the clients of a round will get, beside what else is to be done before it.
+
+        Args:
+            number: of the round.
+            parameters: to train, float32 [num_parameters]; they must not change.
+        """
+        self._prepared = Ahead(number, parameters, lambda: self._released(number, parameters))
+        self._prepared.start()
+
+    def close(self) -> None:
+        """Waits for what was begun."""
+        if self._prepared:
+            self._prepared.join()
 
     def open(self, number: int, parameters: Vector, server_state: ServerState) -> OpenRound:
         """Opens a round.
@@ -124,9 +171,17 @@ class RoundOpening:
 
     def _release(self, number: int, parameters: Vector) -> Release:
         """The parameters of the round as clients see them; on disk before any update can name them."""
+        prepared, self._prepared = self._prepared, None
+        if prepared:
+            prepared.join()
+            if prepared.number == number and prepared.parameters is parameters:
+                return prepared.result()
         opened = self._directory.opened_round(number)
         if opened and self._downlink.holds(opened.parameters):
             return self._downlink.current()
+        return self._released(number, parameters)
+
+    def _released(self, number: int, parameters: Vector) -> Release:
         release = self._downlink.release(parameters, seed=self._config.seed + number)
         if self._downlink.compresses:
             self._directory.save_public(number, release.public)

@@ -77,6 +77,8 @@ class Uploads:
         self._clock = clock
         # Verdicts that wait for the journal to be synced.
         self._verdicts: list[tuple[str, Verdict]] = []
+        # Whether what an earlier process has left is gone.
+        self._tidied = False
         # Leads the workers, where they take the updates.
         self.foreman: Foreman | None = None
         # When a client whose update was accepted should come back, see `pace`.
@@ -101,7 +103,7 @@ class Uploads:
         elif objection := self._objection(client, offer, current):
             if objection[0] != "not_invited":
                 current.state.advance(client, Part.REFUSED)
-            current.uploads.pop(client, None)
+            current.drop_upload(client)
             self._reject(client, offer, *objection)
         else:
             known = current.uploads.get(client)
@@ -294,11 +296,22 @@ class Uploads:
                 upload.stalls = min(upload.stalls + 1, 10)
                 self._ask_for(client, upload)
 
-    def forget(self) -> None:
-        """Deletes what nobody will send the rest of."""
-        uploads = self._agenda.current.uploads if self._agenda.current else {}
+    def forget(self, closed: OpenRound, *, asynchronous: bool) -> None:
+        """Deletes what nobody will send the rest of, when a round has closed.
+
+        Args:
+            closed: the round.
+            asynchronous: whether its clients go on, and their uploads with them.
+        """
+        if not asynchronous:
+            for client in list(closed.uploads):
+                closed.drop_upload(client)
+        if self._tidied:
+            return
+        # Once: what an earlier process has left, and nobody offered again.
+        self._tidied = True
         for directory in self._uploads.glob("*"):
-            upload = uploads.get(directory.name)
+            upload = closed.uploads.get(directory.name)
             forget_partial_blobs(directory, keep=[upload.offer.update.digest] if upload else [])
             with contextlib.suppress(OSError):
                 directory.rmdir()
