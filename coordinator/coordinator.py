@@ -269,6 +269,7 @@ class Coordinator:
         epsilon = self._pay(current)
         parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
+        self._directory.begin_parameters(state.number, parameters)
         if state.number < self._config.rounds.total:
             # While this round is evaluated and written.
             self._opening.prepare(state.number + 1, parameters)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
+from edgetrain.coordinator.beside import Beside
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients.clients import Roster
 from edgetrain.coordinator.config import FederationConfig
@@ -24,36 +24,6 @@ from edgetrain.protocol.codecs import Limits
 from edgetrain.protocol.messages import Patch
 
 Vector = npt.NDArray[np.float32]
-
-
-class Ahead(threading.Thread):
-    """What a round's clients get, made in a thread of its own."""
-
-    def __init__(self, number: int, parameters: Vector, make: Callable[[], Release]) -> None:
-        super().__init__(name="round-ahead", daemon=True)
-        self.number = number
-        self.parameters = parameters
-        self._make = make
-        self._release: Release | None = None
-        self._failure: Exception | None = None
-
-    def run(self) -> None:
-        """See `threading.Thread`."""
-        try:
-            self._release = self._make()
-        except Exception as error:  # noqa: BLE001 - `result` raises it
-            self._failure = error
-
-    def result(self) -> Release:
-        """When it has ended.
-
-        Raises:
-            RunError: the run directory cannot be written.
-        """
-        if self._failure:
-            raise self._failure
-        assert self._release, "joined"
-        return self._release
 
 
 class RoundOpening:
@@ -84,7 +54,8 @@ class RoundOpening:
         workers: int = 0,
     ) -> None:
         self._workers = workers
-        self._prepared: Ahead | None = None
+        # Of a round that is not open yet: its number, its parameters, what its clients get.
+        self._prepared: tuple[int, Vector, Beside[Release]] | None = None
         self._config = config
         self._strategy = strategy
         self._directory = directory
@@ -101,13 +72,12 @@ class RoundOpening:
             number: of the round.
             parameters: to train, float32 [num_parameters]; they must not change.
         """
-        self._prepared = Ahead(number, parameters, lambda: self._released(number, parameters))
-        self._prepared.start()
+        self._prepared = (number, parameters, Beside(lambda: self._released(number, parameters)))
 
     def close(self) -> None:
         """Waits for what was begun."""
         if self._prepared:
-            self._prepared.join()
+            self._prepared[2].join()
 
     def open(self, number: int, parameters: Vector, server_state: ServerState) -> OpenRound:
         """Opens a round.
@@ -173,9 +143,9 @@ class RoundOpening:
         """The parameters of the round as clients see them; on disk before any update can name them."""
         prepared, self._prepared = self._prepared, None
         if prepared:
-            prepared.join()
-            if prepared.number == number and prepared.parameters is parameters:
-                return prepared.result()
+            release = prepared[2].result()
+            if prepared[0] == number and prepared[1] is parameters:
+                return release
         opened = self._directory.opened_round(number)
         if opened and self._downlink.holds(opened.parameters):
             return self._downlink.current()
