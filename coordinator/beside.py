@@ -19,7 +19,7 @@ class Beside(Generic[T]):
     def __init__(self, call: Callable[[], T]) -> None:
         self._call = call
         self._result: T | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="beside", daemon=True)
         self._thread.start()
 
@@ -37,5 +37,5 @@ class Beside(Generic[T]):
     def _run(self) -> None:
         try:
             self._result = self._call()
-        except Exception as error:  # noqa: BLE001 - `result` raises it
+        except BaseException as error:  # noqa: BLE001 - `result` raises it
             self._failure = error

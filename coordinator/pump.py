@@ -102,6 +102,8 @@ class Pump:
                 handled += 1
                 # What is taken out of the queue is handled: nothing more is taken after the last.
                 event = self._transport.receive(0) if handled < BATCH_EVENTS else None
+            # Two files are synced at the same time.
+            self._uploads.begin_sync()
             self._clients.save_new()
             self._chronicle.commit()
             self._uploads.send_verdicts()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.audit import AuditLog, records
+from edgetrain.coordinator.beside import Beside
 from edgetrain.coordinator.clients.clients import ClientRecord, Roster
 from edgetrain.coordinator.clients.refusals import Kind, Refusals
 from edgetrain.coordinator.errors import RunError, UpdateRefused
@@ -77,6 +78,7 @@ class Uploads:
         self._clock = clock
         # Verdicts that wait for the journal to be synced.
         self._verdicts: list[tuple[str, Verdict]] = []
+        self._syncing: Beside[None] | None = None
         # Whether what an earlier process has left is gone.
         self._tidied = False
         # Leads the workers, where they take the updates.
@@ -273,18 +275,24 @@ class Uploads:
         verdict = Verdict(round=offer.round, digest=offer.update.digest, accepted=False, reason=reason[:1000])
         self._post.send(client, verdict)
 
+    def begin_sync(self) -> None:
+        """Begins to sync the journal, if somebody waits for that: `send_verdicts` waits for its end."""
+        if self._verdicts and self._agenda.current:
+            self._syncing = Beside(self._agenda.current.collection.commit)
+
     def send_verdicts(self) -> None:
-        """Syncs the journal once, then tells all whose updates that covers.
+        """When the journal is synced, tells all whose updates that covers.
 
         Raises:
             RunError: the disk did not take the journal; then nobody is told anything.
         """
         if self.foreman:
             self.foreman.flush()
+        if self._syncing:
+            syncing, self._syncing = self._syncing, None
+            syncing.result()
         if not self._verdicts:
             return
-        if self._agenda.current:
-            self._agenda.current.collection.commit()
         self._post.send_all(self._verdicts)
         self._verdicts.clear()
 
