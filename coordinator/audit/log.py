@@ -157,8 +157,10 @@ class AuditLog:
     def _write_head(self, head: Head) -> None:
         """In place: what is shorter than a disk's sector is the old or the new. The log is synced, so old is fine."""
         data = encode_head(self._key, self._run, head)
-        fresh = not self._head_path.exists()
-        descriptor = os.open(self._head_path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            descriptor, fresh = os.open(self._head_path, os.O_WRONLY), False
+        except FileNotFoundError:
+            descriptor, fresh = os.open(self._head_path, os.O_WRONLY | os.O_CREAT, 0o644), True
         try:
             os.pwrite(descriptor, data, 0)
             if fresh:
