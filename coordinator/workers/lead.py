@@ -35,13 +35,8 @@ def lead_workers(
     """
     if not config.workers:
         return None
+    check_workers(config, strategy)
     kind, count = parse_workers(config.workers)
-    if config.secure_aggregation.enabled:
-        raise ConfigError("workers: with secure aggregation there is one sum, which the coordinator makes; use none")
-    if strategy.asynchronous:
-        raise ConfigError(f"workers: {described(strategy)!r} is asynchronous, which is not done with workers; use none")
-    if not isinstance(strategy.init(1, {}), Mergeable):
-        raise ConfigError(f"workers: {described(strategy)!r} needs all updates at one place; use no workers")
     return Foreman(
         lambda: make_crew(kind, config, directory.run, lambda said: transport.deliver(Noticed(said))),
         count,
@@ -49,3 +44,20 @@ def lead_workers(
         journal=directory.journal_path,
         max_update_bytes=max_update_bytes,
     )
+
+
+def check_workers(config: FederationConfig, strategy: Strategy) -> None:
+    """Returns if there are no workers, or they can do what the settings ask for.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if not config.workers:
+        return
+    parse_workers(config.workers)
+    if config.secure_aggregation.enabled:
+        raise ConfigError("workers: with secure aggregation there is one sum, which the coordinator makes; use none")
+    if strategy.asynchronous:
+        raise ConfigError(f"workers: {described(strategy)!r} is asynchronous, which is not done with workers; use none")
+    if not isinstance(strategy.init(1, {}), Mergeable):
+        raise ConfigError(f"workers: {described(strategy)!r} needs all updates at one place; use no workers")
