@@ -30,6 +30,9 @@ class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_
     value_range: Annotated[float, Meta(gt=0)] = 0.05
     # Fit the range to the values: how many lie in which octave is summed under the mask, too.
     adapt_range: bool = True
+    # Most bits of a summed value, without noise: where many clients would take more, each writes coarser integers
+    # instead (the mean of many is as fine again). 0: as the codec says, whatever it takes.
+    max_bits: Annotated[int, Meta(ge=0, le=64)] = 14
     # Share of the values that may lie beyond it.
     clipped: Annotated[float, Meta(ge=0, lt=1)] = 0.001
     # The parameters that a round sums: random ones, or the largest of the last sum and for the rest random ones.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import replace
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.codecs.selection import count_of
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.privacy.release import Release
-from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer, Total, next_range
+from edgetrain.protocol.secure_aggregation.arithmetic import LARGEST, Quantizer, Total, finest, next_range
 from edgetrain.protocol.secure_aggregation.graph import is_secure
 from edgetrain.protocol.secure_aggregation.messages import Settings
 from edgetrain.protocol.secure_aggregation.noise import noise_bound, noise_of
@@ -91,6 +92,11 @@ def _objection(config: FederationConfig, strategy: Strategy) -> str | None:
         return (
             f"as many as {secure.max_colluding:.0%} of {_most_invited(config)} clients may collude and leave out their "
             f"noise, and {config.rounds.least} are enough for a sum: raise rounds.minimum"
+        )
+    if secure.max_bits and not finest(_kind(config), clients=_most_invited(config), bits=secure.max_bits):
+        return (
+            f"secure_aggregation.max_bits = {secure.max_bits} are too few for the sum of {_most_invited(config)} "
+            "clients: raise it, or set it to 0"
         )
     if secure.neighbours % 2:
         return f"secure_aggregation.neighbours = {secure.neighbours}: half of them stand on either side, so it is even"
@@ -169,10 +175,11 @@ def round_settings(
         positions=hashlib.sha256(positions).digest() if positions else b"",
         positions_bytes=len(positions),
         quantizer=Quantizer(
-            kind="int4" if codec.quantize == "int4" else "int8",
+            kind=_kind(config),
             range=float(known[0]) if known is not None and secure.adapt_range else secure.value_range,
             max_weight=max(1, largest_weight) if secure.weighting == "examples" else 0,
             octaves=secure.adapt_range,
+            largest=_coarser(config),
         ),
         colluding=secure.max_colluding,
         lying=secure.server_may_lie,
@@ -186,6 +193,19 @@ def round_settings(
         return settings
     quantizer = msgspec.structs.replace(settings.quantizer, noise_bound=noise_bound(noise))
     return msgspec.structs.replace(settings, quantizer=quantizer)
+
+
+def _coarser(config: FederationConfig) -> int:
+    """The largest integer of a value where `max_bits` asks for less than the codec has, else 0."""
+    secure, kind = config.secure_aggregation, _kind(config)
+    if not secure.max_bits or secure.noise_multiplier:
+        return 0
+    largest = finest(kind, clients=_most_invited(config), bits=secure.max_bits)
+    return largest if largest < LARGEST[kind] else 0
+
+
+def _kind(config: FederationConfig) -> Literal["int8", "int4"]:
+    return "int4" if CodecSpec.parse(config.codec).quantize == "int4" else "int8"
 
 
 def _fewest_honest(config: FederationConfig) -> int:

@@ -36,7 +36,7 @@ class LedgerFile(msgspec.Struct, frozen=True, kw_only=True):
     # Alike releases are one, with all their steps.
     releases: tuple[Release, ...] = ()
     # By name, how many steps of each release somebody was in, in their order; what is missing at the end is 0.
-    participants: dict[str, tuple[Annotated[int, Meta(ge=0)], ...]] = {}
+    participants: dict[str, tuple[Annotated[int, Meta(ge=0, le=2**53)], ...]] = {}
     # SHA-256 of the rest.
     checksum: str = ""
 

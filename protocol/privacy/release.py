@@ -33,7 +33,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     # Independent shares that the noise is the sum of, of equal variance.
     shares: Annotated[int, Meta(ge=1)] = 1
     # How many such sums.
-    steps: Annotated[int, Meta(ge=1)] = 1
+    steps: Annotated[int, Meta(ge=1, le=2**53)] = 1
 
     @property
     def relation(self) -> Literal["add-or-remove", "replace"]:

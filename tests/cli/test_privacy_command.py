@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from dp_accounting.rdp import RdpAccountant
 
 from edgetrain.cli.privacy import command
-from edgetrain.protocol.privacy import PrivacyError, Release
+from edgetrain.protocol.privacy import PrivacyError, Release, spent
 from edgetrain.protocol.privacy.ledger import Budget, Ledger
 
 CLIENTS = ["plan", "--epsilon", "4", "--delta", "1e-6", "--rounds", "200", "--clients-per-round", "100",
@@ -46,6 +46,17 @@ def test_without_chance_it_takes_more_noise():
     assert plan(*CLIENTS, "--sampling", "none")["noise_multiplier"] > 10 * plan(*CLIENTS)["noise_multiplier"]
 
 
+def test_noise_that_clients_add_takes_a_little_more_where_chance_helps():
+    """The theorem for any mechanism on a Poisson sample is weaker than that for the Gaussian; without chance they are
+    alike."""
+    found = plan(*CLIENTS, "--noise", "discrete-gaussian")
+    release = Release(noise_multiplier=found["noise_multiplier"], sampling="poisson", sampling_rate=0.01, steps=200)
+    assert spent([release], 1e-6).epsilon == pytest.approx(4.0, rel=1e-3)
+    assert 1 < found["noise_multiplier"] / plan(*CLIENTS)["noise_multiplier"] < 1.1
+    without = [plan(*CLIENTS, "--sampling", "none", "--noise", noise) for noise in ("gaussian", "discrete-gaussian")]
+    assert without[0]["noise_multiplier"] == without[1]["noise_multiplier"]
+
+
 def test_sample_level():
     found = plan("plan", "--level", "sample", "--epsilon", "2", "--delta", "1e-5", "--rounds", "10", "--examples",
                  "1000", "--batch-size", "32", "--epochs", "2")  # fmt: skip
@@ -70,6 +81,26 @@ def test_for_people_it_is_a_table():
         (CLIENTS[:-2], "--population is needed"),
         ([*CLIENTS, "--population", "10"], "more than --population 10"),
         ([*CLIENTS, "--level", "sample"], "--batch-size is needed"),
+        (
+            [
+                "plan",
+                "--level",
+                "sample",
+                "--epsilon",
+                "2",
+                "--delta",
+                "1e-5",
+                "--rounds",
+                "1",
+                "--examples",
+                "100",
+                "--batch-size",
+                "10",
+                "--noise",
+                "discrete-gaussian",
+            ],
+            "a device adds the noise alone",
+        ),
     ],
 )
 def test_what_is_missing_is_named(arguments, message):

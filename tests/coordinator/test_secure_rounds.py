@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import threading
 from collections import Counter
 
@@ -21,6 +22,7 @@ from edgetrain.coordinator.privacy.config import PrivacyConfig
 from edgetrain.coordinator.rounds.invitations import checked_strategy
 from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
 from edgetrain.coordinator.secure.secure_round import SecureRound
+from edgetrain.coordinator.secure.secure_settings import round_settings
 from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.bundle import Bundle
@@ -30,7 +32,7 @@ from edgetrain.protocol.messages import BlobRef, Plan
 from edgetrain.protocol.privacy import spent
 from edgetrain.protocol.privacy.ledger_file import read_ledger, releases_with
 from edgetrain.protocol.secure_aggregation import member as members
-from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer
+from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer, make_layout
 from edgetrain.protocol.secure_aggregation.messages import Settings, encode
 from edgetrain.protocol.secure_aggregation.support import support_of
 from support.secure_federation import CODEC, Crash, SecureFederation
@@ -445,12 +447,33 @@ def settings_for(**changes):
         ({"secure_aggregation": SecureAggregationConfig(enabled=True, **PRIVATE, sampling="poisson", population=8)},
          r"fewer than 3 of 8 clients may be drawn \(probability 0.14\)"),
         ({"rounds": RoundsConfig(goal=1000, minimum=500),
+          "secure_aggregation": SecureAggregationConfig(enabled=True, max_bits=10)}, "too few for the sum of 1000"),
+        ({"rounds": RoundsConfig(goal=1000, minimum=500),
           "secure_aggregation": SecureAggregationConfig(enabled=True, neighbours=10)}, "too few against 10%"),
     ],
 )  # fmt: skip
 def test_stacks_that_make_no_sense(changes, why):
     with pytest.raises(ConfigError, match=why):
         checked_strategy(settings_for(**changes))
+
+
+@pytest.mark.parametrize(
+    ("goal", "over", "codec", "max_bits", "largest", "bits"),
+    [
+        # floor((2^14 - 1) / (2 n)), by hand, and what 2 n L + 1 sums then take.
+        (64, 1.0, "int8", 14, 127, 14), (100, 1.0, "int8", 14, 81, 14), (1000, 1.0, "int8", 14, 8, 14),
+        (1000, 1.3, "int8", 14, 6, 14), (1000, 1.0, "int4", 14, 7, 14), (1000, 1.0, "int8", 0, 127, 18),
+    ],
+)  # fmt: skip
+def test_many_clients_write_coarser_integers(goal, over, codec, max_bits, largest, bits):
+    config = settings_for(
+        codec=f"randk:0.05|{codec}:block=all:stochastic|packed", rounds=RoundsConfig(goal=goal, over_selection=over),
+        secure_aggregation=SecureAggregationConfig(enabled=True, max_bits=max_bits),
+    )  # fmt: skip
+    checked_strategy(config)
+    quantizer = round_settings(config, number=1, num_parameters=1000, state={}, largest_weight=1).quantizer
+    assert quantizer.levels == largest
+    assert make_layout(quantizer, count=50, clients=math.ceil(goal * over)).bits == bits
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedadam", "fedavgm", "fedsgd", "fedyogi"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+import msgspec
 
 if TYPE_CHECKING:
     from edgetrain.protocol.privacy.accountant import Accountant
@@ -46,7 +47,8 @@ def _find(where: Path) -> Path:
         from edgetrain.coordinator.privacy.budget import ledger_path
         from edgetrain.coordinator.run.past_run import PastRun
 
-        return ledger_path(PastRun.open(where).config)
+        # It may have been moved, or be looked at from elsewhere.
+        return ledger_path(msgspec.structs.replace(PastRun.open(where).config, out=str(where.absolute())))
     return where / "privacy.json" if where.is_dir() else where
 
 
