@@ -59,6 +59,8 @@ class Crowd:
         self.transport = MqttTransport(broker, client_id="crowd")
         self.transport.subscribe(self.topics.announce)
         self.transport.subscribe(self.topics.to_client("+", "message"))
+        # The coordinator has said so, after its last verdict.
+        self.over = threading.Event()
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
@@ -91,6 +93,8 @@ class Crowd:
                             runtimes=("onnxruntime",), stages=tuple(supported_stages()),
                         ),
                     )  # fmt: skip
+            case Announce(status="ended"):
+                self.over.set()
             case Welcome():
                 self.send(name, Ready(bundle=self.bundle, runtime="onnxruntime", num_examples=10))
             case Plan():
@@ -163,7 +167,9 @@ def serve_with_workers(
 
     coordinator = Coordinator(config, bundle=opened, transport=transport, directory=directory, observe=observe)
     try:
-        return coordinator.run(), crowd
+        summary = coordinator.run()
+        assert crowd.over.wait(20)
+        return summary, crowd
     finally:
         crowd.close()
         transport.close()
