@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import TrainingError
+from edgetrain.edge_client.local_parameters import local_parameters
 from edgetrain.edge_client.optimizers import clip_by_global_norm, sgd
 from edgetrain.edge_client.private_steps import PrivateSteps
 from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult, Vector
@@ -93,7 +94,7 @@ def train(
         parameters: float32 [num_parameters], where to start; left as it is.
         dataset: samples in the bundle's structure.
         config: how to train.
-        seed: of the shuffling; the same seed gives the same batches on every machine.
+        seed: of the shuffling, and of what is rounded at random; the same seed gives the same on every machine.
         gradient_correction: float32 [num_parameters], added to each step's mean gradient: c - c_i of
             SCAFFOLD (Karimireddy et al. 2020).
         random_bytes: where `config.privacy` takes batches and noise from; left out, from the operating system.
@@ -113,7 +114,7 @@ def train(
         check_vector(gradient_correction, length, "gradient_correction")
     optimizer = sgd(momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
     state = optimizer.init()
-    received, current = parameters, parameters.copy()
+    local = local_parameters(session.manifest, parameters, seed)
     total_steps = count_steps(len(dataset), config)
     if dataset.augment is not None:
         dataset = dataset.augmented(np.random.Generator(np.random.PCG64([seed, 1])))
@@ -128,7 +129,10 @@ def train(
             if stopped is not None:
                 break
             chunk = indices[start : start + session.manifest.micro_batch]
-            result = private.step(current, dataset, chunk) if private else session.step(current, *dataset.take(chunk))
+            if private:
+                result = private.step(local.vector(), dataset, chunk)
+            else:
+                result = session.step(local.given, *dataset.take(chunk))
             # What one sample makes of the loss is its own affair where it is protected.
             if not private and not math.isfinite(result.loss_sum):
                 raise TrainingError(_astray("loss", step, config, means))
@@ -144,15 +148,15 @@ def train(
         if gradient_correction is not None:
             gradient = gradient + gradient_correction
         if config.proximal_mu:
-            gradient = gradient + np.float32(config.proximal_mu) * (current - received)
+            gradient = gradient + np.float32(config.proximal_mu) * (local.vector() - parameters)
         rate = config.learning_rate * learning_rate_factor(config.schedule, step, total_steps)
-        current, state = optimizer.apply(current, gradient, state, rate)
+        state = local.descend(optimizer, gradient, state, rate)
         means.add(sums)
         step += 1
         if on_step is not None:
             on_step(StepProgress(step, total_steps, sums.mean_loss(), rate, norm))
     return TrainingResult(
-        parameters=current,
+        parameters=local.trained(parameters),
         num_examples=len(dataset),
         steps=step,
         loss=means.mean_loss(),
@@ -169,10 +173,11 @@ def evaluate(session: Session, parameters: Vector, dataset: Dataset) -> EvalSumm
         DataError: `parameters` or a batch does not fit the bundle.
     """
     sums = _Sums(None)
+    given = local_parameters(session.manifest, parameters, 0).given
     size = session.manifest.micro_batch
     for start in range(0, len(dataset), size):
         chunk = np.arange(start, min(start + size, len(dataset)))
-        sums.add(session.evaluate(parameters, *dataset.take(chunk)))
+        sums.add(session.evaluate(given, *dataset.take(chunk)))
     return EvalSummary(num_examples=len(dataset), loss=sums.mean_loss(), metrics=sums.mean_metrics())
 
 
@@ -217,7 +222,9 @@ class _Sums:
         return self.gradient
 
     def mean_gradient(self) -> Vector:
-        return self.gradient_sum() / np.float32(self.weight_sum)
+        """In place: `clear` follows."""
+        gradient = self.gradient_sum()
+        return np.divide(gradient, np.float32(self.weight_sum), out=gradient)
 
     def mean_loss(self) -> float:
         return self.loss_sum / self.weight_sum if self.weight_sum else math.nan
