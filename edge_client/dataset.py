@@ -22,7 +22,7 @@ from edgetrain.edge_client.runtimes.leaves import (
 from edgetrain.protocol.manifest import BatchSpec, TensorSpec
 
 # Bytes looked at together, so that a memory-mapped array is never in memory whole.
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ def skip_frozen_part(
         directory: where the caches are.
         config: whether, how precise and how large.
     """
-    if not keeps_features(session, config):
+    precision = config.feature_cache
+    if precision == "off" or not keeps_features(session, config):
         return session, training, validation
     if training.augment is not None:
         logger.info("feature cache off: the data changes in every epoch (augment)")
@@ -61,7 +62,7 @@ def skip_frozen_part(
                 part,
                 directory / f"features-{name}.bin",
                 bundle=bundle,
-                precision=config.feature_cache,
+                precision=precision,
                 max_bytes=left,
             )
         except (StateError, DataError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -46,13 +48,13 @@ class Halves:
         tensors = [numpy_helper.from_array(np.concatenate(list(self._parts.values())).astype(np.float16), self._name)]
         nodes: list[onnx.NodeProto] = []
 
-        def then(operator: str, further: tuple[str, ...] = (), **attributes: int) -> None:
+        def then(operator: str, further: tuple[str, ...] = (), **attributes: Any) -> None:
             before = nodes[-1].output[0] if nodes else self._name
             nodes.append(helper.make_node(operator, [before, *further], [f"{self._name}.{len(nodes)}"], **attributes))
 
         then("Cast", to=onnx.TensorProto.FLOAT)
         if factor != 1:
-            tensors.append(numpy_helper.from_array(np.float32(factor), f"{self._name}.factor"))
+            tensors.append(numpy_helper.from_array(np.array(factor, np.float32), f"{self._name}.factor"))
             then("Mul", (f"{self._name}.factor",))
         if self._whole:
             then("Round")

@@ -1,7 +1,7 @@
 """Quantized convolutions in one node each, as onnxruntime makes them when it loads a model: a third of the text.
 
-What `quantize_static` writes for a convolution is DequantizeLinear three times, Conv, and QuantizeLinear. QLinearConv is
-all of that. Its scales are kept in float16, its biases as float16 multiples of 64 units of the int32 accumulator.
+What `quantize_static` writes for a convolution is DequantizeLinear three times, Conv, and QuantizeLinear. QLinearConv
+is all of that. Its scales are kept in float16, its biases as float16 multiples of 64 units of the int32 accumulator.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fuse_convolutions(model: onnx.ModelProto) -> None:
     nodes = [new.get(node.output[0], node) for node in graph.node if node.output[0] not in gone or node in new.values()]
     del graph.node[:]
     graph.node.extend(nodes)
-    graph.initializer.append(numpy_helper.from_array(np.int8(0), _ZERO))
+    graph.initializer.append(numpy_helper.from_array(np.array(0, np.int8), _ZERO))
     scales.write(model)
     biases.write(model, _UNITS)
     _drop_unread(graph)
@@ -71,7 +71,7 @@ def _scale(constants: dict[str, Array], halves: Halves, name: str) -> str:
 
 
 def _bias(constants: dict[str, Array], halves: Halves, name: str) -> str:
-    half = in_half((constants[name] / _UNITS).astype(np.float32))
+    half = in_half(constants[name].astype(np.float32) / np.float32(_UNITS))
     if half is None:
         return name
     halves.add(f"{name}.wide", half)

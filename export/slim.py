@@ -5,8 +5,9 @@ In a model of 100 kB of int8 weights, names and the like are a tenth of the file
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
-from google.protobuf.message import Message
 from onnx import helper, numpy_helper
 
 # Attributes whose absence means the same: operator -> attribute -> what each element is then.
@@ -44,7 +45,7 @@ def slim(model: onnx.ModelProto) -> None:
     model.opset_import.extend(kept)
 
 
-def _clear(message: Message, *fields: str) -> None:
+def _clear(message: Any, *fields: str) -> None:
     for field in fields:
         message.ClearField(field)
 
@@ -99,7 +100,7 @@ def _share_constants(graph: onnx.GraphProto) -> None:
 
 
 def _shorten_names(graph: onnx.GraphProto) -> None:
-    names = {"": "", **{value.name: value.name for value in (*graph.input, *graph.output)}}
+    names: dict[str, str] = {"": "", **{value.name: value.name for value in (*graph.input, *graph.output)}}
     taken = set(names)
     count = 0
 

@@ -151,7 +151,8 @@ def with_int8_inputs(graph: TracedGraph, names: Collection[str]) -> TracedGraph:
 
 
 def _first_operation(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op != "placeholder")
+    found: fx.Node = next(node for node in graph.nodes if node.op != "placeholder")
+    return found
 
 
 def _widen(graph: fx.Graph, whole: fx.Node, scale: fx.Node) -> None:
