@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import DataError
-from edgetrain.edge_client.memory import forget_pages
+from edgetrain.edge_client.memory import MappedRows
 from edgetrain.edge_client.runtimes.base import Batch, Half
 from edgetrain.edge_client.runtimes.leaves import (
     Array,
@@ -94,8 +94,7 @@ def pieces(array: Array) -> Iterator[tuple[int, Array]]:
     """An array some rows at a time, with the number of the first; a memory-mapped one does not stay in memory."""
     count = max(1, _PIECE // max(1, array.nbytes // max(1, len(array))))
     for first in range(0, len(array), count):
-        yield first, array[first : first + count]
-        forget_pages(array)
+        yield first, _taken(array, np.arange(first, min(first + count, len(array))))
 
 
 def check_dataset(dataset: Dataset, batch: BatchSpec, where: str = "") -> Dataset:
@@ -160,6 +159,7 @@ def map_half(function: Callable[[Array], Array], half: Half) -> Half:
 
 
 def _taken(array: Array, rows: npt.NDArray[np.int64]) -> Array:
-    part = array[rows]
-    forget_pages(array)
-    return part
+    try:
+        return array.rows(rows) if isinstance(array, MappedRows) else array[rows]
+    except OSError as error:
+        raise DataError(f"the local data can no longer be read: {error}") from error

@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from edgetrain.edge_client.dataset import Dataset, map_half, pieces
 from edgetrain.edge_client.errors import DataError, StateError
+from edgetrain.edge_client.memory import map_rows
 from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.runtimes.leaves import Array, flatten, leaf_key
 from edgetrain.edge_client.runtimes.parts import FEATURE, TRUNK
@@ -275,9 +276,9 @@ def _open(session: Session, dataset: Dataset, path: Path, stored: list[_Stored])
         return array if dataset.chosen is None else array[dataset.chosen]
 
     for entry in stored:
-        inputs[entry.spec.name] = np.memmap(path, entry.dtype, "r", entry.offset, entry.shape)
+        inputs[entry.spec.name] = map_rows(path, entry.dtype, entry.offset, entry.shape)
         if entry.scales is not None:
-            scales[entry.spec.name] = np.memmap(path, np.float32, "r", entry.scales, entry.shape[:1])
+            scales[entry.spec.name] = np.fromfile(path, np.float32, entry.shape[0], offset=entry.scales)
     for leaf, array in zip(structure.leaves, flatten("inputs", structure, dataset.inputs), strict=True):
         if leaf.name in read:
             inputs[leaf_key("inputs", leaf)] = picked(array)

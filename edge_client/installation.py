@@ -77,10 +77,9 @@ def install_bundle(
     bundle = Bundle(state.bundle_directory(ref.digest))
     session = open_session(bundle, runtime, threads=config.threads, precision=config.precision)
     in_parts = keeps_features(session, config)
-    if in_parts:
-        # One after the other, and never the whole step, which would be as large as both.
-        session.use_parts()
+    session.save_memory(in_parts=in_parts)
     run_self_test(bundle, session, in_parts=in_parts).raise_if_wrong()
+    session.release()
     state.forget_bundles(but=ref.digest)
     logger.info("bundle %s runs on %s; self-test passed", manifest.name, runtime)
     return session

@@ -125,8 +125,12 @@ class Session(Protocol):
         """
         ...
 
-    def use_parts(self) -> None:
-        """Runs the trunk and the head in turn from now on, where the program is split, and never the whole step."""
+    def save_memory(self, *, in_parts: bool) -> None:
+        """Holds no more than the graphs of the last call, from now on: step and eval load anew when they take turns.
+
+        Args:
+            in_parts: run the trunk and the head in turn, where the program is split, and never the whole step.
+        """
         ...
 
     def release(self) -> None:

@@ -116,7 +116,10 @@ class Int8Parameters:
             for first in range(0, len(held.values), rows):
                 whole, scales = held.values[first : first + rows], held.scales[first : first + rows]
                 start = offset + first * length
-                yield _Block(held.entry.name, slice(start, start + whole.size), whole, scales), whole.astype(np.float32) * scales
+                yield (
+                    _Block(held.entry.name, slice(start, start + whole.size), whole, scales),
+                    whole.astype(np.float32) * scales,
+                )
 
 
 @dataclass(frozen=True, slots=True)

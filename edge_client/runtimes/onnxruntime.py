@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from edgetrain.edge_client.errors import DataError, SessionError
+from edgetrain.edge_client.memory import trim
 from edgetrain.edge_client.runtimes.base import Parameters
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
 from edgetrain.edge_client.runtimes.leaves import Array
@@ -155,15 +156,17 @@ def load_model(
         options.add_external_initializers_from_files_in_memory(
             [PurePosixPath(entry.file).name for entry in external], data, [len(part) for part in data]
         )
-    model = bundle.read(file)
     try:
-        return onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[*SLOW_FUSIONS]
+        session = onnxruntime.InferenceSession(
+            bundle.read(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=[*SLOW_FUSIONS]
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise SessionError(
             f"{bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {file.file}: {first_line(error)}"
         ) from error
+    # What optimizing the graph took.
+    trim()
+    return session
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:

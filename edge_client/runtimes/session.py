@@ -60,6 +60,7 @@ class GraphSession(ABC):
             self.staging.add(self._graphs[TRUNK].outputs)
         self.gradients: Vector = np.zeros(self.manifest.num_parameters, np.float32)
         self._bound: dict[str, tuple[BoundGraph, list[Array]]] = {}
+        self._frugal = False
         # What `step` and `eval` run: the whole graph, or its parts in turn.
         in_parts = TRUNK in self._graphs and "step" not in self._graphs
         self._plans = {
@@ -117,15 +118,21 @@ class GraphSession(ABC):
     def features(self, inputs: Half) -> dict[str, Array]:
         """What the trunk makes of one micro-batch of inputs, [count, ...], fresh memory."""
         count = self.staging.fill_inputs(inputs)
+        self._make_room((TRUNK,))
         bound, outputs = self._load(TRUNK)
         bound.run(self.gradients[:0])
         return {
             spec.name: array[:count].copy() for spec, array in zip(self._graphs[TRUNK].outputs, outputs, strict=True)
         }
 
-    def use_parts(self) -> None:
-        """Runs the trunk and the head in turn from now on, where there are two, and never the whole step."""
-        if TRUNK in self._graphs:
+    def save_memory(self, *, in_parts: bool) -> None:
+        """Holds no more than the graphs of the last call, from now on: step and eval load anew when they take turns.
+
+        Args:
+            in_parts: run the trunk and the head in turn, where there are two, and never the whole step.
+        """
+        self._frugal = True
+        if in_parts and TRUNK in self._graphs:
             self._plans = {name: (TRUNK, part) for name, part in PARTS.items()}
             self.release()
 
@@ -138,7 +145,9 @@ class GraphSession(ABC):
         """A session that trains on features, or None."""
         if TRUNK not in self._graphs:
             return None
-        return type(self)(self.runtime, self.bundle, threads=self.threads, head=True)
+        head = type(self)(self.runtime, self.bundle, threads=self.threads, head=True)
+        head._frugal = self._frugal  # noqa: SLF001 - of the same class
+        return head
 
     def _run(self, name: str, parameters: Parameters) -> list[Array]:
         if isinstance(parameters, Int8Parameters):
@@ -149,7 +158,9 @@ class GraphSession(ABC):
             if self._in_int8:
                 parameters = Int8Parameters(self.manifest.parameters, parameters)
         outputs: list[Array] = []
-        for part in self._plans.get(name, (name,)):
+        plan = self._plans.get(name, (name,))
+        self._make_room(plan)
+        for part in plan:
             bound, outputs = self._load(part)
             bound.run(parameters)
         return outputs
@@ -158,6 +169,10 @@ class GraphSession(ABC):
         """Copies of the metrics; what follows them are the gradients."""
         found = outputs[2 : 2 + len(self.manifest.metrics)]
         return {name: array.astype(np.float32) for name, array in zip(self.manifest.metrics, found, strict=True)}
+
+    def _make_room(self, plan: tuple[str, ...]) -> None:
+        if self._frugal and not self._bound.keys() <= set(plan):
+            self.release()
 
     def _load(self, name: str) -> tuple[BoundGraph, list[Array]]:
         if name not in self._bound:

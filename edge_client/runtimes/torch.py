@@ -73,7 +73,9 @@ class TorchSession(GraphSession):
         """A session that trains on features, or None."""
         if TRUNK not in self._graphs:
             return None
-        return TorchSession(self.runtime, self.bundle, threads=self.threads, head=True, precision=self.precision)
+        head = TorchSession(self.runtime, self.bundle, threads=self.threads, head=True, precision=self.precision)
+        head._frugal = self._frugal
+        return head
 
     def step(self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
         """Loss and gradients of one micro-batch; with fp16, of scaled weights."""
