@@ -13,6 +13,8 @@ from edgetrain.protocol.manifest import Manifest
 
 # Of the generator that rounds, beside the seed.
 _STREAM = 2
+# Elements that the optimizer works on at a time.
+_BLOCK = 1 << 16
 
 
 class LocalParameters(Protocol):
@@ -49,10 +51,37 @@ def local_parameters(manifest: Manifest, received: Vector, seed: int) -> LocalPa
     return FloatParameters(received)
 
 
+class _Steps:
+    """One step of an optimizer on pieces of a vector."""
+
+    def __init__(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> None:
+        self._optimizer = optimizer
+        self._gradient = gradient
+        self._before = state.velocity
+        self._rate = rate
+        self._after = state.velocity
+
+    def __call__(self, part: slice, old: Vector) -> Vector:
+        """The new piece there."""
+        before = OptimizerState(None if self._before is None else self._before[part])
+        new, after = self._optimizer.apply(old, self._gradient[part], before, self._rate)
+        if after.velocity is not None:
+            if self._after is None:
+                self._after = np.empty_like(self._gradient)
+            self._after[part] = after.velocity
+        return new
+
+    @property
+    def state(self) -> OptimizerState:
+        """After all pieces."""
+        return OptimizerState(self._after)
+
+
 class FloatParameters:
-    """A flat vector."""
+    """A flat vector, changed in place, so that a session need not be told of another one in every step."""
 
     def __init__(self, received: Vector) -> None:
+        self._received = received
         self._vector = received
 
     @property
@@ -65,13 +94,18 @@ class FloatParameters:
         return self._vector
 
     def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
-        """One step on the whole vector."""
-        self._vector, state = optimizer.apply(self._vector, gradient, state, rate)
-        return state
+        """One step, a piece of the vector at a time."""
+        if self._vector is self._received:
+            self._vector = self._received.copy()
+        steps = _Steps(optimizer, gradient, state, rate)
+        for first in range(0, len(gradient), _BLOCK):
+            part = slice(first, first + _BLOCK)
+            self._vector[part] = steps(part, self._vector[part])
+        return steps.state
 
     def trained(self, received: Vector) -> Vector:
         """The vector, wherever it began."""
-        return received.copy() if self._vector is received else self._vector
+        return received.copy() if self._vector is self._received else self._vector
 
 
 class RoundedParameters:
@@ -93,19 +127,9 @@ class RoundedParameters:
 
     def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
         """One step, a piece of the vector at a time, so that it is never widened whole."""
-        velocity = state.velocity
-
-        def step(part: slice, old: Vector) -> Vector:
-            nonlocal velocity
-            before = OptimizerState(None if state.velocity is None else state.velocity[part])
-            new, after = optimizer.apply(old, gradient[part], before, rate)
-            if after.velocity is not None:
-                velocity = np.empty_like(gradient) if velocity is None else velocity
-                velocity[part] = after.velocity
-            return new
-
-        self._int8.update(step, self._rng)
-        return OptimizerState(velocity)
+        steps = _Steps(optimizer, gradient, state, rate)
+        self._int8.update(steps, self._rng)
+        return steps.state
 
     def trained(self, received: Vector) -> Vector:
         """The received vector and the way from its rounding, so that this rounding is nothing that was learnt."""

@@ -42,7 +42,7 @@ def give_back_memory() -> None:
     trim()
 
 
-class MappedRows(np.memmap):  # type: ignore[type-arg]
+class MappedRows(np.memmap):
     """A memory-mapped array whose rows are read, not mapped: what a process reads by mapping counts as its memory.
 
     Only the whole array knows its file; views of it are ordinary ones.

@@ -156,14 +156,16 @@ def load_model(
         options.add_external_initializers_from_files_in_memory(
             [PurePosixPath(entry.file).name for entry in external], data, [len(part) for part in data]
         )
+    model = bundle.read(file)
     try:
         session = onnxruntime.InferenceSession(
-            bundle.read(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=[*SLOW_FUSIONS]
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[*SLOW_FUSIONS]
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise SessionError(
             f"{bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {file.file}: {first_line(error)}"
         ) from error
+    del model
     # What optimizing the graph took.
     trim()
     return session
