@@ -19,7 +19,7 @@ from edgetrain.coordinator.audit.verify import records_of
 from edgetrain.coordinator.config import FederationConfig, RoundsConfig, SelectionConfig, StopConfig
 from edgetrain.coordinator.errors import RoundFailed, RunError
 from edgetrain.coordinator.privacy.config import PrivacyConfig
-from edgetrain.coordinator.rounds.invitations import checked_strategy
+from edgetrain.coordinator.rounds.invitations import NO_CODEC, Invitations, checked_strategy
 from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
 from edgetrain.coordinator.secure.secure_round import SecureRound
 from edgetrain.coordinator.secure.secure_settings import round_settings
@@ -397,7 +397,7 @@ def test_devices_take_part_with_those_alone_whom_the_ca_has_enrolled(federate):
 
 
 def test_an_attempt_that_fails_is_tried_again_with_the_same_draw(federate):
-    """And both the log and the ledger know of it: nothing was revealed, so nothing was paid for."""
+    """Also by the next process. The log and the ledger know of it: nothing was revealed, so nothing was paid for."""
     federation = federate(clients=4)
     failed = []
     plain = SecureRound.step
@@ -410,15 +410,33 @@ def test_an_attempt_that_fails_is_tried_again_with_the_same_draw(federate):
         return done
 
     federation.monkeypatch.setattr(SecureRound, "step", step)
-    federation.start()
+    plans = []
+    make_plan = Invitations.plan
+
+    def plan(this, *arguments):
+        plans.append(make_plan(this, *arguments))
+        return plans[-1]
+
+    federation.monkeypatch.setattr(Invitations, "plan", plan)
     secure = PRIVATE | {"sampling": "fixed", "population": 4, "phase_seconds": 5.0}
-    federation.secure_coordinator(
-        secure=secure, rounds={"total": 1, "goal": 3, "minimum": 3}, privacy=PrivacyConfig(epsilon=200.0, delta=1e-5)
-    ).run()
+
+    def serve():
+        federation.start()
+        federation.secure_coordinator(
+            secure=secure, rounds={"total": 1, "goal": 3, "minimum": 3, "max_failures": 2},
+            privacy=PrivacyConfig(epsilon=200.0, delta=1e-5),
+        ).run()  # fmt: skip
+
+    with pytest.raises(RoundFailed, match="lost on purpose"):
+        serve()
+    federation.finish()
+    federation.reopen()
+    serve()
     (record,) = finish(federation)
-    assert (record["attempts"], record["accepted"]) == (3, 3)
+    assert (record["attempts"], record["accepted"]) == (1, 3), "in this process"
+    assert all(plan.secure and plan.codec == NO_CODEC for plan in plans), "nobody is ever asked for a plain update"
     draws = invited(federation)
-    assert draws[1, 1] == draws[1, 2] == draws[1, 3]
+    assert draws == {(1, 1): draws[1, 1], (1, 2): draws[1, 1]}
     assert len(draws[1, 1]) == 3
     gone = [record for record in records_of(federation.directory / "run") if record["type"] == "abandoned"]
     assert [(record["round"], record["attempt"]) for record in gone] == [(1, 1), (1, 2)]
