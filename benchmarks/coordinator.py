@@ -82,7 +82,8 @@ def main() -> None:
         "fold": [lambda codec=codec: apart(fold, codec, arguments.updates, n) for codec in (TOPK, DENSE)],
         "robust": [lambda name=name: apart(robust, name, arguments.clients, n) for name in ("trimmed-mean", "krum")],
         "broker": [
-            lambda size=size, codec=codec: apart(through_broker, size, codec, 3000)
+            lambda size=size, codec=codec, workers=workers: apart(through_broker, size, codec, 3000, workers)
+            for workers in ("", "processes:1", "processes:2")
             for size, codec in ((12_000, PACKED), (12_700, DENSE), (640_000, TOPK))
         ],
         "overhead": [lambda size=size: apart(overhead, size) for size in (38_000, n)],
@@ -213,7 +214,7 @@ def through_broker(size: int, codec: str, updates: int, workers: str = "") -> Re
     rate, bare = updates / result["seconds"], updates / received
     return {"codec": codec, "parameters": size, "updates": updates, "update_bytes": result["update_bytes"],
             "workers": workers, "updates_per_second": round(rate), "paho_updates_per_second": round(bare),
-            "ratio": round(rate / bare, 2)}  # fmt: skip
+            "ratio": round(rate / bare, 2), "processor_us_per_update": round(result["processor_us"])}  # fmt: skip
 
 
 def accept_all(folder: Path, port: int, size: int, codec: str, updates: int, workers: str, driver: Any) -> Result:
@@ -224,19 +225,23 @@ def accept_all(folder: Path, port: int, size: int, codec: str, updates: int, wor
     )  # fmt: skip
     transport = MqttTransport(config.broker, client_id="coordinator")
     times: list[float] = []
+    # Of this process, without its workers.
+    processor: list[float] = []
 
     def observe(event: events.Event) -> None:
         if isinstance(event, events.RoundStarted):
             driver.send("go")
         elif isinstance(event, events.UpdateAccepted):
             times.append(time.perf_counter())
+            processor.append(time.process_time())
 
     coordinator = Coordinator(config, bundle=bundle, transport=transport, directory=directory, observe=observe)
     coordinator.run()
     transport.close()
     directory.close()
     started, update_bytes = driver.recv()
-    return {"seconds": times[-1] - started, "update_bytes": update_bytes}
+    return {"seconds": times[-1] - started, "update_bytes": update_bytes,
+            "processor_us": 1e6 * (processor[-1] - processor[0]) / len(processor)}  # fmt: skip
 
 
 def receive_all(port: int, updates: int, driver: Any) -> float:
