@@ -58,6 +58,7 @@ from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import SigningKey, seal, unseal
 from edgetrain.protocol.training import TrainingConfig
 from edgetrain.protocol.transport import MemoryBroker
+from edgetrain.protocol.transport.connection import RECEIVE_MAXIMUM_OF_MANY
 from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport
 
 Result = dict[str, Any]
@@ -223,7 +224,7 @@ def accept_all(folder: Path, port: int, size: int, codec: str, updates: int, wor
         folder, size, codec=codec, broker=BrokerConfig(host="127.0.0.1", port=port), workers=workers,
         rounds=RoundsConfig(total=1, goal=updates, gather_seconds=300.0, deadline_seconds=300.0),
     )  # fmt: skip
-    transport = MqttTransport(config.broker, client_id="coordinator")
+    transport = MqttTransport(config.broker, client_id="coordinator", most_received=RECEIVE_MAXIMUM_OF_MANY)
     times: list[float] = []
     # Of this process, without its workers.
     processor: list[float] = []

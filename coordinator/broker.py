@@ -96,7 +96,7 @@ class Mosquitto:
         log = Path(self._directory.name) / "mosquitto.log"
         config.write_text(
             f"listener {port} {HOST}\nallow_anonymous true\npersistence false\n"
-            f"max_queued_messages 0\nmax_inflight_messages 64\nset_tcp_nodelay true\n{settings}",
+            f"max_queued_messages 0\nmax_inflight_messages 256\nset_tcp_nodelay true\n{settings}",
             encoding="ascii",
         )
         with log.open("wb") as output:
