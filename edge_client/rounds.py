@@ -129,6 +129,8 @@ class Rounds:
             gradient_correction=None if server_control is None else server_control - self._own_control(plan).vector,
             may_continue=lambda: self._may_continue(plan),
         )
+        # Encoding takes memory, too.
+        place.session.release()
         if result.stopped is not None:
             logger.info("round %d: training stopped: %s", plan.round, result.stopped)
             if not self._is_over(plan):

@@ -43,8 +43,10 @@ class Workplace:
             ClientError, BundleError, BlobError: this device cannot train it; the message says why.
         """
         session = install_bundle(bundle, fetch=mail.fetch, fetch_to=mail.fetch_to, state=state, config=config)
-        dataset = load_dataset(config.data, session.manifest)
-        training, validation = split_validation(dataset, config.validation_fraction, config.name)
+        data = load_dataset(config.data, session.manifest)
+        training, validation = split_validation(data, config.validation_fraction, config.name)
+        # What features replace need not stay in memory.
+        del data
         session, training, validation = skip_frozen_part(
             session, training, validation, bundle=bundle.digest, directory=state.path, config=config
         )
@@ -90,4 +92,4 @@ def split_validation(dataset: Dataset, fraction: float, name: str) -> tuple[Data
     if count == 0:
         return dataset, None
     order = np.random.Generator(np.random.PCG64(mix_seed(0, name, 0))).permutation(len(dataset))
-    return dataset.subset(np.sort(order[count:])), dataset.subset(np.sort(order[:count]))
+    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))
