@@ -6,7 +6,8 @@ from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Mergeable, Strategy, described
 from edgetrain.coordinator.workers.crew import make_crew, parse_workers
-from edgetrain.coordinator.workers.foreman import Foreman, Listener
+from edgetrain.coordinator.workers.foreman import Foreman
+from edgetrain.coordinator.workers.listener import Listener
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.transport import Noticed, Transport
 
