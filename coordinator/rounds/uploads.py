@@ -304,6 +304,8 @@ class Uploads:
     def ask_for_stalled(self) -> None:
         """Asks for the missing parts of uploads that have stopped."""
         now = self._clock()
+        if self.foreman:
+            self.foreman.end_hanging()
         for client, upload in self._agenda.current.uploads.items() if self._agenda.current else ():
             if now - upload.moved_at >= min(STALL_SECONDS * 2.0**upload.stalls, MAX_STALL_SECONDS):
                 upload.stalls = min(upload.stalls + 1, 10)

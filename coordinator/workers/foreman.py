@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 MAX_UNCLAIMED = 1 << 14
 # So many workers died one after the other, without any work done in between: it will not get better by itself.
 MAX_DEATHS = 10
+# A worker that has something to do reports at every sync; this is longer than any disk takes.
+SILENCE_SECONDS = 120.0
 
 
 @dataclass(slots=True)
@@ -65,6 +67,7 @@ class Foreman:
         listener: hears what becomes of updates.
         journal: path of a round's journal.
         max_update_bytes: of one update.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -75,7 +78,11 @@ class Foreman:
         listener: Listener,
         journal: Callable[[int], Path],
         max_update_bytes: int,
+        clock: Callable[[], float],
     ) -> None:
+        self._clock = clock
+        # Those that have something to do, and since when nothing was heard of them.
+        self._since: dict[int, float] = {}
         self._hire = hire
         self._crew: Crew | None = None
         self._listener = listener
@@ -103,6 +110,22 @@ class Foreman:
         for worker, commands in outbox.items():
             if self._crew:
                 self._crew.send(worker, commands)
+
+    def end_hanging(self) -> None:
+        """Ends those that have something to do and say nothing: then others do it."""
+        now, waited_for = self._clock(), self._waited_for()
+        self._since = {worker: self._since.get(worker, now) for worker in waited_for}
+        for worker, since in self._since.items():
+            if self._crew and now - since > SILENCE_SECONDS:
+                logger.warning("worker %d has said nothing for %.0f s: it is ended", worker, now - since)
+                self._since[worker] = now
+                self._crew.kill(worker)
+
+    def _waited_for(self) -> set[int]:
+        if self._round is None:
+            return set()
+        working = {worker for worker, _ in self._round.in_work.values()}
+        return working | (self._lives.keys() - self._round.shares.keys() if self._round.closing else set())
 
     def _tell(self, worker: int, command: say.Command) -> None:
         self._outbox.setdefault(worker, []).append(command)
@@ -203,6 +226,7 @@ class Foreman:
             return
         if said.life != self._lives.get(said.worker):
             return
+        self._since.pop(said.worker, None)
         if isinstance(said, say.Died):
             self._on_died(self._crew, said)
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Mergeable, Strategy, described
@@ -20,6 +22,7 @@ def lead_workers(
     transport: Transport,
     listener: Listener,
     max_update_bytes: int,
+    clock: Callable[[], float],
 ) -> Foreman | None:
     """Whoever will start and lead the workers; None if the settings have none.
 
@@ -30,6 +33,7 @@ def lead_workers(
         transport: the coordinator's; what workers say comes with its events.
         listener: hears what becomes of updates.
         max_update_bytes: of one update.
+        clock: monotonic seconds.
 
     Raises:
         ConfigError: workers cannot do what the settings ask for.
@@ -44,6 +48,7 @@ def lead_workers(
         listener=listener,
         journal=directory.journal_path,
         max_update_bytes=max_update_bytes,
+        clock=clock,
     )
 
 

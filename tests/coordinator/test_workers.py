@@ -223,6 +223,21 @@ def test_a_worker_dies_between_its_sync_and_its_report(tiny_bundle, ram_path):
     assert not {client for _, client in InlineCrew.last.taken} & set(killed)
 
 
+@pytest.mark.parametrize("accepted", [1, 3, 6])
+def test_a_worker_that_hangs_is_ended(tiny_bundle, ram_path, accepted, caplog):
+    """Also at the end of a round, when only its share is missing."""
+    federation = federation_of(tiny_bundle, ram_path)
+
+    def observe(event):
+        if isinstance(event, events.UpdateAccepted) and (event.round, event.accepted) == (2, accepted):
+            InlineCrew.last.hanging.add(0)
+
+    federation.serve(observe)
+    check(federation)
+    assert InlineCrew.last.killed == 1
+    assert "has said nothing for" in caplog.text
+
+
 def test_the_segments_of_an_open_round_hold_every_update_once(tiny_bundle, ram_path):
     federation = federation_of(tiny_bundle, ram_path)
 
