@@ -200,7 +200,7 @@ def through_broker(size: int, codec: str, updates: int, workers: str = "") -> Re
     costs next to nothing.
     """
     port = free_port()
-    broker = Mosquitto(port)
+    broker = Mosquitto(port, in_flight=RECEIVE_MAXIMUM_OF_MANY)
     try:
         with tempfile.TemporaryDirectory() as folder:
             context = multiprocessing.get_context("spawn")

@@ -48,7 +48,7 @@ acl_file {directory / RULES_FILE}
 
 # Limits.
 max_packet_size {MAX_PACKET_BYTES}
-max_inflight_messages 256
+max_inflight_messages 100
 max_queued_messages 10000
 max_queued_bytes {MAX_QUEUED_BYTES}
 max_keepalive 3600
