@@ -1,9 +1,9 @@
 """Scaled dot-product attention with a backward pass of few sweeps over the scores.
 
 A score matrix is the largest tensor of a Transformer's step. Autograd on the plain formula scales queries and keys,
-looks for rows that are masked whole by comparing and choosing, and needs the sum of dP * P for the softmax. Here the
-queries alone are scaled, rows without any key are zeroed in the output, which is smaller, and that sum is taken as the
-one of dO * O (Dao et al. 2022, "FlashAttention", section 3.1), smaller too.
+looks for rows that are masked whole by comparing and choosing, and needs the sum of dP * P for the softmax. Here
+products scale their results, rows without any key are zeroed in the output, which is smaller, and that sum is taken as
+the one of dO * O (Dao et al. 2022, "FlashAttention", section 3.1), smaller too.
 
 Shape letters: T target and S source positions, K width of a head; dimensions before are the batch.
 """
@@ -24,14 +24,15 @@ _LOWEST = -1e30
 
 
 class Attention(torch.autograd.Function):
-    """`apply(query, key, value, mask, scale)` gives the output and what the backward pass keeps.
+    """`apply(query, key, value, mask, scale, checked)` gives the output and what the backward pass keeps.
 
     Args of `apply`:
-        query: [..., T, K].
-        key: [..., S, K].
-        value: [..., S, K'].
+        query: [N..., T, K].
+        key: [N..., S, K].
+        value: [N..., S, K'].
         mask: added to the scores, or None; -inf where attending is not allowed.
         scale: of the scores.
+        checked: whether every row may attend to something.
     """
 
     generate_vmap_rule = True
@@ -39,10 +40,9 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, checked: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Output [..., T, K'], scaled queries, probabilities [..., T, S], and 1 for rows that attend to anything."""
-        scaled = query * scale
-        scores = torch.matmul(scaled, key.transpose(-1, -2))
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [N..., T, K'], probabilities [N..., T, S], and 1 for rows that attend to anything."""
+        scores = _product(query, key, transpose_second=True, scale=scale)
         alive = torch.ones((), dtype=scores.dtype)
         if mask is not None:
             scores = scores + mask
@@ -52,15 +52,15 @@ class Attention(torch.autograd.Function):
                 largest = torch.clamp(largest, min=_LOWEST)
             scores = torch.maximum(scores, largest - MASKED)
         probabilities = torch.softmax(scores, -1)
-        output = torch.matmul(probabilities, value)
-        return output if checked else output * alive, scaled, probabilities, alive
+        output = _product(probabilities, value)
+        return output if checked else output * alive, probabilities, alive
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keeps what the backward pass reads."""
-        _, key, value, mask, ctx.scale, ctx.checked = inputs
+        query, key, value, mask, ctx.scale, ctx.checked = inputs
         ctx.mask_shape = None if mask is None else mask.shape
-        ctx.save_for_backward(key, value, *output)
+        ctx.save_for_backward(query, key, value, *output)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -69,17 +69,38 @@ class Attention(torch.autograd.Function):
         """Gradients by query, key, value and mask."""
         if grad is None:
             return (None,) * 6
-        key, value, output, scaled, probabilities, alive = ctx.saved_tensors
+        query, key, value, output, probabilities, alive = ctx.saved_tensors
         if not ctx.checked:
             grad = grad * alive
-        by_value = torch.matmul(probabilities.transpose(-1, -2), grad)
-        by_probabilities = torch.matmul(grad, value.transpose(-1, -2))
+        by_value = _product(probabilities, grad, transpose_first=True)
+        by_probabilities = _product(grad, value, transpose_second=True)
         total = (grad * output).sum(-1, keepdim=True)
         by_scores = probabilities * (by_probabilities - total)
-        by_query = torch.matmul(by_scores, key) * ctx.scale
-        by_key = torch.matmul(by_scores.transpose(-1, -2), scaled)
+        by_query = _product(by_scores, key, scale=ctx.scale)
+        by_key = _product(by_scores, query, transpose_first=True, scale=ctx.scale)
         by_mask = by_scores.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
         return by_query, by_key, by_value, by_mask, None, None
+
+
+def _product(
+    first: Tensor,
+    second: Tensor,
+    *,
+    transpose_first: bool = False,
+    transpose_second: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """A matrix product over the same batch dimensions, as one over a single one.
+
+    With a reshape between the transposition that splits the heads and the one of the matrices, onnxruntime makes the
+    latter, and a scale after it, part of its product; else it would make both transpositions one, of the whole tensor.
+    """
+    a, b = (x.reshape(-1, *x.shape[-2:]) for x in (first, second))
+    a = a.transpose(1, 2) if transpose_first else a
+    b = b.transpose(1, 2) if transpose_second else b
+    product = torch.bmm(a, b)
+    product = product if scale is None else product * scale
+    return product.reshape(*first.shape[:-2], a.shape[1], b.shape[2])
 
 
 def attention(
@@ -96,7 +117,7 @@ def attention(
 
     Rows that may attend to nothing give zeros, as there.
     """
-    if dropout_p or enable_gqa or query.shape[:-2] != key.shape[:-2] != value.shape[:-2] or query.ndim < 3:
+    if dropout_p or enable_gqa or len({x.shape[:-2] for x in (query, key, value)}) > 1 or query.ndim < 3:
         return None
     mask = attn_mask
     if is_causal:
