@@ -2,7 +2,7 @@
 
 A score matrix is the largest tensor of a Transformer's step. Autograd on the plain formula scales queries and keys,
 looks for rows that are masked whole by comparing and choosing, and needs the sum of dP * P for the softmax. Here
-products scale their results, rows without any key are zeroed in the output, which is smaller, and that sum is taken as
+the queries alone are scaled, rows without any key are zeroed in the output, which is smaller, and that sum is taken as
 the one of dO * O (Dao et al. 2022, "FlashAttention", section 3.1), smaller too.
 
 Shape letters: T target and S source positions, K width of a head; dimensions before are the batch.
@@ -40,9 +40,10 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, checked: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output [N..., T, K'], probabilities [N..., T, S], and 1 for rows that attend to anything."""
-        scores = _product(query, key, transpose_second=True, scale=scale)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Output [N..., T, K'], scaled queries, probabilities [N..., T, S], and 1 for rows that attend to anything."""
+        scaled = query * scale
+        scores = _product(scaled, key, transpose_second=True)
         alive = torch.ones((), dtype=scores.dtype)
         if mask is not None:
             scores = scores + mask
@@ -53,14 +54,14 @@ class Attention(torch.autograd.Function):
             scores = torch.maximum(scores, largest - MASKED)
         probabilities = torch.softmax(scores, -1)
         output = _product(probabilities, value)
-        return output if checked else output * alive, probabilities, alive
+        return output if checked else output * alive, scaled, probabilities, alive
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keeps what the backward pass reads."""
-        query, key, value, mask, ctx.scale, ctx.checked = inputs
+        _, key, value, mask, ctx.scale, ctx.checked = inputs
         ctx.mask_shape = None if mask is None else mask.shape
-        ctx.save_for_backward(query, key, value, *output)
+        ctx.save_for_backward(key, value, *output)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -69,38 +70,29 @@ class Attention(torch.autograd.Function):
         """Gradients by query, key, value and mask."""
         if grad is None:
             return (None,) * 6
-        query, key, value, output, probabilities, alive = ctx.saved_tensors
+        key, value, output, scaled, probabilities, alive = ctx.saved_tensors
         if not ctx.checked:
             grad = grad * alive
         by_value = _product(probabilities, grad, transpose_first=True)
         by_probabilities = _product(grad, value, transpose_second=True)
         total = (grad * output).sum(-1, keepdim=True)
         by_scores = probabilities * (by_probabilities - total)
-        by_query = _product(by_scores, key, scale=ctx.scale)
-        by_key = _product(by_scores, query, transpose_first=True, scale=ctx.scale)
+        by_query = _product(by_scores, key) * ctx.scale
+        by_key = _product(by_scores, scaled, transpose_first=True)
         by_mask = by_scores.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
         return by_query, by_key, by_value, by_mask, None, None
 
 
-def _product(
-    first: Tensor,
-    second: Tensor,
-    *,
-    transpose_first: bool = False,
-    transpose_second: bool = False,
-    scale: float | None = None,
-) -> Tensor:
+def _product(first: Tensor, second: Tensor, *, transpose_first: bool = False, transpose_second: bool = False) -> Tensor:
     """A matrix product over the same batch dimensions, as one over a single one.
 
     With a reshape between the transposition that splits the heads and the one of the matrices, onnxruntime makes the
-    latter, and a scale after it, part of its product; else it would make both transpositions one, of the whole tensor.
+    latter a part of its product; else it would make both transpositions one, of the whole tensor.
     """
     a, b = (x.reshape(-1, *x.shape[-2:]) for x in (first, second))
     a = a.transpose(1, 2) if transpose_first else a
     b = b.transpose(1, 2) if transpose_second else b
-    product = torch.bmm(a, b)
-    product = product if scale is None else product * scale
-    return product.reshape(*first.shape[:-2], a.shape[1], b.shape[2])
+    return torch.bmm(a, b).reshape(*first.shape[:-2], a.shape[1], b.shape[2])
 
 
 def attention(
