@@ -66,7 +66,9 @@ class Workplace:
                 mask = elements_of(self.session.manifest, plan.personal)
                 self._personal = self.state.personal_parameters(bundle=self.bundle, patterns=plan.personal, mask=mask)
             self._patterns = plan.personal
-        return self._personal.overlay(parameters) if self._personal else parameters
+        if not self._personal:
+            return parameters
+        return self._personal.overlay(parameters, training=(plan.run, plan.round) if plan.task == "train" else None)
 
     def shared(self, change: Vector) -> Vector:
         """The part of a change that may leave the device."""
@@ -74,14 +76,14 @@ class Workplace:
             change[self._personal.mask] = 0
         return change
 
-    def keep_personal(self, trained: Vector) -> None:
-        """Stores what stays here of trained parameters, if anything does.
+    def keep_personal(self, plan: Plan, trained: Vector) -> None:
+        """Stores what stays here of parameters that were trained as the plan says, if anything does.
 
         Raises:
             StateError: not writable.
         """
         if self._personal:
-            self._personal.keep(trained)
+            self._personal.keep(trained, training=(plan.run, plan.round))
 
 
 def split_validation(dataset: Dataset, fraction: float, name: str) -> tuple[Dataset, Dataset | None]:

@@ -26,7 +26,7 @@ from edgetrain.export.batch import (
     per_sample_loss,
     tensor_spec,
 )
-from edgetrain.export.before_autograd import before_autograd
+from edgetrain.export.before_autograd import before_autograd, standard
 from edgetrain.export.fold import fold_batch_norms
 from edgetrain.export.ghost import use_ghost_norms
 from edgetrain.export.metrics import Metric, weighted_sum
@@ -166,7 +166,7 @@ def trace_infer(problem: Problem, decompositions: Decompositions) -> TracedGraph
         with torch.no_grad():
             return flatten_outputs(problem.merged_outputs(parameters, tuple(leaves)))
 
-    return _trace("infer", problem, infer, problem.example.inputs.tensors, decompositions)
+    return _trace("infer", problem, infer, problem.example.inputs.tensors, standard(decompositions))
 
 
 def trace_step_per_sample_clipped(problem: Problem, decompositions: Decompositions) -> TracedGraph:
