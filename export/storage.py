@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.joint import TracedGraph
 
 KINDS = ("float32", "float16", "int8", "int8-static", "int8-dynamic")
+RUNTIME_KINDS: Mapping[str, tuple[str, ...]] = {"onnxruntime": KINDS[1:], "executorch": ("int8-static",)}
 # Below this, a scale and another node cost more than they save.
 MIN_ELEMENTS = 256
 # Relative change of the loss that passes if the user states no other.
@@ -52,10 +52,22 @@ class Storage:
             raise UnsupportedError(f"frozen weights cannot be stored as {self.kind!r}, only as: {', '.join(KINDS)}")
         if not self.max_loss_change > 0:
             raise UnsupportedError(f"max_loss_change is {self.max_loss_change}, must be above 0")
-        if self.kind != "float32" and (others := [name for name in runtimes if name != "onnxruntime"]):
+        if self.kind == "float32":
+            return
+        if others := [name for name in runtimes if name not in RUNTIME_KINDS]:
             raise UnsupportedError(
-                f"frozen weights as {self.kind} are for onnxruntime only, not for {', '.join(others)}, and the "
-                "self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
+                f"frozen weights as {self.kind} are for onnxruntime and executorch, not for {', '.join(others)}, and "
+                "the self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
+            )
+        if len(set(runtimes)) > 1:
+            raise UnsupportedError(
+                f"frozen weights as {self.kind} are rounded otherwise for {' than for '.join(dict.fromkeys(runtimes))}"
+                ", and the self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
+            )
+        if self.kind not in RUNTIME_KINDS[runtimes[0]]:
+            raise UnsupportedError(
+                f"frozen weights as {self.kind} are not for executorch: XNNPACK multiplies float32 activations with "
+                "float32 weights only, and its integers want ranges known beforehand: use int8-static"
             )
 
     @property
@@ -63,26 +75,17 @@ class Storage:
         """Of the self-test on other machines."""
         return 2e-2 if self.kind in ("int8-static", "int8-dynamic") else 1e-3
 
-    @property
-    def weights(self) -> Literal["float32", "float16", "int8"]:
-        """Of weights that the trunk does not hold, or that it only reads."""
-        if self.kind == "float16":
-            return "float16"
-        return "float32" if self.kind == "float32" else "int8"
 
-
-def quantized_names(frozen: Mapping[str, Tensor], storage: Storage) -> dict[str, str]:
-    """The frozen tensors that are rounded, with the dtype that they are stored in."""
-    if storage.weights == "float32":
-        return {}
-    return {name: storage.weights for name, tensor in frozen.items() if _is_weight(tensor)}
+def quantized_names(frozen: Mapping[str, Tensor], kind: str) -> dict[str, str]:
+    """The frozen tensors that are rounded one by one, with the dtype that they are stored in."""
+    return {} if kind == "float32" else {name: kind for name, tensor in frozen.items() if is_weight(tensor)}
 
 
 def rounded(graph: TracedGraph, kind: str) -> TracedGraph:
     """The graph with its frozen weights rounded."""
     module = copy.deepcopy(graph.module)
     for name, tensor in list(module.named_buffers()):
-        if name.startswith(("frozen_", "folded_")) and _is_weight(tensor):
+        if name.startswith(("frozen_", "folded_")) and is_weight(tensor):
             setattr(module, name, round_weight(tensor, kind))
     return replace(graph, module=module)
 
@@ -98,7 +101,8 @@ def round_weight(weight: Tensor, kind: str) -> Tensor:
     return weight
 
 
-def _is_weight(tensor: Tensor) -> bool:
+def is_weight(tensor: Tensor) -> bool:
+    """Whether storing a frozen tensor in fewer bytes is worth it."""
     return (
         tensor.dtype == torch.float32
         and tensor.ndim >= 2

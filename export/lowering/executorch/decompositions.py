@@ -1,7 +1,7 @@
 """Operators as others that XNNPACK runs, for the ExecuTorch lowering.
 
 XNNPACK has no comparison, no selection, no sum and no gather: masks are arithmetic here, picked classes are
-rows of a table, and sums are left to `executorch_rewrite`, which knows how to reduce by a matrix product.
+rows of a table, and sums are left to `reductions`, which knows how to reduce by a matrix product.
 """
 
 from __future__ import annotations
