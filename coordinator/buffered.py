@@ -39,7 +39,7 @@ class BufferedCoordinator(Coordinator):
 
     def _run_round(self, number: int) -> None:
         rounds = self._config.rounds
-        current = self._intake.current = self._open_round(number)
+        current = self._agenda.current = self._open_round(number)
         self._blobs_of[number] = current.blobs
         if self._last:
             current.take_over(self._last)

@@ -98,7 +98,8 @@ class Coordinator:
         self._topics, self._blobs, self._post = parts.topics, parts.blobs, parts.post
         self._chronicle = parts.chronicle
         self._history, self._clients = parts.history, parts.clients
-        self._invitations, self._intake, self._pump = parts.invitations, parts.intake, parts.pump
+        self._agenda, self._invitations, self._pump = parts.agenda, parts.invitations, parts.pump
+        self._uploads = parts.uploads
         self._opening, self._gathering, self._reports = parts.opening, parts.gathering, parts.reports
         check_bundle(config, bundle.manifest)
         # Last: it locks a file until `run` ends.
@@ -140,8 +141,8 @@ class Coordinator:
             self._pump.announce("paused", "the coordinator cannot write to its disk")
             raise
         finally:
-            if self._intake.current:
-                self._intake.current.collection.close()
+            if self._agenda.current:
+                self._agenda.current.collection.close()
             if self._budget:
                 self._budget.close()
         self._pump.announce("ended", reason)
@@ -191,7 +192,7 @@ class Coordinator:
 
     def _run_round(self, number: int) -> None:
         rounds = self._config.rounds
-        current = self._intake.current = self._open_round(number)
+        current = self._agenda.current = self._open_round(number)
         state = current.state
         failures = 0
         while True:
@@ -287,8 +288,8 @@ class Coordinator:
         collection.close()
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
-        self._intake.current = None
-        self._intake.forget_uploads()
+        self._agenda.current = None
+        self._uploads.forget()
         self._chronicle.publish()
         self._observe(events.RoundEnded(record))
 
@@ -320,10 +321,10 @@ class Coordinator:
 
     def _evaluate_by_clients(self) -> None:
         self._reports.ask(self._round_number, self._parameters)
-        if not self._intake.reports:
+        if not self._agenda.reports:
             return
         before = self._directory.evaluations[-1] if self._directory.evaluations else None
-        evaluation = evaluation_of(self._round_number, self._intake.reports, before)
+        evaluation = evaluation_of(self._round_number, self._agenda.reports, before)
         self._directory.add_evaluation(evaluation)
         self._observe(events.ClientsEvaluated(evaluation))
 
@@ -334,7 +335,7 @@ class Coordinator:
             self._config.federation,
             self._directory.records,
             self._clients.roster.all(),
-            self._intake.reports,
+            self._agenda.reports,
             status=status,
             reason=reason,
             seconds=self._clock() - self._started,

@@ -14,16 +14,19 @@ from edgetrain.coordinator.clients.enrolments import Enrolments
 from edgetrain.coordinator.clients.history import History
 from edgetrain.coordinator.clients.known_clients import KnownClients
 from edgetrain.coordinator.clients.membership import Membership
+from edgetrain.coordinator.clients.presence import Presence
 from edgetrain.coordinator.clients.refusals import Refusals
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import StopRequested
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.pump import Pump
+from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.downlink import Downlink
 from edgetrain.coordinator.rounds.gathering import Gathering
 from edgetrain.coordinator.rounds.invitations import Invitations
 from edgetrain.coordinator.rounds.round_opening import RoundOpening
+from edgetrain.coordinator.rounds.uploads import Uploads
 from edgetrain.coordinator.run.past_run import read_rows
 from edgetrain.coordinator.run.requests import Request, read_request
 from edgetrain.coordinator.run.run_directory import RunDirectory
@@ -45,7 +48,8 @@ class Parts:
     post: Post
     chronicle: Chronicle
     invitations: Invitations
-    intake: Intake
+    agenda: Agenda
+    uploads: Uploads
     pump: Pump
     opening: RoundOpening
     gathering: Gathering
@@ -96,33 +100,57 @@ def assemble(
         clock=clock,
     )
     max_update_bytes = config.limits.max_update_bytes or _largest_update(bundle, strategy, config)
-    intake = Intake(
-        topics=topics,
+    agenda = Agenda()
+    refusals = Refusals(
+        config.limits.bans,
+        roster=clients.roster,
+        audit=directory.audit,
+        observe=observe,
+        clock=clock,
+        # Only with enrolments does the broker know who writes.
+        attributable=enrolments is not None,
+    )
+    presence = Presence(
         run=directory.run,
         bundle=bundle.digest,
+        agenda=agenda,
+        post=post,
+        roster=clients.roster,
+        plan=invitations.plan,
+        observe=observe,
+        audit=directory.audit,
+        refusals=refusals,
+        enrolments=enrolments,
+    )
+    uploads = Uploads(
+        run=directory.run,
+        agenda=agenda,
+        post=post,
+        roster=clients.roster,
+        training=invitations.training,
+        max_update_bytes=max_update_bytes,
+        directory=directory.path / "uploads",
+        observe=observe,
+        audit=directory.audit,
+        refusals=refusals,
+        clock=clock,
+    )
+    uploads.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
+    intake = Intake(
+        topics=topics,
+        agenda=agenda,
         post=post,
         blobs=blobs,
         roster=clients.roster,
-        plan=invitations.plan,
-        training=invitations.training,
-        max_update_bytes=max_update_bytes,
-        uploads=directory.path / "uploads",
-        observe=observe,
-        audit=directory.audit,
-        refusals=Refusals(
-            config.limits.bans,
-            roster=clients.roster,
-            audit=directory.audit,
-            observe=observe,
-            clock=clock,
-            # Only with enrolments does the broker know who writes.
-            attributable=enrolments is not None,
-        ),
+        presence=presence,
+        uploads=uploads,
+        refusals=refusals,
         enrolments=enrolments,
         clock=clock,
     )
-    membership = Membership(enrolments, intake=intake, audit=directory.audit, reload_broker=reload_broker, clock=clock)
-    intake.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
+    membership = Membership(
+        enrolments, presence=presence, audit=directory.audit, reload_broker=reload_broker, clock=clock
+    )
 
     def check() -> None:
         membership.follow()
@@ -132,7 +160,9 @@ def assemble(
         transport,
         post=post,
         blobs=blobs,
+        agenda=agenda,
         intake=intake,
+        uploads=uploads,
         chronicle=chronicle,
         clients=clients,
         check=check,
@@ -155,8 +185,9 @@ def assemble(
         blobs=blobs,
         post=post,
         chronicle=chronicle,
+        agenda=agenda,
+        uploads=uploads,
         invitations=invitations,
-        intake=intake,
         pump=pump,
         opening=opening,
         gathering=Gathering(
@@ -173,7 +204,7 @@ def assemble(
             invitations=invitations,
             blobs=blobs,
             post=post,
-            intake=intake,
+            agenda=agenda,
             pump=pump,
             clock=clock,
         ),

@@ -11,6 +11,8 @@ from edgetrain.coordinator.chronicle import Chronicle
 from edgetrain.coordinator.clients.known_clients import KnownClients
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.post import Post
+from edgetrain.coordinator.rounds.agenda import Agenda
+from edgetrain.coordinator.rounds.uploads import Uploads
 from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,9 @@ class Pump:
         transport: connected.
         post: for announcements.
         blobs: has parts to send when their time comes.
+        agenda: has deadlines.
         intake: handles what arrives.
+        uploads: asked for when they stop, answered when they are safe.
         chronicle: is on disk before any verdict goes out.
         clients: saved before anyone hears that its update counts.
         check: looks at what people ask for; may raise.
@@ -41,7 +45,9 @@ class Pump:
         *,
         post: Post,
         blobs: BlobServer,
+        agenda: Agenda,
         intake: Intake,
+        uploads: Uploads,
         chronicle: Chronicle,
         clients: KnownClients,
         check: Callable[[], object],
@@ -50,7 +56,9 @@ class Pump:
         self._transport = transport
         self._post = post
         self._blobs = blobs
+        self._agenda = agenda
         self._intake = intake
+        self._uploads = uploads
         self._chronicle = chronicle
         self._clients = clients
         self._check = check
@@ -74,7 +82,7 @@ class Pump:
             now = self._clock()
             self._check()
             self._blobs.tick(now)
-            self._intake.ask_for_stalled()
+            self._uploads.ask_for_stalled()
             if done():
                 return
             event = self._transport.receive(self._patience(now))
@@ -93,13 +101,13 @@ class Pump:
                 event = self._transport.receive(0) if handled < BATCH_EVENTS else None
             self._clients.save_new()
             self._chronicle.commit()
-            self._intake.send_verdicts()
+            self._uploads.send_verdicts()
 
     def _patience(self, now: float) -> float:
         """Seconds until something is due by itself."""
         due = [now + POLL_SECONDS]
         if (blob := self._blobs.next_due()) is not None:
             due.append(blob)
-        if (current := self._intake.current) and current.state.deadline_at > now:
+        if (current := self._agenda.current) and current.state.deadline_at > now:
             due.append(current.state.deadline_at)
         return max(0.001, min(due) - now)

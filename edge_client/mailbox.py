@@ -323,6 +323,10 @@ class Mailbox:
         self._serials[message.run] = message.serial
         self.announce = message
         if self.joined is None:
+            if message.status != "open":
+                logger.info(
+                    "the run is %s: %s; waiting for it to go on, or for the next", message.status, message.reason
+                )
             return
         if message.run != self.joined:
             raise RunOver("another run has begun")

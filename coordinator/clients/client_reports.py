@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients.clients import Roster
-from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.pump import Pump
+from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.downlink import WHOLE
 from edgetrain.coordinator.rounds.invitations import Invitations
 from edgetrain.protocol.codecs import encode
@@ -21,14 +21,14 @@ REPORT_SECONDS = 60.0
 
 
 class ClientReports:
-    """Collects evaluations by the clients, into `Intake.reports`.
+    """Collects evaluations by the clients, into `Agenda.reports`.
 
     Args:
         roster: whom to ask.
         invitations: makes the plan.
         blobs: serves the parameters.
         post: sends the plan.
-        intake: gets the reports.
+        agenda: gets the reports.
         pump: waits for them.
         clock: monotonic seconds.
     """
@@ -40,7 +40,7 @@ class ClientReports:
         invitations: Invitations,
         blobs: BlobServer,
         post: Post,
-        intake: Intake,
+        agenda: Agenda,
         pump: Pump,
         clock: Callable[[], float],
     ) -> None:
@@ -48,7 +48,7 @@ class ClientReports:
         self._invitations = invitations
         self._blobs = blobs
         self._post = post
-        self._intake = intake
+        self._agenda = agenda
         self._pump = pump
         self._clock = clock
 
@@ -60,23 +60,23 @@ class ClientReports:
             parameters: float32 [num_parameters].
         """
         clients = self._roster.eligible()
-        self._intake.reports.clear()
+        self._agenda.reports.clear()
         if not clients:
             return
         deadline = self._clock() + REPORT_SECONDS
         reference = self._blobs.add(encode(parameters, WHOLE))
         self._blobs.expect(reference, audience=len(clients))
-        plan = self._intake.evaluation_plan = self._invitations.evaluation_plan(
+        plan = self._agenda.evaluation_plan = self._invitations.evaluation_plan(
             round_number, parameters, reference, REPORT_SECONDS
         )
         for name in clients:
             self._post.send(name, plan)
 
         def complete() -> bool:
-            reports = self._intake.reports
+            reports = self._agenda.reports
             waiting = [name for name in clients if name not in reports and self._roster[name].online]
             return not waiting or self._clock() >= deadline
 
         self._pump.until(complete)
-        self._intake.evaluation_plan = None
+        self._agenda.evaluation_plan = None
         self._blobs.remove(reference)

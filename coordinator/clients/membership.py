@@ -8,7 +8,7 @@ from collections.abc import Callable
 from edgetrain.coordinator.audit import AuditLog
 from edgetrain.coordinator.audit.records import Enrolled, Revoked
 from edgetrain.coordinator.clients.enrolments import Enrolments
-from edgetrain.coordinator.intake import Intake
+from edgetrain.coordinator.clients.presence import Presence
 
 # Who is sent away should hear why before the broker drops it. We refuse it at once.
 LAST_WORD_SECONDS = 1.0
@@ -19,7 +19,7 @@ class Membership:
 
     Args:
         enrolments: the registry; None where everybody may take part.
-        intake: sends clients away.
+        presence: sends clients away.
         audit: the run's log.
         reload_broker: called after every change.
         clock: monotonic seconds.
@@ -29,13 +29,13 @@ class Membership:
         self,
         enrolments: Enrolments | None,
         *,
-        intake: Intake,
+        presence: Presence,
         audit: AuditLog,
         reload_broker: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         self._enrolments = enrolments
-        self._intake = intake
+        self._presence = presence
         self._audit = audit
         self._reload_broker = reload_broker
         self._clock = clock
@@ -56,7 +56,7 @@ class Membership:
         for entry in changed:
             if entry.revoked_at:
                 self._audit.append(Revoked(client=entry.name, public_key=entry.public_key))
-                self._intake.dismiss(entry.name, f"{entry.name!r} was revoked on {entry.revoked_at}")
+                self._presence.dismiss(entry.name, f"{entry.name!r} was revoked on {entry.revoked_at}")
             else:
                 self._audit.append(Enrolled(client=entry.name, public_key=entry.public_key, by="authority"))
         if any(entry.revoked_at for entry in changed):

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from edgetrain.coordinator import events
 from edgetrain.coordinator.coordinator import MAX_RETRY_SECONDS, Coordinator
 from edgetrain.coordinator.errors import RoundFailed, RunError, UpdateRefused
-from edgetrain.coordinator.intake import accepted_record
 from edgetrain.coordinator.rounds.open_round import OpenRound
 from edgetrain.coordinator.rounds.rounds import Part
+from edgetrain.coordinator.rounds.uploads import accepted_record
 from edgetrain.coordinator.run.records import ClientRow
 from edgetrain.coordinator.secure.secure_records import SecureOpened, SecureRecord
 from edgetrain.coordinator.secure.secure_round import SecureRound
@@ -55,7 +55,7 @@ class SecureCoordinator(Coordinator):
         attempt, given_up = 0, set[bytes]()
         while True:
             attempt += 1
-            current = self._intake.current = self._open_round(number)
+            current = self._agenda.current = self._open_round(number)
             current.state.attempt, current.given_up = attempt, frozenset(given_up)
             try:
                 self._aggregate(current)
@@ -203,7 +203,7 @@ class SecureCoordinator(Coordinator):
             self._observe(events.UpdateAccepted(state.number, name, offer.update.size, accepted))
             # The journal has everything that the sum is made of: it counts, whatever happens to this process.
             self._post.send(name, Verdict(round=state.number, digest=offer.update.digest, accepted=True,
-                                          come_back_seconds=self._intake.come_back(name)))  # fmt: skip
+                                          come_back_seconds=self._uploads.come_back(name)))  # fmt: skip
 
     def _give_up(self, current: OpenRound, reason: str, *, again: bool) -> None:
         offers = {name: upload.offer for name, upload in current.uploads.items()}
@@ -222,7 +222,7 @@ class SecureCoordinator(Coordinator):
             fresh = msgspec.structs.replace(opened, nonce=os.urandom(16), salt=os.urandom(16))
             self._directory.note_opened(fresh)
             self._directory.journal_path(current.state.number).unlink()
-            self._intake.current = None
+            self._agenda.current = None
             return
         strategy = self._strategy
         self._strategy = replace(strategy, finish=lambda _partial, parameters, state: (parameters.copy(), state))

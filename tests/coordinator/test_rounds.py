@@ -25,7 +25,7 @@ def test_it_closes_at_its_goal_whatever_the_time():
     assert state.outcome(0) is Outcome.CLOSED
 
 
-@pytest.mark.parametrize("part", OUTSTANDING)
+@pytest.mark.parametrize("part", sorted(OUTSTANDING, key=str))
 def test_it_waits_for_those_on_their_way_until_the_deadline(part):
     state = make(minimum=2)
     state.advance("a", Part.ACCEPTED)

@@ -97,11 +97,11 @@ def test_what_is_not_in_the_sum_stays_with_the_clients(federate):
     finish(federation)
     for name, calls in federation.quantized.items():
         ((values, _weight, _quantizer, _layout), result) = calls[0]
-        residual = federation.clients[name]._feedback.residual
+        residual = federation.clients[name]._rounds._feedback.residual
         left = values - result.decoded
         assert set(np.round(left[left != 0], 6)) <= set(np.round(residual, 6))
         assert np.count_nonzero(residual) > 33, "what is outside of the support waits there"
-        assert federation.clients[name]._feedback.trained_on == b""
+        assert federation.clients[name]._rounds._feedback.trained_on == b""
 
 
 def test_two_rounds_adapt_the_range(federate):

@@ -15,6 +15,7 @@ from edgetrain.coordinator.rounds.rounds import OUTSTANDING
 from edgetrain.coordinator.rounds.selection import SelectionConfig
 from edgetrain.coordinator.run.requests import write_request
 from edgetrain.edge_client.data import Dataset
+from edgetrain.edge_client.rounds import Rounds
 from edgetrain.edge_client.runtimes import open_session
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.errors import ConfigError
@@ -106,7 +107,7 @@ def test_scaffold_survives_a_restart(federation):
     again.run()
     federation.finish()
     # The server's sum is the sum of the clients' own control variates.
-    own = [client._control.vector.astype(np.float64) for client in federation.clients.values()]
+    own = [client._rounds._control.vector.astype(np.float64) for client in federation.clients.values()]
     np.testing.assert_allclose(again._server_state["scaffold/control_sum"], sum(own), rtol=1e-4, atol=1e-6)
 
 
@@ -114,7 +115,7 @@ def test_scaffold_survives_a_restart(federation):
 def test_compressed_control_variates_stay_the_mean_of_the_clients(federation, codec):
     settings = {"strategy": "scaffold", "codec": codec, "downlink_codec": "dense|int8"}
     coordinator, _ = run(federation, **settings)
-    own = [client._control.vector.astype(np.float64) for client in federation.clients.values()]
+    own = [client._rounds._control.vector.astype(np.float64) for client in federation.clients.values()]
     assert max(np.abs(vector).max() for vector in own) > 0.01
     state = coordinator._server_state
     np.testing.assert_allclose(state["scaffold/control_sum"], sum(own), rtol=1e-4, atol=1e-6)
@@ -151,7 +152,7 @@ def test_personal_parameters_never_leave_the_device(federation, bundle):
     mask = elements_of(manifest, ("second.*",))
     np.testing.assert_array_equal(coordinator._parameters[mask], initial[mask])
     assert (coordinator._parameters[~mask] != initial[~mask]).all()
-    own = [client._personal._values for client in federation.clients.values()]
+    own = [client._workplace._personal._values for client in federation.clients.values()]
     for values in own:
         assert np.abs(values - initial[mask]).max() > 0.01
     assert not np.array_equal(own[0], own[1])
@@ -188,14 +189,15 @@ def test_weak_devices_get_less_to_do(federation):
 def test_buffered_clients_do_not_wait_for_each_other(federation, monkeypatch):
     """One client is slow: the others fill buffers of two meanwhile, and its stale update counts."""
     slow = federation.clients["client-2"]
-    train_round = slow._train_round
+    train = Rounds.train
     release = threading.Event()
 
-    def late(plan):
-        release.wait(20)
-        train_round(plan)
+    def late(rounds, plan):
+        if rounds is slow._rounds:
+            release.wait(20)
+        train(rounds, plan)
 
-    monkeypatch.setattr(slow, "_train_round", late)
+    monkeypatch.setattr(Rounds, "train", late)
     closed = []
 
     def observe(event):
@@ -256,9 +258,15 @@ def test_concurrency_bounds_how_many_work_at_once(federation):
 
 def test_one_who_stays_away_is_banned_and_comes_back(federation, monkeypatch):
     absent = federation.clients["client-1"]
-    monkeypatch.setattr(
-        absent, "_train_round", lambda plan: absent._mail.wait(lambda: plan.nonce in absent._mail.closed)
-    )
+    train = Rounds.train
+
+    def stay_away(rounds, plan):
+        if rounds is absent._rounds:
+            absent._mail.wait(lambda: plan.nonce in absent._mail.closed)
+        else:
+            train(rounds, plan)
+
+    monkeypatch.setattr(Rounds, "train", stay_away)
     selection = SelectionConfig(ban_after=1, ban_rounds=2)
     run(
         federation,

@@ -13,7 +13,7 @@ import pytest
 
 from edgetrain.coordinator.post import COORDINATOR
 from edgetrain.edge_client import open_session
-from edgetrain.edge_client.client import Client, connection_will, new_connection, split_validation
+from edgetrain.edge_client.client import Client, connection_will, new_connection
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.dataset import Dataset
@@ -22,6 +22,7 @@ from edgetrain.edge_client.errors import DataError, RefusedError, SessionError
 from edgetrain.edge_client.policy import LOOK_SECONDS, Policy, PolicyConfig, Surroundings
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.trainer import evaluate, train
+from edgetrain.edge_client.workplace import split_validation
 from edgetrain.protocol import BundleError, EdgetrainError, Limits, decode
 from edgetrain.protocol.blobs import HEADER_BYTES, cut
 from edgetrain.protocol.bundle import Bundle

@@ -74,8 +74,6 @@ LESSONS = [
     Lesson("vit-tiny", 80, 0.05, COSINE, 0.85, 0.35),
     Lesson("seq2seq", 150, 0.1, COSINE, 0.3, 0.7),
 ]
-# The others take longer than ten seconds, most of it for the export.
-QUICK = {"digits-cnn", "char-lm"}
 
 
 def pretrain(source, samples, steps):
@@ -134,13 +132,7 @@ def train_eagerly(source, names, dataset, config, seed):
     return np.array(losses)
 
 
-@pytest.mark.parametrize(
-    "lesson",
-    [
-        pytest.param(lesson, id=lesson.model, marks=[] if lesson.model in QUICK else pytest.mark.slow)
-        for lesson in LESSONS
-    ],
-)
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.model)
 def test_a_session_learns_what_eager_torch_learns(lesson, tmp_path):
     from edgetrain.export import export_bundle
     from edgetrain.models import get_model

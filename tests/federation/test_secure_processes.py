@@ -12,10 +12,11 @@ from safetensors.numpy import load_file
 from edgetrain.coordinator.broker import find_mosquitto
 from edgetrain.coordinator.run.journal_reading import read_journal
 from edgetrain.coordinator.secure.secure_records import SecureReceived
-from edgetrain.edge_client.client import _mix_seed, split_validation
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session
+from edgetrain.edge_client.seeds import mix_seed
 from edgetrain.edge_client.trainer import train
+from edgetrain.edge_client.workplace import split_validation
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs.hashing import uniform
 from edgetrain.protocol.codecs.selection import random_k
@@ -50,10 +51,10 @@ def plain_sum(federation, tiny_bundle, survivors, largest_weight):
     integers, weights = np.zeros(33, np.int64), 0
     for name in survivors:
         data, _ = split_validation(load_dataset(str(federation.path / f"{name}.npz"), bundle.manifest), 0.1, name)
-        result = train(session, start, data, TrainingConfig(**TRAINING), seed=_mix_seed(0, name, 1))
+        result = train(session, start, data, TrainingConfig(**TRAINING), seed=mix_seed(0, name, 1))
         target = (result.parameters - start)[positions].astype(np.float64)
         scaled = target * (len(data) / largest_weight) / (0.05 / 127)
-        noise = uniform(_mix_seed(0, name + "/codec", 1), 2, 33).astype(np.float64)
+        noise = uniform(mix_seed(0, name + "/codec", 1), 2, 33).astype(np.float64)
         integers += np.clip(np.floor(scaled + noise), -127, 127).astype(np.int64)
         weights += len(data)
     mean = (integers * (0.05 / 127) / (weights / largest_weight)).astype(np.float32).astype(np.float64)
