@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx.traceback import NodeSource
 
 from edgetrain.export.errors import OperatorError
@@ -29,7 +29,7 @@ class Compiled:
     external: dict[str, bytes]
 
 
-def compile_module(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Compiled:
+def compile_module(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Compiled:
     """The program of a graph.
 
     Raises:

@@ -159,14 +159,12 @@ class Geometry:
         """Whether each channel has weights of its own and nothing else."""
         return self.groups == weight.shape[0] and weight.shape[1] == 1 and self.groups > 1
 
-    def forward(self, positions: Sequence[int]) -> list[Windows]:
-        """What each output position reads."""
-        return [
-            Windows(-padding, stride, dilation, kernel, count)
-            for padding, stride, dilation, kernel, count in zip(
-                self.padding, self.stride, self.dilation, self.kernel, positions, strict=True
-            )
-        ]
+    def forward(self, positions: Sequence[int]) -> tuple[Windows, Windows]:
+        """What each output row reads, and each column."""
+        rows, columns = (
+            Windows(-self.padding[i], self.stride[i], self.dilation[i], self.kernel[i], positions[i]) for i in range(2)
+        )
+        return rows, columns
 
 
 def convolution(x_NHWC: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

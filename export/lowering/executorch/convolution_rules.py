@@ -205,5 +205,5 @@ def max_pool_backward(rewriter: Rewriter, grad: Tensor, x: Tensor, *settings: An
     """Without indices, and right."""
     if x.ndim == 4:
         return rewriter.image(max_pool_backward_form(rewriter.last(0), rewriter.last(1), *settings[:-1]))
-    images = [to_last(t.reshape(1, *t.shape)) for t in (grad, x)]
-    return from_last(max_pool_backward_form(*images, *settings[:-1])).reshape(x.shape)
+    one_grad, one = (to_last(t.reshape(1, *t.shape)) for t in (grad, x))
+    return from_last(max_pool_backward_form(one_grad, one, *settings[:-1])).reshape(x.shape)

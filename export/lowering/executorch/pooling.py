@@ -25,10 +25,11 @@ def _windows(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> list[Windows]:
+) -> tuple[Windows, Windows]:
     kernel, padding, dilation = (_pair(values) for values in (kernel_size, padding, dilation))
     stride = _pair(stride) if stride else kernel
-    return [Windows(-padding[i], stride[i], dilation[i], kernel[i], positions[i]) for i in range(2)]
+    rows, columns = (Windows(-padding[i], stride[i], dilation[i], kernel[i], positions[i]) for i in range(2))
+    return rows, columns
 
 
 def _pair(values: Sequence[int]) -> list[int]:
