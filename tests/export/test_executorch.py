@@ -142,6 +142,23 @@ def test_what_is_frozen_is_computed_at_export_and_repeats_are_computed_once():
     torch.testing.assert_close(module(value)[0], 2 * value * (torch.eye(4) + 1))
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_choice_by_a_known_condition_is_a_product(swapped):
+    """As the gradient of picking one token is traced, and a causal mask."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(aten.eq.Scalar, (graph.call_function(aten.arange.default, (5,)), 0))
+    other = graph.call_function(aten.full.default, ([5], 0.0 if swapped else -float("inf")))
+    chosen = graph.call_function(aten.where.self, (first, other, x) if swapped else (first, x, other))
+    graph.output((chosen if swapped else graph.call_function(aten._softmax.default, (chosen, -1, False)),))
+    value = torch.randn(3, 5)
+    x.meta["val"] = value
+    traced = TracedGraph("step", fx.GraphModule(torch.nn.Module(), graph), (), (), (value,))
+    module = rewrite.rewrite(traced)
+    assert aten.where.self not in {node.target for node in module.graph.nodes}
+    torch.testing.assert_close(module(value)[0], traced.module(value)[0])
+
+
 def test_the_program_of_the_manifest_says_what_it_needs():
     program = Bundle(cnn_bundle()).manifest.program("executorch")
     assert program.minimum_version == "1.5"

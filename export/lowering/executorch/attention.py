@@ -1,4 +1,4 @@
-"""Softmax under masks, in finite numbers, and batch normalisation with running statistics."""
+"""Masks in finite numbers, softmax under them, and batch normalisation with running statistics."""
 
 from __future__ import annotations
 
@@ -69,3 +69,21 @@ def batch_norm(
         return rewriter.image(rewriter.last(0) * scale + shift, 0), empty, empty
     channels = [1, -1, *[1] * (x.ndim - 2)]
     return x * scale.reshape(channels) + shift.reshape(channels), empty, empty
+
+
+def where(rewriter: Rewriter, condition: Tensor, a: Tensor, b: Tensor) -> Any:
+    """By a condition that is known now, between a variable and a known value: a product with a mask, and a sum."""
+    if not rewriter.is_static(0) or rewriter.is_static(1) == rewriter.is_static(2):
+        return NotImplemented
+    variable, known = (a, b) if rewriter.is_static(2) else (b, a)
+    if variable.dtype != torch.float32:
+        return NotImplemented
+    keep = rewriter.now(lambda: (condition if rewriter.is_static(2) else ~condition).float())
+    attends = all(user.target in _SOFTMAX for user in rewriter.node.users)
+    rest = rewriter.now(lambda: torch.where(keep > 0, 0.0, known.clamp(min=MASKED) if attends else known))
+    result = variable * keep
+    with disable_proxy_modes_tracing():
+        finite, any_rest = bool(torch.isfinite(rest).all()), bool(rest.any())
+    if not finite or result.shape != rewriter.shape():
+        return NotImplemented
+    return result + rest if any_rest else result

@@ -16,7 +16,7 @@ from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.executorch import training_module
-from edgetrain.export.lowering.executorch.compile import compile_module, without_history
+from edgetrain.export.lowering.executorch.compile import compile_module, quicker
 from edgetrain.export.lowering.executorch.decompositions import decompositions
 from edgetrain.export.lowering.executorch.diagnosis import differs, wrong_operator
 from edgetrain.export.lowering.executorch.rewrite import contiguous, rewrite
@@ -66,7 +66,7 @@ class ExecutorchLowering:
             OperatorError: no kernel, or one that computes other numbers than torch.
         """
         graph = contiguous(graph)
-        with quiet(), without_history(), torch.no_grad():
+        with quiet(), quicker(), torch.no_grad():
             module = rewrite(graph)
             if graph.name == training_module.NAME:
                 return training_module.lower(module, graph.example, graph)
@@ -115,7 +115,7 @@ class ExecutorchLowering:
         assert kind == "int8-static"
         trunk = contiguous(trunk)
         tensors = [[torch.from_numpy(array) for array in batch] for batch in batches]
-        with quiet(), without_history(), torch.no_grad():
+        with quiet(), quicker(), torch.no_grad():
             module = quantized_module(trunk, tensors)
             if module is None:
                 raise UnsupportedError(

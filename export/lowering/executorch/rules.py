@@ -24,10 +24,12 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices_backward.default: convolution_rules.max_pool_backward,
     aten.mean.dim: reductions.mean,
     aten.mm.default: reductions.mm,
+    aten.mul.Scalar: shapes.mul,
     aten.native_batch_norm.default: attention.batch_norm,
     aten.squeeze.dim: shapes.squeeze,
     aten.squeeze.dims: shapes.squeeze,
     aten.sum.default: reductions.sum_,
     aten.sum.dim_IntList: reductions.sum_,
     aten.unsqueeze.default: shapes.unsqueeze,
+    aten.where.self: attention.where,
 }

@@ -44,6 +44,15 @@ def div(rewriter: Rewriter, x: Tensor, divisor: float) -> Any:
     return x * (1 / divisor)
 
 
+def mul(rewriter: Rewriter, x: Tensor, factor: float) -> Any:
+    """XNNPACK multiplies by a tensor, as which a number is stored."""
+    if x.dtype != torch.float32:
+        return NotImplemented
+    if rewriter.has_last(rewriter.node.args[0]):
+        return rewriter.image(rewriter.last(0) * factor)
+    return x * factor
+
+
 def unsqueeze(rewriter: Rewriter, x: Tensor, dim: int) -> Tensor:
     """A view, which XNNPACK takes for any dimension."""
     del rewriter
