@@ -147,7 +147,7 @@ def _check_tensors(file: str, what: str, found: tuple[TensorSpec, ...], declared
 def _remedy(error: str) -> str:
     """What ExecuTorch says, each thing once, and what to do about it."""
     error = "; ".join(list(dict.fromkeys(part.strip() for part in error.split(";")))[:5]).removesuffix(".")
-    if re.search(r"unsupported_hardware|[Uu]nsupported hardware", error):
+    if re.search(r"unsupported_hardware|XnnpackBackend is not available", error):
         return (
             "XNNPACK does not know this processor (it wants SSE2 on x86, NEON on ARM): use another runtime, "
             f"e.g. --runtime onnxruntime. {error}"

@@ -78,7 +78,7 @@ def where(rewriter: Rewriter, condition: Tensor, a: Tensor, b: Tensor) -> Any:
     variable, known = (a, b) if rewriter.is_static(2) else (b, a)
     if variable.dtype != torch.float32:
         return NotImplemented
-    keep = rewriter.now(lambda: (condition if rewriter.is_static(2) else ~condition).float())
+    keep = rewriter.now((condition if rewriter.is_static(2) else ~condition).float)
     attends = all(user.target in _SOFTMAX for user in rewriter.node.users)
     rest = rewriter.now(lambda: torch.where(keep > 0, 0.0, known.clamp(min=MASKED) if attends else known))
     result = variable * keep
