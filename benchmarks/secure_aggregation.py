@@ -34,10 +34,18 @@ import numpy as np
 
 from edgetrain.protocol import encode as encode_update
 from edgetrain.protocol.blobs import blob_ref, cut
+from edgetrain.protocol.enrolment import PROOF_BYTES
 from edgetrain.protocol.messages import Offer, Secure, encode_message
 from edgetrain.protocol.secure_aggregation import member as members
 from edgetrain.protocol.secure_aggregation import server as servers
-from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer, dequantize, make_layout, quantize, unpack
+from edgetrain.protocol.secure_aggregation.arithmetic import (
+    Quantizer,
+    dequantize,
+    finest,
+    make_layout,
+    quantize,
+    unpack,
+)
 from edgetrain.protocol.secure_aggregation.graph import choose_topology
 from edgetrain.protocol.secure_aggregation.masks import Masker
 from edgetrain.protocol.secure_aggregation.messages import (
@@ -140,7 +148,9 @@ def scale(size: int, dropout: float, *, colluding: float, lying: bool, kind: str
     """A whole session, its clients in another process."""
     settings = settings_for(size // 2, colluding=colluding, lying=lying, kind=kind)
     encoded = encode(settings)
-    session = session_digest(federation="f", run=bytes(16), round_number=1, nonce=os.urandom(16), settings=encoded)
+    session = session_digest(
+        federation="f", run=bytes(16), round_number=1, nonce=os.urandom(16), work=bytes(32), settings=encoded
+    )
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     process = context.Process(target=clients_process, args=(other, size, settings, session))
@@ -207,7 +217,9 @@ def client_cost(size: int, neighbours: int) -> Row:
     """What client 0 does, with as many neighbours."""
     settings = settings_for(2, colluding=0.0, lying=True)
     encoded = encode(settings)
-    session = session_digest(federation="f", run=bytes(16), round_number=1, nonce=bytes(16), settings=encoded)
+    session = session_digest(
+        federation="f", run=bytes(16), round_number=1, nonce=bytes(16), work=bytes(32), settings=encoded
+    )
     server = servers.Server(session=session, settings=encoded)
     watch, own, keys = Stopwatch(), {}, [key_of(client) for client in range(size)]
     up = 0
@@ -276,15 +288,20 @@ def uplink() -> list[Row]:
     reference = plain["topk:0.05|int8:block=256|rice"]
     rows: list[Row] = [{"codec": codec, "bytes": count, "ratio": round(count / reference, 3)} for codec, count in
                        plain.items()]  # fmt: skip
-    for kind in ("int8", "int4"):
+    for kind, most in (("int8", 14), ("int8", 0), ("int4", 0)):
         for size in (10, 30, 50, 64, 100, 300, 1000):
-            quantizer = Quantizer(kind=kind, range=1.0, max_weight=1000, octaves=True)  # type: ignore[arg-type]
+            largest = finest(kind, clients=size, bits=most) if most else 0  # type: ignore[arg-type]
+            quantizer = Quantizer(kind=kind, range=1.0, max_weight=1000, octaves=True, largest=largest)  # type: ignore[arg-type]
             layout = make_layout(quantizer, count=COUNT, clients=size)
             for dropout in (0.1, 0.3):
                 degree, threshold = choose_topology(size, dropout=dropout, colluding=0.1, lying=dropout == 0.1)
                 signature = bytes(64)
                 bodies = [
-                    encode(members.Advertise(cipher_key=bytes(32), mask_key=bytes(32), signature=signature)),
+                    encode(
+                        members.Advertise(
+                            cipher_key=bytes(32), mask_key=bytes(32), signature=signature, enrolment=bytes(PROOF_BYTES)
+                        )
+                    ),
                     encode(Shares(roster=bytes(32), commitment=bytes(32), boxes=bytes(BOX_BYTES * degree))),
                     encode(Agreement(signature=signature)),
                     encode(Reveal(shares=bytes(SHARE_BYTES * (degree + 1)))),
@@ -292,7 +309,8 @@ def uplink() -> list[Row]:
                 count = wire_bytes(key, bodies, bytes(layout.payload_bytes))
                 rows.append(
                     {
-                        "codec": f"secure {kind}", "clients": size, "bits": layout.bits, "neighbours": degree,
+                        "codec": f"secure {kind}", "max_bits": most, "largest": quantizer.levels, "clients": size,
+                        "bits": layout.bits, "neighbours": degree,
                         "threshold": threshold, "for": f"{dropout:.0%} dropout, 10% colluding, "
                         f"{'lying' if dropout == 0.1 else 'curious'} server",
                         "protocol_bytes": count - wire_bytes(key, [], bytes(layout.payload_bytes)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from edgetrain.coordinator.audit import AuditLog
-from edgetrain.coordinator.audit.records import Aggregated, Command, Ended, Invited, PrivacySpent
+from edgetrain.coordinator.audit.records import Abandoned, Aggregated, Command, Ended, Invited, PrivacySpent
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.run.records import RoundRecord
 from edgetrain.protocol.messages import LogPoint, Plan, encode_message
@@ -31,6 +31,17 @@ class Chronicle:
         """A plan that goes out."""
         digest = hashlib.sha256(encode_message(plan)).hexdigest()
         self._audit.append(Invited(client=client, round=plan.round, attempt=attempt, plan=digest))
+
+    def abandoned(self, number: int, attempt: int, reason: str, *, revealing: bool = False) -> None:
+        """An attempt at a round that came to nothing.
+
+        Args:
+            number: of the round.
+            attempt: of that.
+            reason: for people.
+            revealing: whether clients had been asked for the shares that unmask a sum.
+        """
+        self._audit.append(Abandoned(round=number, attempt=attempt, reason=reason[:300], revealing=revealing))
 
     def aggregated(self, record: RoundRecord) -> None:
         """A round that is about to be committed.

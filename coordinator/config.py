@@ -124,6 +124,9 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     enrolments: str = ""
     # Start a broker on the address in [broker]: "mosquitto" or "embedded"; empty: one is running there.
     start_broker: Literal["", "mosquitto", "embedded"] = ""
+    # With enrolments and a broker that runs elsewhere: a program with arguments that lets it read passwords, access
+    # rules and revoked certificates again (after copying them there, if need be). Run after every change.
+    reload_command: str = ""
     broker: BrokerConfig = BrokerConfig()
     # How updates become the next parameters: a name, or a table with a name and options.
     strategy: StrategyTable = "fedavg"

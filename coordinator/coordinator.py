@@ -208,6 +208,7 @@ class Coordinator:
                 f"of at least {rounds.least}"
             )
             logger.warning("%s", message)
+            self._chronicle.abandoned(number, state.attempt, f"{message}{current.said()}")
             if rounds.max_failures and failures >= rounds.max_failures:
                 raise RoundFailed(
                     f"{message}, after {failures} attempts{current.said()}. Lower rounds.minimum, raise "
@@ -254,7 +255,7 @@ class Coordinator:
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
         self._dismiss(current)
-        epsilon = self._pay(state.number)
+        epsilon = self._pay(current)
         parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
         due = state.number % self._config.evaluation.every == 0
@@ -293,13 +294,13 @@ class Coordinator:
         self._chronicle.publish()
         self._observe(events.RoundEnded(record))
 
-    def _pay(self, number: int) -> float | None:
+    def _pay(self, current: OpenRound) -> float | None:
         """Pays for a round out of the privacy budget, if there is one, before its noisy sum is looked at."""
         if self._budget is None:
             return None
-        epsilon = self._budget.charge()
+        epsilon = self._budget.charge(sorted(current.contributors))
         self._chronicle.privacy_spent(
-            number, epsilon=epsilon, delta=self._budget.delta, mechanism=self._budget.mechanism
+            current.state.number, epsilon=epsilon, delta=self._budget.delta, mechanism=self._budget.mechanism
         )
         return epsilon
 

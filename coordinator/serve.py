@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.authority.broker import FederationBroker
+from edgetrain.coordinator.authority.reload import reload_by
 from edgetrain.coordinator.broker import start_broker
 from edgetrain.coordinator.buffered import BufferedCoordinator
 from edgetrain.coordinator.config import FederationConfig
@@ -49,7 +50,9 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
     with contextlib.ExitStack() as stack:
         directory = RunDirectory(config, bundle.manifest, bundle.digest)
         stack.callback(directory.close)
-        reload_broker: Callable[[], None] = _tell_to_reload
+        reload_broker: Callable[[], None] = (
+            reload_by(config.reload_command) if config.reload_command else _tell_to_reload
+        )
         if config.start_broker == "mosquitto" and config.enrolments:
             broker = FederationBroker(Path(config.enrolments), config.broker.port)
             stack.callback(broker.stop)
@@ -77,7 +80,9 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
 
 
 def _tell_to_reload() -> None:
-    logger.warning("the enrolments have changed: let the broker read its files again (kill -HUP of mosquitto)")
+    logger.warning(
+        "the enrolments have changed: let the broker read its files again (mosquitto: kill -HUP), or set reload_command"
+    )
 
 
 def coordinator_kind(config: FederationConfig) -> type[Coordinator]:

@@ -32,7 +32,15 @@ class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_
         str,
         Meta(
             description="file with the clients that may take part, a name and its Ed25519 public key in hex on each "
-            "line; without it the coordinator's word counts"
+            "line; without it and `authority` the coordinator's word counts"
+        ),
+    ] = ""
+    authority: Annotated[
+        str,
+        Meta(
+            description="public key of the federation's CA in hex, as in a device file: take part only with clients "
+            "that it has enrolled",
+            pattern="^([0-9a-f]{66})?$",
         ),
     ] = ""
 
@@ -73,6 +81,13 @@ class ClientConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(
             description="file with the key that signs this client's messages; a device file holds the key itself "
             "[default: one made in the state directory]"
+        ),
+    ] = ""
+    enrolment: Annotated[
+        str,
+        Meta(
+            description="the CA's signature of this client's name and key in hex, as in a device file",
+            pattern="^([0-9a-f]{128})?$",
         ),
     ] = ""
     exit_when_done: Annotated[bool, Meta(description="leave when the run ends, instead of waiting for the next")] = True

@@ -132,6 +132,11 @@ class PrivateSteps:
         expected = sampling_rate(num_examples, self._config) * num_examples
         mean = np.empty_like(clipped_sum)
         for part, noise in chunks(self._noise, self._random, len(clipped_sum)):
-            steps = np.rint(clipped_sum[part].astype(np.float64) / step).astype(np.int64)
-            mean[part] = (steps + noise) * (step / expected)
+            # Integers, in float64: below 2^53 there is nothing between them, so the sum is that of the integers.
+            steps = clipped_sum[part].astype(np.float64)
+            steps /= step
+            np.rint(steps, out=steps)
+            steps += noise
+            steps *= step / expected
+            mean[part] = steps
         return mean

@@ -23,6 +23,7 @@ from edgetrain.edge_client.installation import Fetch
 from edgetrain.edge_client.mailbox import Mailbox
 from edgetrain.edge_client.state import ClientState
 from edgetrain.protocol.blobs import blob_ref
+from edgetrain.protocol.enrolment import Authority
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.messages import BlobRef, Decline, Offer, Plan, Resources, Secure
@@ -39,6 +40,7 @@ from edgetrain.protocol.secure_aggregation.messages import (
     decode_from_server,
     decode_settings,
     session_digest,
+    work_digest,
 )
 from edgetrain.protocol.secure_aggregation.noise import share_of
 from edgetrain.protocol.secure_aggregation.support import support_of
@@ -74,8 +76,7 @@ class SecureParticipation:
         # The newest of each that has not been looked at.
         self._roster_ready: RosterReady | None = None
         self._boxes: Boxes | None = None
-        enrolled = config.secure_aggregation.enrolled
-        self._is_enrolled = read_enrolled(Path(enrolled)) if enrolled else (lambda _name, _key: True)
+        self._is_enrolled = who_is_enrolled(config)
         mail.on_secure = self._on_message
 
     def check(self, plan: Plan) -> None:
@@ -191,6 +192,7 @@ class SecureParticipation:
             run=plan.run,
             round_number=plan.round,
             nonce=plan.nonce,
+            work=work_digest(bundle=plan.bundle, vector=plan.vector, training=plan.training, personal=plan.personal),
             settings=plan.secure,
         )
         if self._stored and self._stored.member.session == session:
@@ -203,6 +205,7 @@ class SecureParticipation:
             identity=key.public_key,
             sign=key.sign,
             random=os.urandom,
+            enrolment=bytes.fromhex(self._config.enrolment),
         )
         self._keep(plan, member)
         return member
@@ -283,6 +286,27 @@ def limited(values: Values, max_norm: float) -> Values:
     if not max_norm or norm <= max_norm:
         return values
     return (values.astype(np.float64) * (max_norm / norm)).astype(np.float32)
+
+
+def who_is_enrolled(config: ClientConfig) -> members.IsEnrolled:
+    """Whom this client's settings let take part: by the file of names, and by the CA, where they name them.
+
+    Raises:
+        ConfigError: the file cannot be read, or the CA's key is none.
+    """
+    settings = config.secure_aggregation
+    listed = read_enrolled(Path(settings.enrolled)) if settings.enrolled else None
+    try:
+        authority = Authority(settings.authority, config.federation) if settings.authority else None
+    except ValueError as error:
+        raise ConfigError(f"secure_aggregation.authority: is no P-256 key as in a device file: {error}") from error
+
+    def is_enrolled(name: str, identity: bytes, proof: bytes) -> bool:
+        if listed is not None and not listed(name, identity):
+            return False
+        return authority is None or authority.has_enrolled(name, identity, proof)
+
+    return is_enrolled
 
 
 def read_enrolled(path: Path) -> Callable[[str, bytes], bool]:

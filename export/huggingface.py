@@ -89,8 +89,11 @@ def load_hf(
             raise SourceError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
         if hasattr(config, "use_cache"):
             config.use_cache = False
-        if getattr(config, "pad_token_id", 0) is None:
+        if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0
+        if getattr(config, "architectures", None) is None:
+            # Families with several models for a task look there, and expect a list.
+            config.architectures = []
         with user_code(f"making hf:{source} for {task}"):
             module = _model(path, config, task, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -171,7 +174,7 @@ def _texts(config: Any, task: str, B: int, T: int, generator: torch.Generator) -
     low = min(8, vocabulary - 1)
     ids = torch.randint(low, vocabulary, (B, T), generator=generator)
     mask = torch.ones(B, T, dtype=torch.int64)
-    padding = text.pad_token_id or 0
+    padding = getattr(text, "pad_token_id", 0) or 0
     for row in range(B):
         # Rows of different length, so that the mask matters.
         length = T - (row * T) // (2 * B)

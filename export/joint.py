@@ -26,6 +26,7 @@ from edgetrain.export.batch import (
     per_sample_loss,
     tensor_spec,
 )
+from edgetrain.export.before_autograd import before_autograd
 from edgetrain.export.fold import fold_batch_norms
 from edgetrain.export.ghost import use_ghost_norms
 from edgetrain.export.metrics import Metric, weighted_sum
@@ -222,7 +223,7 @@ def _trace(
         WEIGHTS,
         *further,
     )
-    with plain_math(problem.prepared.module):
+    with plain_math(problem.prepared.module), before_autograd(decompositions):
         views_kept = {op: rule for op, rule in decompositions.items() if op not in VIEWS}
         module = make_fx(flat, decomposition_table=views_kept)(*values)
         if mutates(module):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from edgetrain.export import joint, locate, parity
+from edgetrain.export import before_autograd, joint, locate, parity
 from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.functional import functional_problem
 from edgetrain.export.joint import Decompositions, Problem, TracedGraph
 from edgetrain.export.lowering.base import FurtherGraphs, LoweredGraph, Lowering, Run
+from edgetrain.export.narrow import narrowed_problem
 from edgetrain.export.partition import Split, split_step, with_features
 from edgetrain.protocol.bundle import file_entry
 from edgetrain.protocol.manifest import Graph, Program
@@ -101,7 +102,9 @@ class Translator:
     def __init__(self, lowering: Lowering, problem: Problem) -> None:
         self._lowering = lowering
         self._decompositions = lowering.decompositions()
-        self._original = problem
+        self._original = self._direct = problem
+        if before_autograd.wanted(self._decompositions):
+            self._direct = narrowed_problem(problem) or problem
         self._functional: Problem | None = None
 
     def translate(self, trace: Trace) -> tuple[TracedGraph, LoweredGraph]:
@@ -113,7 +116,9 @@ class Translator:
         if self._functional is not None:
             return self._attempt(trace, self._functional)
         try:
-            return self._attempt(trace, self._original)
+            # Sample by sample, the batch is smaller than a narrowed graph's.
+            whole = trace is joint.trace_step_per_sample_clipped
+            return self._attempt(trace, self._original if whole else self._direct)
         except UnsupportedError as error:
             logger.debug(f"direct trace failed, trying torch.export: {error}")
             first = error

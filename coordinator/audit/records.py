@@ -124,6 +124,16 @@ class Banned(AuditRecord, frozen=True, kw_only=True, tag="banned"):
     offences: int
 
 
+class Abandoned(AuditRecord, frozen=True, kw_only=True, tag="abandoned"):
+    """An attempt at a round that came to nothing; the round is tried again, or ends without a change."""
+
+    round: int
+    attempt: int
+    reason: str
+    # Secure aggregation: clients had been asked for shares, so a sum of their updates may have been unmasked.
+    revealing: bool = False
+
+
 class Aggregated(AuditRecord, frozen=True, kw_only=True, tag="aggregated"):
     """A round's result, written just before the round is committed."""
 

@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from edgetrain.protocol.enrolment import authority_key, prove_enrolment
+
 CA_DAYS = 20 * 365
 SERVER_DAYS = 825
 CLIENT_DAYS = 10 * 365
@@ -95,6 +97,16 @@ def revocation_list(
         revoked = x509.RevokedCertificateBuilder().serial_number(int(serial, 16)).revocation_date(at).build()
         builder = builder.add_revoked_certificate(revoked)
     return builder.sign(_private_key(authority), hashes.SHA256()).public_bytes(Encoding.PEM)
+
+
+def prove(authority: Issued, federation: str, name: str, public_key: bytes) -> bytes:
+    """The CA's proof that a client is enrolled with an Ed25519 key."""
+    return prove_enrolment(_private_key(authority), federation=federation, name=name, public_key=public_key)
+
+
+def point(authority: Issued) -> str:
+    """The CA's public key, as devices have it."""
+    return authority_key(_private_key(authority).public_key())
 
 
 def _issue(

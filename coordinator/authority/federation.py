@@ -46,6 +46,8 @@ from edgetrain.coordinator.authority.certificates import (
     issue_client,
     issue_server,
     make_authority,
+    point,
+    prove,
     revocation_list,
 )
 from edgetrain.coordinator.authority.registry import AuthorityError, Enrolment, read_registry, write_registry
@@ -192,7 +194,7 @@ class FederationDirectory:
             ca = self._ca()
             certificate, key, password = issue_client(ca, name, now), SigningKey.generate(), secrets.token_urlsafe(32)
             # The file first: enrolled without a file would be worse than a file that nobody has enrolled.
-            text = self._device_file(known, name, data, certificate, key, password)
+            text = self._device_file(known, name, data, ca, certificate, key, password)
             try:
                 write_atomically(path, text.encode(), mode=SECRET)
             except OSError as error:
@@ -269,11 +271,11 @@ class FederationDirectory:
         return (
             "# Written by `edgetrain init`: edgetrain coordinator --config federation.toml\n"
             "# Holds the coordinator's broker password: keep it to yourself. A broker that runs elsewhere: remove\n"
-            "# start_broker, and give that broker mosquitto.conf.\n" + tomli_w.dumps(settings)
+            "# start_broker, give that broker mosquitto.conf, and set reload_command.\n" + tomli_w.dumps(settings)
         )
 
     def _device_file(
-        self, known: _Authority, name: str, data: str, certificate: Issued, key: SigningKey, password: str
+        self, known: _Authority, name: str, data: str, ca: Issued, certificate: Issued, key: SigningKey, password: str
     ) -> str:
         settings = {
             "name": name,
@@ -281,6 +283,8 @@ class FederationDirectory:
             "data": data,
             "coordinator_key": SigningKey.load_or_create(self.path / "coordinator.key").public_key.hex(),
             "signing_key": key.secret(),
+            "enrolment": prove(ca, known.federation, name, key.public_key).hex(),
+            "secure_aggregation": {"authority": point(ca)},
             "broker": {
                 "host": known.host,
                 "port": known.port,

@@ -65,7 +65,15 @@ class Enrolments:
         if entry is None:
             return "not_enrolled", f"{client!r} is not enrolled here: edgetrain enroll {client}"
         if entry.revoked_at:
-            return "revoked", f"{client!r} was revoked on {entry.revoked_at}"
+            return "revoked", revocation(entry)
         if public_key.hex() != entry.public_key:
             return "not_enrolled", f"the name {client!r} is enrolled with another key: use its own device file"
         return None
+
+
+def revocation(entry: Enrolment) -> str:
+    """What a client that was revoked is told."""
+    return (
+        f"{entry.name!r} was revoked on {entry.revoked_at}. If that was not meant, whoever runs the federation lets it "
+        f"in again with: edgetrain enroll {entry.name} --renew, and a copy of the new device file"
+    )

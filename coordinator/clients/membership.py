@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from edgetrain.coordinator.audit import AuditLog
 from edgetrain.coordinator.audit.records import Enrolled, Revoked
-from edgetrain.coordinator.clients.enrolments import Enrolments
+from edgetrain.coordinator.clients.enrolments import Enrolments, revocation
 from edgetrain.coordinator.clients.presence import Presence
 
 # Who is sent away should hear why before the broker drops it. We refuse it at once.
@@ -56,7 +56,7 @@ class Membership:
         for entry in changed:
             if entry.revoked_at:
                 self._audit.append(Revoked(client=entry.name, public_key=entry.public_key))
-                self._presence.dismiss(entry.name, f"{entry.name!r} was revoked on {entry.revoked_at}")
+                self._presence.dismiss(entry.name, revocation(entry))
             else:
                 self._audit.append(Enrolled(client=entry.name, public_key=entry.public_key, by="authority"))
         if any(entry.revoked_at for entry in changed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edgetrain.coordinator.config import FederationConfig
@@ -44,11 +44,7 @@ class FederationBudget:
     @property
     def mechanism(self) -> str:
         """What a round releases, in words."""
-        release = self._release
-        noise = f"{release.mechanism} noise, multiplier {release.noise_multiplier:.6g}"
-        if release.sampling == "none":
-            return noise
-        return f"{noise}, {release.sampling} sampling, rate {release.sampling_rate:.6g}"
+        return self._release.words
 
     def refusal(self) -> str | None:
         """Why another round cannot be paid for, or None."""
@@ -58,11 +54,14 @@ class FederationBudget:
             return str(error)
         return None
 
-    def charge(self) -> float:
+    def charge(self, participants: Iterable[str]) -> float:
         """Pays for a round; on disk when this returns, so only then may its noisy sum be looked at.
 
         A crash between this and the end of the round leaves it paid; the round is then closed, and paid, again,
         because its sum has met two different noises.
+
+        Args:
+            participants: the clients that are in the sum.
 
         Returns:
             Epsilon spent in all.
@@ -71,7 +70,7 @@ class FederationBudget:
             BudgetExhausted: more than the budget.
             PrivacyError: the ledger cannot be written.
         """
-        return self._ledger.charge(self._release)
+        return self._ledger.charge(self._release, participants)
 
     def close(self) -> None:
         """Lets go of the ledger."""

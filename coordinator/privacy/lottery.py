@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edgetrain.coordinator.privacy.chance import NEGLIGIBLE, chance_of_fewer
 from edgetrain.coordinator.rounds.open_round import OpenRound
 from edgetrain.coordinator.strategies import Private
-from edgetrain.protocol.errors import ConfigError
+from edgetrain.protocol.errors import ConfigError, SecureAggregationError
 from edgetrain.protocol.privacy.randomness import Keystream, RandomBytes, bernoulli, sample
 
 
@@ -21,21 +22,31 @@ class Lottery:
     Args:
         private: of the strategy; its release says how it is drawn.
         random_bytes: from the operating system if left out.
+        least: fewest whose sum secure aggregation can show; 0 without it. A draw of fewer would give away that it was
+            one, which amplification does not allow for: so none is made while that is not next to impossible.
     """
 
-    def __init__(self, private: Private, *, random_bytes: RandomBytes | None = None) -> None:
+    def __init__(self, private: Private, *, random_bytes: RandomBytes | None = None, least: int = 0) -> None:
         self._release = private.release
         self._population = private.population
+        self._least = least
         self._random = random_bytes or Keystream()
 
     @classmethod
-    def of(cls, private: Private | None) -> Lottery | None:
+    def of(cls, private: Private | None, *, least: int = 0) -> Lottery | None:
         """The lottery of a strategy, or None if its privacy does not count on chance."""
-        return cls(private) if private and private.release.sampling != "none" else None
+        return cls(private, least=least) if private and private.release.sampling != "none" else None
 
-    def resume(self, current: OpenRound) -> None:
-        """Takes up the draw of an earlier process, if it has drawn for this round."""
-        if current.collection.was_invited:
+    def resume(self, current: OpenRound, drawn: frozenset[str] | None = None) -> None:
+        """Takes up the draw of an earlier process, or attempt, if one was made for this round.
+
+        Args:
+            current: the round.
+            drawn: in an earlier attempt, if there was one.
+        """
+        if drawn is not None:
+            self._limit(current, drawn)
+        elif current.collection.was_invited:
             self._limit(current, frozenset(current.collection.invited))
 
     def invite(self, current: OpenRound, pool: Sequence[str]) -> list[str]:
@@ -47,11 +58,23 @@ class Lottery:
 
         Raises:
             ConfigError: more clients than the population that the budget was planned for.
+            SecureAggregationError: so few are there that the draw might be too small; none was made.
         """
         if current.drawn is None:
+            self._check_enough(len(pool))
             self._limit(current, frozenset(self._draw(sorted(pool))))
         assert current.drawn is not None, "just drawn"
         return sorted(current.drawn.intersection(pool))
+
+    def _check_enough(self, present: int) -> None:
+        if not self._least:
+            return
+        chance = chance_of_fewer(self._release, self._population, present, self._least)
+        if chance > NEGLIGIBLE:
+            raise SecureAggregationError(
+                f"of {present} clients that are here fewer than {self._least} may be drawn (probability {chance:.2g}): "
+                "wait for more (rounds.gather_seconds), or lower rounds.minimum"
+            )
 
     @staticmethod
     def _limit(current: OpenRound, drawn: frozenset[str]) -> None:

@@ -11,7 +11,7 @@ import msgspec
 from edgetrain.coordinator.clients.clients import Roster
 from edgetrain.coordinator.clients.history import History
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.coordinator.rounds.adaptation import adapted_setting, rule_for
+from edgetrain.coordinator.rounds.adaptation import DeviceRule, adapted_setting, rule_for
 from edgetrain.coordinator.rounds.downlink import vector_digest
 from edgetrain.coordinator.rounds.open_round import OpenRound
 from edgetrain.coordinator.rounds.pace import come_back_seconds
@@ -110,11 +110,18 @@ class Invitations:
 
     def training(self, current: OpenRound, client: str) -> TrainingConfig:
         """How a client trains in a round; noted there."""
-        rule = rule_for(self._config.devices, self._roster.get(client))
+        training = self._training(current, rule_for(self._config.devices, self._roster.get(client)))
+        current.trainings[client] = training
+        return training
+
+    def common_training(self, current: OpenRound) -> TrainingConfig:
+        """How clients train that no rule is made for."""
+        return self._training(current, DeviceRule())
+
+    def _training(self, current: OpenRound, rule: DeviceRule) -> TrainingConfig:
         training = self._strategy.training(rule.adapt(self._config.training))
         if current.clip_norm:
             training = msgspec.structs.replace(training, max_delta_norm=current.clip_norm)
-        current.trainings[client] = training
         return training
 
     def plan(self, current: OpenRound, client: str) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from edgetrain.coordinator.rounds.collection import Collection
@@ -97,6 +98,11 @@ class OpenRound:
         blobs = [self.parameters, *(patch.blob for patch in self.patches)]
         blobs += [self.control] if self.control else []
         return blobs + self.secure.blobs if self.secure else blobs
+
+    @property
+    def contributors(self) -> Iterable[str]:
+        """Those whose updates are in the sum, or may be unmasked with it."""
+        return self.secure.survivors if self.secure else self.collection.digests
 
     def said(self) -> str:
         """What clients gave as reasons, for an error message."""

@@ -30,6 +30,9 @@ class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_
     value_range: Annotated[float, Meta(gt=0)] = 0.05
     # Fit the range to the values: how many lie in which octave is summed under the mask, too.
     adapt_range: bool = True
+    # Most bits of a summed value, without noise: where many clients would take more, each writes coarser integers
+    # instead (the mean of many is as fine again). 0: as the codec says, whatever it takes.
+    max_bits: Annotated[int, Meta(ge=0, le=64)] = 14
     # Share of the values that may lie beyond it.
     clipped: Annotated[float, Meta(ge=0, lt=1)] = 0.001
     # The parameters that a round sums: random ones, or the largest of the last sum and for the rest random ones.
@@ -42,3 +45,9 @@ class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_
     # `max_norm`; 0 for none. Needs a budget in [privacy].
     noise_multiplier: Annotated[float, Meta(ge=0)] = 0.0
     noise: Literal["discrete-gaussian", "skellam"] = "discrete-gaussian"
+    # What chance does for the budget, as with dp-fedavg. poisson: each of the population takes part with probability
+    # rounds.goal / population. fixed: a random subset of that size. It protects from those who do not know who was
+    # drawn; the coordinator does, and so do the clients of the same round.
+    sampling: Literal["none", "poisson", "fixed"] = "none"
+    # Clients that could be drawn, for poisson and fixed.
+    population: Annotated[int, Meta(ge=0)] = 0

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from edgetrain.coordinator import events
 from edgetrain.coordinator.coordinator import MAX_RETRY_SECONDS, Coordinator
 from edgetrain.coordinator.errors import RoundFailed, RunError, UpdateRefused
+from edgetrain.coordinator.privacy.lottery import Lottery
 from edgetrain.coordinator.rounds.open_round import OpenRound
 from edgetrain.coordinator.rounds.rounds import Part
 from edgetrain.coordinator.rounds.uploads import accepted_record
@@ -33,7 +34,7 @@ from edgetrain.protocol.codecs import SparseOrDense
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import Verdict
 from edgetrain.protocol.secure_aggregation.arithmetic import Total
-from edgetrain.protocol.secure_aggregation.messages import Settings, decode_settings, encode
+from edgetrain.protocol.secure_aggregation.messages import Settings, decode_settings, encode, work_digest
 from edgetrain.protocol.secure_aggregation.support import support_of
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class SecureCoordinator(Coordinator):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        self._lottery = Lottery.of(self._strategy.private, least=self._config.rounds.least)
         # Rounds in a row that have ended without a change.
         self._spent = 0
 
@@ -53,18 +55,24 @@ class SecureCoordinator(Coordinator):
     def _run_round(self, number: int) -> None:
         limit = self._config.rounds.max_failures
         attempt, given_up = 0, set[bytes]()
+        drawn: frozenset[str] | None = None
         while True:
             attempt += 1
             current = self._agenda.current = self._open_round(number)
             current.state.attempt, current.given_up = attempt, frozenset(given_up)
+            if self._lottery and drawn is not None:
+                # Drawn once for the round: another draw in place of one that failed would not be by chance alone.
+                self._lottery.resume(current, drawn)
             try:
                 self._aggregate(current)
             except (SecureAggregationError, UpdateRefused) as error:
                 revealing = current.secure is not None and current.secure.revealing
                 reason = f"round {number}, attempt {attempt}: no sum: {error}{current.said()}"
                 logger.warning("%s", reason)
+                self._chronicle.abandoned(number, attempt, reason, revealing=revealing)
                 self._give_up(current, str(error), again=not revealing)
                 given_up.add(current.state.nonce)
+                drawn = current.drawn
                 self._spent += revealing
                 if limit and max(attempt, self._spent) >= limit:
                     raise RoundFailed(
@@ -102,6 +110,12 @@ class SecureCoordinator(Coordinator):
             run=self._directory.run,
             number=current.state.number,
             nonce=current.state.nonce,
+            work=work_digest(
+                bundle=self._bundle.digest,
+                vector=current.vector,
+                training=self._invitations.common_training(current),
+                personal=self._config.personal,
+            ),
             settings=settings,
             config=self._config.secure_aggregation,
             records=records,
@@ -159,7 +173,7 @@ class SecureCoordinator(Coordinator):
         rounds, state = self._config.rounds, current.state
         assert current.secure, "begun"
         done = len(current.secure.advertised)
-        if done >= rounds.goal:
+        if done >= state.goal:
             return True
         if self._clock() < state.deadline_at and state.count(Part.INVITED, Part.TRAINING):
             return False

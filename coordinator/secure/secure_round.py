@@ -51,6 +51,7 @@ class SecureRound:
         run: id of the run.
         number: of the round.
         nonce: of the round.
+        work: what clients train, see `work_digest`.
         settings: as the plans have them.
         config: of secure aggregation.
         records: what an earlier process has noted of this session, after its `SecureOpened`.
@@ -72,6 +73,7 @@ class SecureRound:
         run: bytes,
         number: int,
         nonce: bytes,
+        work: bytes,
         settings: bytes,
         config: SecureAggregationConfig,
         records: Sequence[tuple[SecureRecord, bytes]],
@@ -82,7 +84,9 @@ class SecureRound:
         clients: Roster,
         clock: Callable[[], float],
     ) -> None:
-        session = session_digest(federation=federation, run=run, round_number=number, nonce=nonce, settings=settings)
+        session = session_digest(
+            federation=federation, run=run, round_number=number, nonce=nonce, work=work, settings=settings
+        )
         self.settings = settings
         self.server = servers.Server(session=session, settings=settings)
         # Masked updates that are in the sum, by client.

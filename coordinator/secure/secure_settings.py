@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import replace
+from typing import Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.config import FederationConfig
+from edgetrain.coordinator.privacy.chance import NEGLIGIBLE, chance_of_fewer, most_drawn
 from edgetrain.coordinator.strategies import Private, ServerState, Strategy, described
 from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.codecs.selection import count_of
 from edgetrain.protocol.errors import ConfigError
-from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer, Total, next_range
+from edgetrain.protocol.privacy.release import Release
+from edgetrain.protocol.secure_aggregation.arithmetic import LARGEST, Quantizer, Total, finest, next_range
 from edgetrain.protocol.secure_aggregation.graph import is_secure
 from edgetrain.protocol.secure_aggregation.messages import Settings
 from edgetrain.protocol.secure_aggregation.noise import noise_bound, noise_of
@@ -83,10 +86,17 @@ def _objection(config: FederationConfig, strategy: Strategy) -> str | None:
             "noise is added to values only: with it set secure_aggregation.weighting to 'equal' and "
             "secure_aggregation.adapt_range to false, which would be summed without"
         )
+    if reason := _objection_to_sampling(config):
+        return reason
     if secure.noise_multiplier and _fewest_honest(config) < 1:
         return (
-            f"as many as {secure.max_colluding:.0%} of {config.rounds.goal} clients may collude and leave out their "
+            f"as many as {secure.max_colluding:.0%} of {_most_invited(config)} clients may collude and leave out their "
             f"noise, and {config.rounds.least} are enough for a sum: raise rounds.minimum"
+        )
+    if secure.max_bits and not finest(_kind(config), clients=_most_invited(config), bits=secure.max_bits):
+        return (
+            f"secure_aggregation.max_bits = {secure.max_bits} are too few for the sum of {_most_invited(config)} "
+            "clients: raise it, or set it to 0"
         )
     if secure.neighbours % 2:
         return f"secure_aggregation.neighbours = {secure.neighbours}: half of them stand on either side, so it is even"
@@ -102,6 +112,28 @@ def _objection(config: FederationConfig, strategy: Strategy) -> str | None:
         return (
             f"{secure.neighbours} neighbours are too few against {secure.max_colluding:.0%} of the clients "
             "colluding: raise secure_aggregation.neighbours or .threshold, or set both to 0 to have them chosen"
+        )
+    return None
+
+
+def _objection_to_sampling(config: FederationConfig) -> str | None:
+    secure, rounds = config.secure_aggregation, config.rounds
+    if secure.sampling == "none":
+        return (
+            "secure_aggregation.population says nothing without sampling: leave it out" if secure.population else None
+        )
+    if not secure.noise_multiplier:
+        return "secure_aggregation.sampling is for the privacy budget: set noise_multiplier, too, or leave it out"
+    if secure.population < rounds.goal:
+        return (
+            f"secure_aggregation.sampling = {secure.sampling!r} needs the population, at least rounds.goal = "
+            f"{rounds.goal}"
+        )
+    chance = chance_of_fewer(_sampled(config), secure.population, secure.population, rounds.least)
+    if chance > NEGLIGIBLE:
+        return (
+            f"fewer than {rounds.least} of {secure.population} clients may be drawn (probability {chance:.2g}), and a "
+            "sum of fewer is not shown: lower rounds.minimum, raise rounds.goal, or set sampling to 'fixed'"
         )
     return None
 
@@ -143,10 +175,11 @@ def round_settings(
         positions=hashlib.sha256(positions).digest() if positions else b"",
         positions_bytes=len(positions),
         quantizer=Quantizer(
-            kind="int4" if codec.quantize == "int4" else "int8",
+            kind=_kind(config),
             range=float(known[0]) if known is not None and secure.adapt_range else secure.value_range,
             max_weight=max(1, largest_weight) if secure.weighting == "examples" else 0,
             octaves=secure.adapt_range,
+            largest=_coarser(config),
         ),
         colluding=secure.max_colluding,
         lying=secure.server_may_lie,
@@ -162,11 +195,46 @@ def round_settings(
     return msgspec.structs.replace(settings, quantizer=quantizer)
 
 
+def _coarser(config: FederationConfig) -> int:
+    """The largest integer of a value where `max_bits` asks for less than the codec has, else 0."""
+    secure, kind = config.secure_aggregation, _kind(config)
+    if not secure.max_bits or secure.noise_multiplier:
+        return 0
+    largest = finest(kind, clients=_most_invited(config), bits=secure.max_bits)
+    return largest if largest < LARGEST[kind] else 0
+
+
+def _kind(config: FederationConfig) -> Literal["int8", "int4"]:
+    return "int4" if CodecSpec.parse(config.codec).quantize == "int4" else "int8"
+
+
 def _fewest_honest(config: FederationConfig) -> int:
     """In any sum, if the assumed share of all who may be in the roster collude and survive."""
-    rounds = config.rounds
-    return rounds.least - math.floor(
-        config.secure_aggregation.max_colluding * math.ceil(rounds.goal * rounds.over_selection)
+    return config.rounds.least - math.floor(config.secure_aggregation.max_colluding * _most_invited(config))
+
+
+def _most_invited(config: FederationConfig) -> int:
+    secure = config.secure_aggregation
+    if secure.sampling == "none":
+        return math.ceil(config.rounds.goal * config.rounds.over_selection)
+    return most_drawn(_sampled(config), secure.population)
+
+
+def _sampled(config: FederationConfig, release: Release | None = None) -> Release:
+    """A release of noise in `max_norm`, with what chance does for it."""
+    secure = config.secure_aggregation
+    release = release or Release(noise_multiplier=1.0)
+    if secure.sampling == "none":
+        return release
+    sampled = msgspec.structs.replace(
+        release, sampling=secure.sampling, sampling_rate=config.rounds.goal / secure.population
+    )
+    # One client replaced by another may change the sum by twice the norm; the noise is what it is.
+    sensitivity = sampled.sensitivity_per_clip_norm
+    return msgspec.structs.replace(
+        sampled,
+        noise_multiplier=release.noise_multiplier / sensitivity,
+        l2_sensitivity=release.l2_sensitivity * sensitivity,
     )
 
 
@@ -180,7 +248,12 @@ def with_noise(config: FederationConfig, strategy: Strategy, num_parameters: int
     noise, max_norm = noise_of(settings), config.secure_aggregation.max_norm
     if noise is None:
         return strategy
-    return replace(strategy, private=Private(release=noise.release, clip_norm=lambda _state: max_norm))
+    private = Private(
+        release=_sampled(config, noise.release),
+        clip_norm=lambda _state: max_norm,
+        population=config.secure_aggregation.population,
+    )
+    return replace(strategy, private=private)
 
 
 def remembered(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,6 +27,10 @@ ORDERS: tuple[float, ...] = (
     512.0,
     1024.0,
 )
+
+
+Accountant = Callable[[Sequence[Release], float], float]
+"""`accountant(releases, delta)` -> epsilon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,11 @@ def spent(releases: Iterable[Release], delta: float) -> Spent:
     for release in listed:
         total += release.steps * divergences(msgspec.structs.replace(release, steps=1))
     return to_epsilon(total, delta)
+
+
+def rdp_accountant(releases: Sequence[Release], delta: float) -> float:
+    """Epsilon by Renyi divergences."""
+    return spent(releases, delta).epsilon if releases else 0.0
 
 
 @lru_cache(maxsize=4096)

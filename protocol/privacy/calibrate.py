@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from edgetrain.protocol.privacy.accountant import Accountant, rdp_accountant
 from edgetrain.protocol.privacy.errors import PrivacyError
-from edgetrain.protocol.privacy.ledger import Accountant, rdp_accountant
 from edgetrain.protocol.privacy.release import Release
 
 # Relative precision of the noise multiplier; what is returned is always enough.

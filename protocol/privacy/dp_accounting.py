@@ -9,8 +9,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from edgetrain.protocol.privacy.accountant import Accountant, rdp_accountant
 from edgetrain.protocol.privacy.errors import PrivacyError
-from edgetrain.protocol.privacy.ledger import Accountant, rdp_accountant
 from edgetrain.protocol.privacy.release import Release
 
 AccountantName = Literal["rdp", "pld", "dp-accounting-rdp"]

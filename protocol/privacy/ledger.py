@@ -1,16 +1,13 @@
 """The ledger: what has been spent of a budget, on disk before anything it pays for goes out.
 
-A JSON file with the budget that was promised and the releases made so far, alike ones counted together. Costs are
-worked out from the releases whenever they are needed, so a change of settings, of the accountant or of the code
-neither forgives nor forgets anything. A budget can be lowered, never raised: what was promised when data was first
-used holds for as long as the file.
+A budget can be lowered, never raised: what was promised when data was first used holds for as long as the file.
 """
 
 from __future__ import annotations
 
 import fcntl
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,17 +15,17 @@ import msgspec
 from msgspec import Meta
 
 from edgetrain.protocol.files import write_atomically
-from edgetrain.protocol.privacy.accountant import spent
+from edgetrain.protocol.privacy.accountant import Accountant, rdp_accountant
 from edgetrain.protocol.privacy.errors import BudgetExhausted, PrivacyError
+from edgetrain.protocol.privacy.ledger_file import (
+    FORMAT_VERSION,
+    LedgerFile,
+    added,
+    decode_ledger,
+    encode_ledger,
+    with_release,
+)
 from edgetrain.protocol.privacy.release import Release
-
-Accountant = Callable[[Sequence[Release], float], float]
-"""`accountant(releases, delta)` -> epsilon."""
-
-
-def rdp_accountant(releases: Sequence[Release], delta: float) -> float:
-    """Epsilon by Renyi divergences."""
-    return spent(releases, delta).epsilon if releases else 0.0
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,17 +33,6 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     epsilon: Annotated[float, Meta(gt=0)]
     delta: Annotated[float, Meta(gt=0, lt=1)]
-
-
-class _File(msgspec.Struct, frozen=True, kw_only=True):
-    format_version: int = 1
-    # Whose: for people, and so that one is not taken for another.
-    owner: str
-    # None: no limit.
-    epsilon: Annotated[float, Meta(gt=0)] | None
-    delta: Annotated[float, Meta(gt=0, lt=1)]
-    # Alike releases are one, with all their steps.
-    releases: tuple[Release, ...] = ()
 
 
 class Ledger:
@@ -84,8 +70,7 @@ class Ledger:
     @property
     def budget(self) -> Budget:
         """What is promised."""
-        epsilon = math.inf if self._file.epsilon is None else self._file.epsilon
-        return Budget(epsilon=epsilon, delta=self._file.delta)
+        return Budget(epsilon=self._file.limit, delta=self._file.delta)
 
     @property
     def releases(self) -> tuple[Release, ...]:
@@ -104,7 +89,7 @@ class Ledger:
             BudgetExhausted: more than the budget.
             PrivacyError: a release that cannot be added to the earlier ones.
         """
-        after = self._accountant(_added(self._file.releases, release), self._file.delta)
+        after = self._accountant(added(self._file.releases, release), self._file.delta)
         if after > self.budget.epsilon:
             raise BudgetExhausted(
                 f"the privacy budget does not allow it: epsilon would be {after:.4g} of {self.budget.epsilon:.4g} at "
@@ -112,8 +97,12 @@ class Ledger:
             )
         return after
 
-    def charge(self, release: Release) -> float:
+    def charge(self, release: Release, participants: Iterable[str] = ()) -> float:
         """Spends; on disk when this returns, so only then may the release go out.
+
+        Args:
+            release: to pay for.
+            participants: names of those who are in it, whose own costs are kept, too.
 
         Returns:
             Epsilon spent in all.
@@ -123,7 +112,7 @@ class Ledger:
             PrivacyError: the ledger cannot be written; then nothing may be released.
         """
         after = self.check(release)
-        self._write(msgspec.structs.replace(self._file, releases=_added(self._file.releases, release)))
+        self._write(with_release(self._file, release, participants))
         return after
 
     def close(self) -> None:
@@ -131,21 +120,17 @@ class Ledger:
         if self._lock:
             self._lock.close()
 
-    def _load(self, owner: str, budget: Budget) -> _File:
-        asked = _File(owner=owner, epsilon=None if math.isinf(budget.epsilon) else budget.epsilon, delta=budget.delta)
+    def _load(self, owner: str, budget: Budget) -> LedgerFile:
+        asked = LedgerFile(
+            owner=owner, epsilon=None if math.isinf(budget.epsilon) else budget.epsilon, delta=budget.delta
+        )
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
             self._write(asked)
             return asked
-        try:
-            found = msgspec.json.decode(data, type=_File)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise PrivacyError(
-                f"{self.path}: the privacy ledger is damaged ({error}); restore it from a copy. Without it nobody "
-                "knows what has been spent, so nothing more is."
-            ) from error
-        if found.format_version != 1 or found.owner != owner:
+        found = decode_ledger(data, where=str(self.path))
+        if found.owner != owner:
             raise PrivacyError(f"{self.path}: is the privacy ledger of {found.owner!r}, not of {owner!r}")
         if found.epsilon is not None and (budget.epsilon > found.epsilon or budget.delta > found.delta):
             raise PrivacyError(
@@ -153,23 +138,14 @@ class Ledger:
                 f"{budget.epsilon:g} at {budget.delta:g}. A promise can be tightened, not loosened: set epsilon and "
                 "delta to at most what was promised."
             )
-        if (found.epsilon, found.delta) != (asked.epsilon, asked.delta):
+        if (found.epsilon, found.delta, found.format_version) != (asked.epsilon, asked.delta, FORMAT_VERSION):
             found = msgspec.structs.replace(found, epsilon=asked.epsilon, delta=asked.delta)
             self._write(found)
         return found
 
-    def _write(self, file: _File) -> None:
+    def _write(self, file: LedgerFile) -> None:
         try:
-            write_atomically(self.path, msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n")
+            write_atomically(self.path, encode_ledger(file))
         except OSError as error:
             raise PrivacyError(f"{self.path}: cannot write the privacy ledger: {error}") from error
         self._file = file
-
-
-def _added(releases: Sequence[Release], new: Release) -> tuple[Release, ...]:
-    """The releases and one more, alike ones counted together."""
-    steps: dict[Release, int] = {}
-    for release in (*releases, new):
-        key = msgspec.structs.replace(release, steps=1)
-        steps[key] = steps.get(key, 0) + release.steps
-    return tuple(msgspec.structs.replace(key, steps=count) for key, count in steps.items())

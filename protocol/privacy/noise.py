@@ -11,9 +11,9 @@ and interval refining"). So sums are integers (steps of a grid) before noise is 
 
 Both Gaussians are drawn by rejection from a staircase over the half-line (von Neumann; Devroye 1986, chapter II.3):
 a stair by a table of 128-bit thresholds, a place on it by uniform bits, accepted with probability density / stair. A
-comparison of a random number with that probability is decided in float64 where it is clear by more than the rounding
-error, else (about once in 2^40) in as many bits as it takes. So the only inexactness is that of the table: 2^-110 in
-total variation, with the tail beyond 13.5 deviations cut (2^-130).
+comparison of a random number with that probability is decided in float32 where it is clear by more than the rounding
+error, else (about once in 2^17) in float64, else (about once in 2^29) in as many bits as it takes. So the only
+inexactness is that of the table: 2^-110 in total variation, with the tail beyond 13.5 deviations cut (2^-130).
 """
 
 from __future__ import annotations
@@ -24,26 +24,35 @@ from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.protocol.privacy.errors import PrivacyError
-from edgetrain.protocol.privacy.randomness import RandomBytes, Words, words
+from edgetrain.protocol.privacy.randomness import RandomBytes, Words, integers, words
 
 Integers = npt.NDArray[np.int64]
+Entries = npt.NDArray[np.signedinteger[Any]]
+Unsigned = npt.NDArray[np.unsignedinteger[Any]]
+Singles = npt.NDArray[np.float32]
+Coins = npt.NDArray[np.bool_]
 
 Noise = Callable[[RandomBytes, int], Integers]
 """`noise(random_bytes, size)` -> int64 [size], independent."""
 
 # Where the tail is cut, in deviations: e^(-13.5^2 / 2) < 2^-131.
 _REACH = 13.5
-# Float64 decides where numbers differ by more than this; the rounding errors are below 2^-48.
-_CLEAR = 2.0**-44
+# Float32 decides where a coin and a probability differ by more than this. The exponent is at most 0.9 with a slope of
+# at most 0.9 along a stair, so its five roundings, that of the place to 24 bits among them, come to less than 2^-21,
+# exp to 2^-22, and the coin's to 2^-24.
+_CLEAR = 2.0**-18
+# And float64 where they differ by more than this: 32 bits of the place and of the coin are known.
+_CLEAR_64 = 2.0**-30
 # Elements drawn at a time: bounds the memory, and stays in the cache.
 _CHUNK = 1 << 13
 # Tables are entered by so many leading bits.
-_GUIDE_BITS = 12
+_GUIDE_BITS = 14
 MAX_DEVIATION = 2.0**45
 # Tables of Poisson distributions grow with the deviation.
 MAX_SKELLAM_DEVIATION = 2.0**14
@@ -84,8 +93,12 @@ def skellam(deviation: float) -> Noise:
     """
     _, table = _poisson_table(_checked(deviation, MAX_SKELLAM_DEVIATION) ** 2 / 2)
 
+    def entries(random_bytes: RandomBytes, size: int) -> Integers:
+        leading = integers(random_bytes, size, np.uint16) >> np.uint16(16 - _GUIDE_BITS)
+        return _pick(table, leading, random_bytes).astype(np.int64)
+
     def draw(random_bytes: RandomBytes, size: int) -> Integers:
-        return _pick(table, random_bytes, size) - _pick(table, random_bytes, size)
+        return entries(random_bytes, size) - entries(random_bytes, size)
 
     return draw
 
@@ -120,7 +133,7 @@ class _Table:
     high: Words
     low: Words
     # The entry for each value of the leading bits; -1 where a threshold lies within.
-    guide: Integers
+    guide: Entries
 
     @classmethod
     def of(cls, thresholds: list[int]) -> _Table:
@@ -131,7 +144,9 @@ class _Table:
         # Thresholds at a cell's very first value leave its entry open, too.
         first = np.searchsorted(high, cells, side="left")
         last = np.searchsorted(high, cells | np.uint64(2 ** (64 - _GUIDE_BITS) - 1), side="right")
-        return cls(high, low, np.where(first == last, first, -1).astype(np.int64))
+        # Small, to stay in the cache.
+        kind = np.int16 if len(thresholds) < 2**15 else np.int32
+        return cls(high, low, np.where(first == last, first, -1).astype(kind))
 
 
 def _table(weights: list[Decimal]) -> _Table:
@@ -144,16 +159,19 @@ def _table(weights: list[Decimal]) -> _Table:
     return _Table.of(thresholds)
 
 
-def _pick(table: _Table, random_bytes: RandomBytes, size: int) -> Integers:
-    """Entries by their probabilities, int64 [size]."""
-    drawn = words(random_bytes, size)
-    picked: Integers = table.guide[drawn >> np.uint64(64 - _GUIDE_BITS)]
+def _pick(table: _Table, leading: Unsigned, random_bytes: RandomBytes) -> Entries:
+    """Entries by their probabilities, from their leading bits and further ones where those do not tell."""
+    picked: Entries = table.guide.take(leading)
     unclear = np.flatnonzero(picked < 0)
-    entries = np.searchsorted(table.high, drawn[unclear], side="right")
+    if not len(unclear):
+        return picked
+    drawn = words(random_bytes, len(unclear)) >> np.uint64(_GUIDE_BITS)
+    drawn |= leading[unclear].astype(np.uint64) << np.uint64(64 - _GUIDE_BITS)
+    entries = np.searchsorted(table.high, drawn, side="right")
     # Where the first 64 bits do not tell: once in 2^64 / len(table).
-    for tie in np.flatnonzero(table.high[np.maximum(entries, 1) - 1] == drawn[unclear]) if len(unclear) else ():
+    for tie in np.flatnonzero(table.high[np.maximum(entries, 1) - 1] == drawn):
         rest = words(random_bytes, 1)[0]
-        same = np.flatnonzero(table.high == drawn[unclear[tie]])
+        same = np.flatnonzero(table.high == drawn[tie])
         entries[tie] = same[0] + int(np.count_nonzero(table.low[same] <= rest))
     picked[unclear] = entries
     return picked
@@ -198,54 +216,84 @@ class _Staircase:
         result = np.empty(size, np.int64)
         done = 0
         while done < size:
-            # A little more than is missing: most are accepted.
+            # A little more than is missing: of 41, 40 are accepted.
             missing = min(size - done, _CHUNK)
-            accepted = self._try(random_bytes, missing + missing // 16 + 8)[:missing]
+            accepted = self._try(random_bytes, missing + missing // 32 + 32)[:missing]
             result[done : done + len(accepted)] = accepted
             done += len(accepted)
         return result
 
     def _try(self, random_bytes: RandomBytes, count: int) -> Integers:
         """One attempt each; those that were accepted."""
-        stair = _pick(self.stairs, random_bytes, count)
-        place, coin = words(random_bytes, count), words(random_bytes, count)
-        negative = np.unpackbits(np.frombuffer(random_bytes(-(-count // 8)), np.uint8))[:count].astype(np.bool_)
-        whole, fraction = self._split(place)
-        # In widths; the fraction of a stair is exact to 2^-53.
-        along = whole.astype(np.float64) * 2.0**-self.log_width if self.discrete else place * 2.0**-64
-        scale = (2.0**self.log_width / self.deviation) ** 2 / 2
-        probability = np.exp(-scale * along * (2.0 * stair + along))
-        difference = probability - coin * 2.0**-64
-        accepted = difference > 0
-        for unclear in np.flatnonzero(np.abs(difference) <= _CLEAR):
-            accepted[unclear] = self._decide(int(stair[unclear]), int(place[unclear]), int(coin[unclear]), random_bytes)
-        if self.log_width >= 0:
-            value = (stair << self.log_width) + whole
-        else:
-            value = stair >> -self.log_width
-            fraction = (stair >> (-self.log_width - 1)) & 1
+        first = integers(random_bytes, count, np.uint16)
+        place, coin = integers(random_bytes, count, np.uint32), integers(random_bytes, count, np.uint32)
+        stair = _pick(self.stairs, first >> np.uint16(16 - _GUIDE_BITS), random_bytes)
+        along = self._along(place)
+        scale = np.float32((2.0**self.log_width / self.deviation) ** 2 / 2)
+        probability = np.exp(-scale * along * (np.float32(2) * stair.astype(np.float32) + along))
+        difference = probability - _fraction(coin)
+        accepted: Coins = difference > 0
+        further = self._further(random_bytes, count)
+        for unclear in np.flatnonzero(np.abs(difference) <= _CLEAR).tolist():
+            rest = int(further[unclear]) if further is not None else None
+            accepted[unclear] = self._settle(
+                int(stair[unclear]), int(place[unclear]), int(coin[unclear]), rest, random_bytes
+            )
+        value = self._value(stair, place, further)
+        # 0 or -1, which has all bits set: value or -value, in two's complement.
+        sign = -(first & np.uint16(1)).astype(np.int64)
         if self.discrete:
-            accepted &= ~(negative & (value == 0))
-        else:
-            value = value + fraction
-        signed: Integers = np.where(negative, -value, value)
-        kept: Integers = signed[accepted]
+            accepted &= (value | ~sign) != 0
+        value ^= sign
+        value -= sign
+        kept: Integers = value[accepted]
         return kept
 
-    def _split(self, place: Words) -> tuple[Integers, Integers]:
-        """Integer part within a stair, and the bit after the point: what is at least a half is rounded up."""
-        if self.log_width < 0:
-            zeros = np.zeros(len(place), np.int64)
-            return zeros, zeros
-        doubled = place >> np.uint64(63 - self.log_width)
-        return (doubled >> np.uint64(1)).astype(np.int64), (doubled & np.uint64(1)).astype(np.int64)
+    def _along(self, place: Unsigned) -> Singles:
+        """In widths of a stair; the discrete ones stand on integers only."""
+        if self.discrete and self.log_width < 32:
+            place = place & np.uint32((2**self.log_width - 1) << (32 - self.log_width))
+        return _fraction(place)
 
-    def _decide(self, stair: int, place: int, coin: int, random_bytes: RandomBytes) -> bool:
-        """Whether coin < probability, in as many bits as it takes."""
-        bits, width = 64, Fraction(2) ** self.log_width
+    def _further(self, random_bytes: RandomBytes, count: int) -> npt.NDArray[np.uint32] | None:
+        """Further bits of the places, where a stair is so wide that its integers need them."""
+        return integers(random_bytes, count, np.uint32) if self.log_width > 31 else None
+
+    def _value(self, stair: Entries, place: Unsigned, further: Unsigned | None) -> Integers:
+        """Integer part, or to the nearest integer."""
+        value = stair.astype(np.int64)
+        # In halves.
+        if self.log_width < 0:
+            value >>= -self.log_width - 1
+        elif further is None:
+            value <<= self.log_width + 1
+            value += place >> np.uint32(31 - self.log_width)
+        else:
+            value <<= self.log_width + 1
+            value += (place.astype(np.int64) << (self.log_width - 31)) + (further >> np.uint32(63 - self.log_width))
+        if not self.discrete:
+            value += 1
+        value >>= 1
+        return value
+
+    def _settle(self, stair: int, place: int, coin: int, further: int | None, random_bytes: RandomBytes) -> bool:
+        """Whether coin < probability: in float64 where that is clear, else exactly."""
+        bits = 32
+        if further is not None:
+            place, bits = (place << 32) + further, 64
+            coin = (coin << 32) + int(integers(random_bytes, 1, np.uint32)[0])
+        whole = place >> (bits - self.log_width) if self.log_width >= 0 else 0
+        along = whole * 2.0**-self.log_width if self.discrete else place * 2.0**-bits
+        scale = (2.0**self.log_width / self.deviation) ** 2 / 2
+        difference = math.exp(-scale * along * (2.0 * stair + along)) - coin * 2.0**-bits
+        return difference > 0 if abs(difference) > _CLEAR_64 else self._decide(stair, place, coin, bits, random_bytes)
+
+    def _decide(self, stair: int, place: int, coin: int, bits: int, random_bytes: RandomBytes) -> bool:
+        """Whether coin < probability, of both of which so many bits are known, in as many as it takes."""
+        width = Fraction(2) ** self.log_width
         scale = width**2 / (2 * Fraction(self.deviation) ** 2)
         if self.discrete:
-            whole = place >> (64 - self.log_width) if self.log_width >= 0 else 0
+            whole = place >> (bits - self.log_width) if self.log_width >= 0 else 0
             exact = Fraction(whole) / width
         while True:
             one = Fraction(1, 2**bits)
@@ -259,6 +307,13 @@ class _Staircase:
             place = (place << 64) + int(words(random_bytes, 1)[0])
             coin = (coin << 64) + int(words(random_bytes, 1)[0])
             bits += 64
+
+
+def _fraction(bits: Unsigned) -> Singles:
+    """The leading 24 of 32 bits, as a fraction of 1: exact in float32."""
+    leading: Singles = (bits >> np.uint32(8)).view(np.int32).astype(np.float32)
+    leading *= np.float32(2.0**-24)
+    return leading
 
 
 @lru_cache(maxsize=64)

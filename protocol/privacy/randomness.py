@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ RandomBytes = Callable[[int], bytes]
 """`random_bytes(count)`: that many independent uniform bytes. `os.urandom` is one."""
 
 Words = npt.NDArray[np.uint64]
+Unsigned = TypeVar("Unsigned", np.uint16, np.uint32, np.uint64)
 
 
 class Keystream:
@@ -35,9 +37,15 @@ class Keystream:
         return self._stream.update(bytes(count))
 
 
+def integers(random_bytes: RandomBytes, count: int, kind: type[Unsigned]) -> npt.NDArray[Unsigned]:
+    """Uniform unsigned integers of a kind, [count]."""
+    width = np.dtype(kind)
+    return np.frombuffer(random_bytes(width.itemsize * count), width.newbyteorder("<")).astype(kind, copy=False)
+
+
 def words(random_bytes: RandomBytes, count: int) -> Words:
     """Uniform 64-bit words, uint64 [count]."""
-    return np.frombuffer(random_bytes(8 * count), "<u8").astype(np.uint64, copy=False)
+    return integers(random_bytes, count, np.uint64)
 
 
 def bernoulli(random_bytes: RandomBytes, probability: float, count: int) -> npt.NDArray[np.bool_]:

@@ -33,7 +33,7 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     # Independent shares that the noise is the sum of, of equal variance.
     shares: Annotated[int, Meta(ge=1)] = 1
     # How many such sums.
-    steps: Annotated[int, Meta(ge=1)] = 1
+    steps: Annotated[int, Meta(ge=1, le=2**53)] = 1
 
     @property
     def relation(self) -> Literal["add-or-remove", "replace"]:
@@ -44,3 +44,11 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def sensitivity_per_clip_norm(self) -> float:
         """L2 sensitivity of a sum of vectors that are clipped to norm 1."""
         return 2.0 if self.sampling == "fixed" else 1.0
+
+    @property
+    def words(self) -> str:
+        """What it is, for people."""
+        noise = f"{self.mechanism} noise, multiplier {self.noise_multiplier:.6g}"
+        if self.sampling == "none":
+            return noise
+        return f"{noise}, {self.sampling} sampling, rate {self.sampling_rate:.6g}"

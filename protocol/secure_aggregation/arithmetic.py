@@ -27,11 +27,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
 from edgetrain.protocol.codecs.hashing import STREAM_ROUNDING, uniform
 from edgetrain.protocol.errors import SecureAggregationError
@@ -62,6 +63,18 @@ class Quantizer(msgspec.Struct, frozen=True, kw_only=True):
     octaves: bool = False
     # No client's noise is larger in magnitude.
     noise_bound: int = 0
+    # The largest integer that stands for a value (L), where it is less than the kind's own; 0: that.
+    largest: Annotated[int, Meta(ge=0, le=127)] = 0
+
+    @property
+    def levels(self) -> int:
+        """L."""
+        return self.largest or LARGEST[self.kind]
+
+    @property
+    def step(self) -> float:
+        """What an integer stands for."""
+        return self.range / self.levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,7 @@ def make_layout(quantizer: Quantizer, *, count: int, clients: int) -> Layout:
         raise SecureAggregationError("nothing to sum")
     if not (math.isfinite(quantizer.range) and quantizer.range > 0):
         raise SecureAggregationError(f"a range of {quantizer.range} for the values")
-    bits = (2 * clients * (LARGEST[quantizer.kind] + quantizer.noise_bound)).bit_length()
+    bits = (2 * clients * (quantizer.levels + quantizer.noise_bound)).bit_length()
     if bits > MAX_BITS:
         raise SecureAggregationError(f"the sum of {clients} clients needs {bits} bits, {MAX_BITS} is the most")
     digit_bits = ((2**bits - 1) // clients + 1).bit_length() - 1
@@ -114,6 +127,11 @@ def make_layout(quantizer: Quantizer, *, count: int, clients: int) -> Layout:
         -(-quantizer.max_weight.bit_length() // digit_bits),
         -(-count.bit_length() // digit_bits) if quantizer.octaves else 0,
     )
+
+
+def finest(kind: Literal["int8", "int4"], *, clients: int, bits: int) -> int:
+    """The largest L of a kind with which the sum of so many clients fits into so many bits; 0 for none."""
+    return min(LARGEST[kind], ((1 << bits) - 1) // (2 * clients))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,8 +174,7 @@ def quantize(
     if len(values) != layout.count or not np.isfinite(values).all():
         raise SecureAggregationError("values that are not finite or not as many as agreed cannot be summed")
     share = min(weight, quantizer.max_weight) / quantizer.max_weight if quantizer.max_weight else 1.0
-    largest = LARGEST[quantizer.kind]
-    step = quantizer.range / largest
+    largest, step = quantizer.levels, quantizer.step
     scaled = values.astype(np.float64) * (share / step)
     if exact_norm:
         rounded = clip_to_grid(scaled, exact_norm / step, 1.0)[0].astype(np.float64)
@@ -221,8 +238,7 @@ def dequantize(words: Words, clients: int, quantizer: Quantizer, layout: Layout)
     if sum(counts) > clients * layout.count:
         raise SecureAggregationError("counts of values that do not add up: a client did not keep to the protocol")
     shares = weight / quantizer.max_weight if quantizer.max_weight else weight
-    step = quantizer.range / LARGEST[quantizer.kind]
-    return Total(integers, weight, counts, integers.astype(np.float64) * (step / shares))
+    return Total(integers, weight, counts, integers.astype(np.float64) * (quantizer.step / shares))
 
 
 def count_octaves(relative: npt.NDArray[np.float64]) -> list[int]:

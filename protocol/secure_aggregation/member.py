@@ -44,6 +44,9 @@ from edgetrain.protocol.secure_aggregation.shamir import SHARE_BYTES, Random, sp
 Sign = Callable[[bytes], bytes]
 """Ed25519, by the client's identity."""
 
+IsEnrolled = Callable[[str, bytes, bytes], bool]
+"""Whether a client of this name, Ed25519 key and proof of enrolment may take part."""
+
 NO_SHARES = bytes(2 * SHARE_BYTES)
 Answer = TypeVar("Answer", bound=msgspec.Struct)
 Phase = Literal["advertised", "shared", "masked", "agreed", "revealed"]
@@ -83,7 +86,14 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def advertise(
-    *, session: bytes, settings: bytes, name: str, identity: bytes, sign: Sign, random: Random
+    *,
+    session: bytes,
+    settings: bytes,
+    name: str,
+    identity: bytes,
+    sign: Sign,
+    random: Random,
+    enrolment: bytes = b"",
 ) -> tuple[Member, Advertise]:
     """The first step: fresh keys.
 
@@ -94,6 +104,7 @@ def advertise(
         identity: its Ed25519 public key.
         sign: by that.
         random: a cryptographically strong source.
+        enrolment: proof that the federation's CA has enrolled it, if it has one.
 
     Raises:
         SecureAggregationError: the settings are none.
@@ -105,6 +116,7 @@ def advertise(
         cipher_key=cipher_key,
         mask_key=mask_key,
         signature=sign(keys_statement(session, name, cipher_key, mask_key)),
+        enrolment=enrolment,
     )
     member = Member(
         session=session,
@@ -124,7 +136,7 @@ def share(
     roster: bytes,
     *,
     random: Random,
-    is_enrolled: Callable[[str, bytes], bool] = lambda _name, _identity: True,
+    is_enrolled: IsEnrolled = lambda _name, _identity, _proof: True,
     least_clients: int = 2,
     colluding: float = 0.0,
 ) -> tuple[Member, Shares]:
@@ -134,7 +146,7 @@ def share(
         member: advertised.
         roster: a `Roster`, encoded.
         random: a cryptographically strong source.
-        is_enrolled: whether a name and an Ed25519 key belong to a client that may take part.
+        is_enrolled: whether a neighbour may take part.
         least_clients: fewest clients that this one takes part with, whatever the plan says.
         colluding: share of the clients that may collude with a lying coordinator, whatever the plan says.
 
@@ -292,11 +304,11 @@ def reveal(member: Member, agreements: Agreements) -> tuple[Member, Reveal]:
     return msgspec.structs.replace(member, phase="revealed", held={}, reply=encode(message)), message
 
 
-def _check_peer(session: bytes, peer: Peer, is_enrolled: Callable[[str, bytes], bool]) -> None:
+def _check_peer(session: bytes, peer: Peer, is_enrolled: IsEnrolled) -> None:
     statement = keys_statement(session, peer.name, peer.cipher_key, peer.mask_key)
     if not keys.is_signed(peer.signature, statement, peer.identity):
         raise SecureAggregationError(f"the keys of {peer.name!r} in the roster are not signed by it")
-    if not is_enrolled(peer.name, peer.identity):
+    if not is_enrolled(peer.name, peer.identity, peer.enrolment):
         raise SecureAggregationError(f"{peer.name!r} is in the roster with a key that is not enrolled")
 
 

@@ -27,11 +27,13 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from edgetrain.protocol.enrolment import PROOF_BYTES
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.secure_aggregation.arithmetic import Layout, Quantizer, make_layout
 from edgetrain.protocol.secure_aggregation.graph import Graph, make_graph
 from edgetrain.protocol.secure_aggregation.keys import TAG_BYTES
 from edgetrain.protocol.secure_aggregation.shamir import SHARE_BYTES
+from edgetrain.protocol.training import TrainingConfig
 
 # Boxes must fit into one message of 64 KiB.
 MAX_NEIGHBOURS = 600
@@ -43,6 +45,8 @@ Key = Digest
 Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Bits = Annotated[bytes, Meta(min_length=1, max_length=-(-MAX_CLIENTS // 8))]
 Name = Annotated[str, Meta(max_length=64)]
+# Nothing, or what `enrolment.prove_enrolment` makes.
+Proof = Annotated[bytes, Meta(max_length=PROOF_BYTES)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +84,8 @@ class Peer(msgspec.Struct, frozen=True, array_like=True):
     cipher_key: Key
     mask_key: Key
     signature: Signature
+    # That the federation's CA has enrolled this name with this identity.
+    enrolment: Proof = b""
 
 
 class Roster(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +108,7 @@ class Advertise(_Tagged, frozen=True, kw_only=True, tag="advertise"):
     mask_key: Key
     # Over `keys_statement`.
     signature: Signature
+    enrolment: Proof = b""
 
 
 class Shares(_Tagged, frozen=True, kw_only=True, tag="shares"):
@@ -209,9 +216,32 @@ def pieces(data: bytes, size: int, count: int) -> list[bytes]:
     return [data[start : start + size] for start in range(0, len(data), size)]
 
 
-def session_digest(*, federation: str, run: bytes, round_number: int, nonce: bytes, settings: bytes) -> bytes:
-    """What every key, signature and box of a session is bound to."""
-    parts = (federation.encode(), run, str(round_number).encode(), nonce, settings)
+def work_digest(*, bundle: bytes, vector: bytes, training: TrainingConfig, personal: tuple[str, ...]) -> bytes:
+    """What all of a session have trained, and how.
+
+    If a coordinator could give one client other parameters, or another learning rate, than all others, it could see
+    to it that the others' updates are zero, and the sum is that one's (Pasquini, Francati and Ateniese, "Eluding
+    Secure Aggregation in Federated Learning via Model Inconsistency", CCS 2022). How long a client trains may depend
+    on its device: it is always at least a step.
+
+    Args:
+        bundle: its digest.
+        vector: digest of the parameters.
+        training: as in the plan.
+        personal: likewise.
+    """
+    alike = msgspec.structs.replace(training, epochs=1, batch_size=1, max_steps=0)
+    # As it is after a journey: a whole number in place of a float is none any more.
+    alike = msgspec.msgpack.decode(msgspec.msgpack.encode(alike), type=TrainingConfig)
+    how = msgspec.msgpack.encode((alike, personal))
+    return hashlib.sha256(b"edgetrain secure aggregation work 1\0" + bundle + vector + how).digest()
+
+
+def session_digest(
+    *, federation: str, run: bytes, round_number: int, nonce: bytes, work: bytes, settings: bytes
+) -> bytes:
+    """What every key, signature and box of a session is bound to; `work` is a `work_digest`."""
+    parts = (federation.encode(), run, str(round_number).encode(), nonce, work, settings)
     prefixed = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
     return hashlib.sha256(b"edgetrain secure aggregation session 1\0" + prefixed).digest()
 

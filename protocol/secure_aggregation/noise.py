@@ -12,7 +12,7 @@ import numpy as np
 
 from edgetrain.protocol.privacy.distributed import DistributedNoise, distributed_noise
 from edgetrain.protocol.privacy.randomness import RandomBytes
-from edgetrain.protocol.secure_aggregation.arithmetic import LARGEST, Integers, Noise
+from edgetrain.protocol.secure_aggregation.arithmetic import Integers, Noise
 from edgetrain.protocol.secure_aggregation.messages import Settings
 
 # No share is larger than so many deviations, and a little: the Gaussian's tail is cut at 13.5, and beyond this bound
@@ -28,11 +28,10 @@ def noise_of(settings: Settings) -> DistributedNoise | None:
     """
     if not settings.noise_multiplier:
         return None
-    step = settings.quantizer.range / LARGEST[settings.quantizer.kind]
     return distributed_noise(
         settings.noise,
         noise_multiplier=settings.noise_multiplier,
-        l2_steps=settings.max_norm / step,
+        l2_steps=settings.max_norm / settings.quantizer.step,
         dimension=settings.count,
         clients=settings.noise_shares,
     )

@@ -305,7 +305,7 @@ def names(server: Server, clients: Iterable[int]) -> list[str]:
 
 def _on_advertise(server: Server, name: str, identity: bytes, message: Advertise) -> Server:
     known = server.peers.get(name)
-    peer = Peer(name, identity, message.cipher_key, message.mask_key, message.signature)
+    peer = Peer(name, identity, message.cipher_key, message.mask_key, message.signature, message.enrolment)
     if peer == known:
         return server
     if server.phase != "advertise":

@@ -42,6 +42,8 @@ class PahoClient(paho.Client):
     """paho's client, that closes what it opens."""
 
     raw: socket.socket | None = None
+    # What TLS said when it gave up: an alert of the broker's, e.g. that our certificate was revoked.
+    alert = ""
 
     def _create_socket_connection(self) -> socket.socket:
         self.raw = super()._create_socket_connection()
@@ -58,6 +60,13 @@ class PahoClient(paho.Client):
         wrapped.settimeout(self._connect_timeout)
         wrapped.do_handshake()
         return wrapped
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        try:
+            return super()._sock_recv(bufsize)
+        except ssl.SSLError as error:
+            self.alert = str(error)
+            raise
 
     def _sock_send(self, buf: bytes | bytearray) -> int:
         sent = super()._sock_send(buf)
@@ -140,7 +149,8 @@ class Connection:
             return str(error) or type(error).__name__
         if self._answer == "" and self._ended is None:
             return None
-        failure = self._answer or ("the broker closed the connection" if self._ended is not None else None)
+        closed = "the broker closed the connection" if self._ended is not None else ""
+        failure = self._answer or self.client.alert or closed
         self.client.disconnect()
         self.client.release()
         return failure or "it does not answer as an MQTT broker"
@@ -173,7 +183,7 @@ class Connection:
         if result == MQTTErrorCode.MQTT_ERR_SUCCESS:
             result = client.loop_misc()
         if result != MQTTErrorCode.MQTT_ERR_SUCCESS or client.socket() is None:
-            self._ended = self._ended or paho.error_string(result)
+            self._ended = client.alert or self._ended or paho.error_string(result)
         return self._ended
 
     def publish(self, what: Control | Piece) -> int | None:

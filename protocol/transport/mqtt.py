@@ -20,6 +20,8 @@ import msgspec
 import paho.mqtt.client as paho
 from msgspec import Meta
 from paho.mqtt.enums import MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
 from edgetrain.protocol.blob_readers import BlobReader
 from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, HEADER_BYTES, MIN_CHUNK_BYTES
@@ -73,6 +75,9 @@ class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_packet_bytes: Annotated[
         int, Meta(description="largest packet that the broker takes; 0: what an MQTT 5 broker says", ge=0)
     ] = 0
+    will_delay_seconds: Annotated[
+        int, Meta(description="MQTT 5: a connection may be lost for so long before others hear of it", ge=0, le=3600)
+    ] = 5
     connect_timeout_seconds: Annotated[
         float, Meta(description="give up if the broker does not answer for so long at the start", ge=0)
     ] = 30.0
@@ -232,9 +237,9 @@ class MqttTransport:
                     number = "5" if version == MQTTProtocolVersion.MQTTv5 else "3.1.1"
                     logger.info("connected to %s:%d by MQTT %s", config.host, config.port, number)
                     return outcome
-                if "authoriz" in outcome.lower() or "user name" in outcome.lower():
+                if refusal := _refusal(outcome):
                     raise TransportError(
-                        f"the MQTT broker at {config.host}:{config.port} refused user {config.username!r}: {outcome}"
+                        f"the MQTT broker at {config.host}:{config.port} refused user {config.username!r}: {refusal}"
                     )
             delay = backoff.next()
             if time.monotonic() + delay > deadline:
@@ -256,7 +261,7 @@ class MqttTransport:
             context = tls_context(ca=config.tls_ca, certificate=config.tls_certificate, key=config.tls_key)
             client.tls_set_context(context)
         if self._will:
-            client.will_set(*self._will, qos=1)
+            client.will_set(*self._will, qos=1, properties=self._will_properties(version))
         connection = Connection(
             client,
             on_message=lambda message: self._on_message(connection, message),
@@ -284,10 +289,19 @@ class MqttTransport:
             )
         return connection
 
+    def _will_properties(self, version: MQTTProtocolVersion) -> Properties | None:
+        """A phone that changes from one network to another is not gone."""
+        if version != MQTTProtocolVersion.MQTTv5:
+            return None
+        properties = Properties(PacketTypes.WILLMESSAGE)  # type: ignore[no-untyped-call]
+        properties.WillDelayInterval = self._config.will_delay_seconds
+        return properties
+
     # --- the network's thread ------------------------------------------------------------------------
 
     def _run(self) -> None:
         version = MQTTProtocolVersion(self._connection.client.protocol)
+        told = ""
         while True:
             try:
                 reason = self._serve(self._connection)
@@ -309,6 +323,10 @@ class MqttTransport:
                 if isinstance(outcome, Connection):
                     break
                 logger.debug("reconnecting to %s:%d: %s", self._config.host, self._config.port, outcome)
+                if (refusal := _refusal(outcome)) and refusal != told:
+                    # It may be let in again: so it goes on trying.
+                    told = refusal
+                    logger.error("broker %s:%d refuses us: %s", self._config.host, self._config.port, refusal)
             self._regained(outcome)
 
     def _serve(self, connection: Connection) -> str:
@@ -397,3 +415,16 @@ class MqttTransport:
         self._woken = True
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_write.send(b"x")
+
+
+def _refusal(outcome: str) -> str | None:
+    """Why the broker will not have us, with the remedy; None for what may pass by itself."""
+    said = outcome.lower().replace("_", " ")
+    if "certificate revoked" in said:
+        return (
+            "its certificate was revoked. If that was not meant, or the device was enrolled anew: whoever runs the "
+            "federation makes it a new device file (edgetrain enroll NAME --renew), to be copied here"
+        )
+    if "authoriz" in said or "user name" in said:
+        return f"{outcome}. Unknown, revoked or enrolled anew: it needs a device file that is in force"
+    return None

@@ -10,13 +10,15 @@ import tomllib
 import msgspec
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from edgetrain.coordinator.authority import AuthorityError, FederationDirectory, InitOptions, read_registry
 from edgetrain.coordinator.authority.broker_files import password_line
 from edgetrain.coordinator.authority.certificates import make_authority, revocation_list
 from edgetrain.coordinator.clients.enrolments import Enrolments
 from edgetrain.coordinator.config import FederationConfig
-from edgetrain.edge_client.config import ClientConfig
+from edgetrain.edge_client.config import ClientConfig, SecureAggregationConfig
+from edgetrain.edge_client.secure_aggregation import who_is_enrolled
 from edgetrain.protocol.config import convert, read_toml
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.signing import SigningKey
@@ -70,6 +72,23 @@ def test_what_the_files_say(directory, tmp_path):
     assert settings.signing_key.encode() not in kept
     assert bytes.fromhex(settings.signing_key) not in kept
     assert settings.broker.password.encode() not in kept
+
+
+def test_a_device_can_show_that_it_is_enrolled_and_check_others(directory, tmp_path):
+    pi, pj = (device(directory.enroll(name, output=tmp_path, data="")) for name in ("pi", "pj"))
+    assert pi.secure_aggregation.authority == pj.secure_aggregation.authority
+    point = bytes.fromhex(pi.secure_aggregation.authority)
+    ca = x509.load_pem_x509_certificate((directory.path / "ca.pem").read_bytes()).public_key()
+    assert point == ca.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+    key = SigningKey.from_setting(pj.signing_key).public_key
+    is_enrolled = who_is_enrolled(pi)
+    assert is_enrolled("pj", key, bytes.fromhex(pj.enrolment))
+    assert not is_enrolled("pj", key, bytes.fromhex(pi.enrolment))
+    assert not is_enrolled("pj", key, b"")
+    assert who_is_enrolled(msgspec.structs.replace(pi, secure_aggregation=SecureAggregationConfig()))("x", key, b"")
+    spoiled = msgspec.structs.replace(pi.secure_aggregation, authority="02" + "ff" * 32)
+    with pytest.raises(ConfigError, match=r"secure_aggregation\.authority: is no P-256 key"):
+        who_is_enrolled(msgspec.structs.replace(pi, secure_aggregation=spoiled))
 
 
 def test_settings_do_not_show_their_secrets(directory, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edgetrain.coordinator import events
+from edgetrain.coordinator.audit.verify import records_of
 from edgetrain.coordinator.config import EvaluationConfig, LimitsConfig, StopConfig
 from edgetrain.coordinator.errors import RoundFailed
 from edgetrain.coordinator.evaluation import Evaluation
@@ -542,6 +543,9 @@ def test_a_run_without_enough_clients_fails_with_advice(federate):
     with pytest.raises(RoundFailed, match=r"round 1, attempt 3: 1 updates of at least 2.*after 3 attempts"):
         federation.serve()
     assert len(silent.plans) == 3
+    gone = [record for record in records_of(federation.out) if record["type"] == "abandoned"]
+    assert [(record["round"], record["attempt"]) for record in gone] == [(1, 1), (1, 2), (1, 3)]
+    assert "1 updates of at least 2" in gone[0]["reason"]
     assert msgspec.json.decode((federation.out / "summary.json").read_bytes())["status"] == "failed"
 
 

@@ -74,6 +74,7 @@ def test_the_round_that_would_overspend_does_not_start(tiny_bundle, ram_path):
     assert max(plan.round for client in made.clients for plan in client.plans) == 3
     assert not (made.out / "journal/round-00004.journal").exists()
     assert ledger(ram_path)["releases"][0]["steps"] == 3
+    assert ledger(ram_path)["participants"] == {name: [3] for name in NAMES}
 
 
 def test_nor_after_a_restart_nor_in_another_run_of_the_federation(tiny_bundle, ram_path):

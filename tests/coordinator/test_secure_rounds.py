@@ -5,25 +5,34 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import threading
+from collections import Counter
 
 import msgspec
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from edgetrain.coordinator import events
+from edgetrain.coordinator.audit.verify import records_of
 from edgetrain.coordinator.config import FederationConfig, RoundsConfig, SelectionConfig, StopConfig
 from edgetrain.coordinator.errors import RoundFailed, RunError
 from edgetrain.coordinator.privacy.config import PrivacyConfig
 from edgetrain.coordinator.rounds.invitations import checked_strategy
 from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
+from edgetrain.coordinator.secure.secure_round import SecureRound
+from edgetrain.coordinator.secure.secure_settings import round_settings
 from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.enrolment import Authority, authority_key, prove_enrolment
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
 from edgetrain.protocol.messages import BlobRef, Plan
+from edgetrain.protocol.privacy import spent
+from edgetrain.protocol.privacy.ledger_file import read_ledger, releases_with
 from edgetrain.protocol.secure_aggregation import member as members
-from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer
+from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer, make_layout
 from edgetrain.protocol.secure_aggregation.messages import Settings, encode
 from edgetrain.protocol.secure_aggregation.support import support_of
 from support.secure_federation import CODEC, Crash, SecureFederation
@@ -191,6 +200,8 @@ def test_too_few_for_a_sum_and_nothing_is_revealed(federate, undisturbed):
     records = finish(federation)
     assert records[0]["attempts"] > 1
     assert [record["accepted"] for record in records] == [3, 3]
+    gone = [record for record in records_of(federation.directory / "run") if record["type"] == "abandoned"]
+    assert [record["attempt"] for record in gone] == list(range(1, records[0]["attempts"]))
     np.testing.assert_array_equal(federation.parameters(), undisturbed)
 
 
@@ -231,6 +242,8 @@ def test_a_round_that_lost_its_sum_when_shares_were_asked_for_is_not_summed_agai
     federation.secure_coordinator(secure={"phase_seconds": 0.5}).run()
     records = finish(federation)
     assert [record["accepted"] for record in records] == [0, 3]
+    gone = [record for record in records_of(federation.directory / "run") if record["type"] == "abandoned"]
+    assert [(record["round"], record["revealing"]) for record in gone] == [(1, True)]
     assert records[0]["parameters_sha256"] != records[1]["parameters_sha256"]
 
 
@@ -271,6 +284,126 @@ def test_a_sum_that_is_private_from_the_coordinator_too(federate):
             assert np.linalg.norm(result.decoded / step) <= 0.5 / step * 1.0001, "also after rounding"
 
 
+PRIVATE = {
+    "noise_multiplier": 1.0, "max_norm": 0.5, "weighting": "equal", "adapt_range": False, "value_range": 0.25,
+    "max_colluding": 0.0,
+}  # fmt: skip
+
+
+def invited(federation):
+    """By (round, attempt)."""
+    found = {}
+    for record in records_of(federation.directory / "run"):
+        if record["type"] == "invited":
+            found.setdefault((record["round"], record.get("attempt", 1)), set()).add(record["client"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sampling", "clients", "goal", "divisor"),
+    [("fixed", 4, 3, 2.0), ("poisson", 15, 14, 1.0)],
+)
+def test_chance_and_a_sum_that_is_private_from_the_coordinator(federate, sampling, clients, goal, divisor):
+    """Clients are drawn, the budget counts on it, and the ledger keeps what it costs whoever is known to be in."""
+    federation = federate(clients=clients)
+    federation.start()
+    secure = PRIVATE | {"sampling": sampling, "population": clients}
+    summary = federation.secure_coordinator(
+        secure=secure, rounds={"total": 3, "goal": goal, "minimum": 3},
+        privacy=PrivacyConfig(epsilon=200.0, delta=1e-5),
+    ).run()  # fmt: skip
+    records = finish(federation)
+    assert [record["accepted"] for record in records] == [record["invited"] for record in records]
+    if sampling == "fixed":
+        assert [record["accepted"] for record in records] == [3, 3, 3]
+    ledger = read_ledger(federation.directory / "privacy-test.json")
+    (release,) = ledger.releases
+    # The noise is what it is; one client replaced by another changes the sum by twice the norm.
+    assert (release.sampling, release.sampling_rate, release.steps) == (sampling, goal / clients, 3)
+    assert release.noise_multiplier == 1.0 / divisor
+    assert release.noise_multiplier * release.l2_sensitivity == pytest.approx(0.5 / (0.25 / 127))
+    assert summary.epsilon == pytest.approx(spent([release], 1e-5).epsilon)
+    # In the shares of three: the fewest that a sum is shown of.
+    assert release.shares == 3
+    times = Counter(itertools.chain.from_iterable(invited(federation).values()))
+    assert {name: sum(steps) for name, steps in ledger.participants.items()} == times
+    name = max(times, key=times.__getitem__)
+    known = msgspec.structs.replace(release, sampling="none", sampling_rate=1.0, steps=times[name])
+    assert spent(releases_with(ledger, name), 1e-5) == spent([known], 1e-5)
+
+
+def test_devices_take_part_with_those_alone_whom_the_ca_has_enrolled(federate):
+    """A coordinator that lets one in on its own word gets no sum, and hears why."""
+    ca = ec.generate_private_key(ec.SECP256R1())
+    authority = Authority(authority_key(ca.public_key()), "test")
+
+    def federation_with(name, strangers):
+        made = federate(name)
+        for client in made.clients.values():
+            name, key = client._config.name, client._state.key.public_key
+            secure = client._secure
+            secure._is_enrolled = authority.has_enrolled
+            if name not in strangers:
+                proof = prove_enrolment(ca, federation="test", name=name, public_key=key)
+                secure._config = msgspec.structs.replace(secure._config, enrolment=proof.hex())
+        made.start()
+        return made
+
+    known = federation_with("known", ())
+    known.secure_coordinator(rounds={"total": 1}).run()
+    assert [record["accepted"] for record in finish(known)] == [3]
+    made_up = federation_with("made up", ("client-2",))
+    with pytest.raises(RoundFailed, match=r"'client-2' is in the roster with a key that is not enrolled"):
+        made_up.secure_coordinator(rounds={"total": 1, "max_failures": 1}).run()
+    made_up.finish()
+
+
+def test_an_attempt_that_fails_is_tried_again_with_the_same_draw(federate):
+    """And both the log and the ledger know of it: nothing was revealed, so nothing was paid for."""
+    federation = federate(clients=4)
+    failed = []
+    plain = SecureRound.step
+
+    def step(this, **options):
+        done = plain(this, **options)
+        if this.server.phase == "mask" and len(failed) < 2:
+            failed.append(this)
+            raise SecureAggregationError("lost on purpose")
+        return done
+
+    federation.monkeypatch.setattr(SecureRound, "step", step)
+    federation.start()
+    secure = PRIVATE | {"sampling": "fixed", "population": 4, "phase_seconds": 5.0}
+    federation.secure_coordinator(
+        secure=secure, rounds={"total": 1, "goal": 3, "minimum": 3}, privacy=PrivacyConfig(epsilon=200.0, delta=1e-5)
+    ).run()
+    (record,) = finish(federation)
+    assert (record["attempts"], record["accepted"]) == (3, 3)
+    draws = invited(federation)
+    assert draws[1, 1] == draws[1, 2] == draws[1, 3]
+    assert len(draws[1, 1]) == 3
+    gone = [record for record in records_of(federation.directory / "run") if record["type"] == "abandoned"]
+    assert [(record["round"], record["attempt"]) for record in gone] == [(1, 1), (1, 2)]
+    assert all("lost on purpose" in record["reason"] and "revealing" not in record for record in gone)
+    ledger = read_ledger(federation.directory / "privacy-test.json")
+    assert [release.steps for release in ledger.releases] == [1]
+
+
+def test_too_few_there_for_a_draw(federate):
+    """A draw of two would show that it was one. Six places of eight, four of them empty: that has a chance of 6 / 28,
+    so nobody is drawn."""
+    federation = federate(clients=4)
+    federation.start()
+    with pytest.raises(RoundFailed, match=r"of 4 clients that are here fewer than 3 may be drawn \(probability 0.21\)"):
+        federation.secure_coordinator(
+            secure=PRIVATE | {"sampling": "fixed", "population": 8},
+            rounds={"total": 1, "goal": 6, "minimum": 3, "max_failures": 1, "gather_seconds": 0.5},
+            privacy=PrivacyConfig(epsilon=200.0, delta=1e-5),
+        ).run()  # fmt: skip
+    federation.finish()
+    assert not invited(federation)
+
+
 def settings_for(**changes):
     fields = {
         "federation": "f", "bundle": "b", "out": "o", "codec": CODEC,
@@ -306,6 +439,15 @@ def settings_for(**changes):
          "sum"),
         ({"secure_aggregation": SecureAggregationConfig(enabled=True, neighbours=7)}, "even"),
         ({"secure_aggregation": SecureAggregationConfig(enabled=True, threshold=7)}, "set neighbours, too"),
+        ({"secure_aggregation": SecureAggregationConfig(enabled=True, sampling="fixed", population=9)},
+         "is for the privacy budget"),
+        ({"secure_aggregation": SecureAggregationConfig(enabled=True, population=9)}, "says nothing without sampling"),
+        ({"secure_aggregation": SecureAggregationConfig(enabled=True, **PRIVATE, sampling="fixed", population=3)},
+         "at least rounds.goal = 4"),
+        ({"secure_aggregation": SecureAggregationConfig(enabled=True, **PRIVATE, sampling="poisson", population=8)},
+         r"fewer than 3 of 8 clients may be drawn \(probability 0.14\)"),
+        ({"rounds": RoundsConfig(goal=1000, minimum=500),
+          "secure_aggregation": SecureAggregationConfig(enabled=True, max_bits=10)}, "too few for the sum of 1000"),
         ({"rounds": RoundsConfig(goal=1000, minimum=500),
           "secure_aggregation": SecureAggregationConfig(enabled=True, neighbours=10)}, "too few against 10%"),
     ],
@@ -313,6 +455,25 @@ def settings_for(**changes):
 def test_stacks_that_make_no_sense(changes, why):
     with pytest.raises(ConfigError, match=why):
         checked_strategy(settings_for(**changes))
+
+
+@pytest.mark.parametrize(
+    ("goal", "over", "codec", "max_bits", "largest", "bits"),
+    [
+        # floor((2^14 - 1) / (2 n)), by hand, and what 2 n L + 1 sums then take.
+        (64, 1.0, "int8", 14, 127, 14), (100, 1.0, "int8", 14, 81, 14), (1000, 1.0, "int8", 14, 8, 14),
+        (1000, 1.3, "int8", 14, 6, 14), (1000, 1.0, "int4", 14, 7, 14), (1000, 1.0, "int8", 0, 127, 18),
+    ],
+)  # fmt: skip
+def test_many_clients_write_coarser_integers(goal, over, codec, max_bits, largest, bits):
+    config = settings_for(
+        codec=f"randk:0.05|{codec}:block=all:stochastic|packed", rounds=RoundsConfig(goal=goal, over_selection=over),
+        secure_aggregation=SecureAggregationConfig(enabled=True, max_bits=max_bits),
+    )  # fmt: skip
+    checked_strategy(config)
+    quantizer = round_settings(config, number=1, num_parameters=1000, state={}, largest_weight=1).quantizer
+    assert quantizer.levels == largest
+    assert make_layout(quantizer, count=50, clients=math.ceil(goal * over)).bits == bits
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedadam", "fedavgm", "fedsgd", "fedyogi"])

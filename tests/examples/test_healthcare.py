@@ -36,5 +36,10 @@ def test_five_hospitals_learn_within_their_budget(tmp_path):
     # Always guessing benign is right for 63 %; without noise it is 98 %.
     assert sum(record["accuracy"] for record in rounds[-3:]) / 3 > 0.85
     assert "round 11 was refused before it started" in done.stdout
+    command = [sys.executable, "-m", "edgetrain", "privacy", "show", out / "run", "--format", "json"]
+    shown = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+    assert shown["epsilon"] == pytest.approx(rounds[-1]["epsilon"])
+    # Nobody was drawn: each hospital's part has cost what all have spent.
+    assert [(row["sums"], row["epsilon"]) for row in shown["clients"]] == [(10, shown["epsilon"])] * 5
     assert "run: whole: " in done.stdout
     assert "10 privacy" in done.stdout

@@ -33,6 +33,12 @@ FAMILIES = {
         "causal-lm", "all"),
     "llama": (TEXT | {"num_key_value_heads": 1}, "causal-lm", "all"),
     "vit": (VISION, "image-classification", "all"),
+    # Two models for one task, and a configuration that names neither.
+    "deit": (VISION, "image-classification", "head"),
+    # A configuration without a padding token.
+    "codegen": (
+        {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 40, "n_positions": 24, "rotary_dim": 4},
+        "causal-lm", "all"),
     "resnet": (
         {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
         "image-classification", "all"),

@@ -186,8 +186,7 @@ def test_a_client_killed_in_every_phase_of_a_round(federate, tiny_bundle):
     federation.check_nothing_lost_or_doubled(federation.rounds_done(), clients_killed=2 * len(PHASES), finished=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("version", ["mosquitto", "mosquitto-3.1.1"])
+@pytest.mark.parametrize("version", ["mosquitto", pytest.param("mosquitto-3.1.1", marks=pytest.mark.slow)])
 def test_a_broker_killed_in_every_phase_of_a_round(federate, tiny_bundle, version):
     federation = federate(tiny_bundle, clients=2, broker=version, **FOR_EVER)
     ambush = Ambush()

@@ -64,6 +64,14 @@ from edgetrain.protocol.messages import (
     encode_message,
 )
 from edgetrain.protocol.names import Topics
+from edgetrain.protocol.privacy import PrivacyError, Release
+from edgetrain.protocol.privacy.ledger_file import (
+    LedgerFile,
+    decode_ledger,
+    encode_ledger,
+    releases_with,
+    with_release,
+)
 from edgetrain.protocol.secure_aggregation import messages as secure
 from edgetrain.protocol.signing import MAX_MESSAGE_BYTES, SigningKey, seal, unseal, verify
 
@@ -351,6 +359,31 @@ def registries(data: bytes) -> bool:
     return True
 
 
+# --- privacy ledger ----------------------------------------------------------------------------------
+
+
+def ledger_seeds() -> list[bytes]:
+    """Two sums and who was in them, and a file from before there were checksums."""
+    release = Release(noise_multiplier=1.5, sampling="poisson", sampling_rate=0.25)
+    file = LedgerFile(owner="federation f", epsilon=4.0, delta=1e-6)
+    whole = encode_ledger(with_release(with_release(file, release, ["a", "b"]), release, ["b"]))
+    old = {"format_version": 1, "owner": "f", "epsilon": None, "delta": 0.5, "releases": [{"noise_multiplier": 2}]}
+    return [whole, json.dumps(old).encode()]
+
+
+def ledgers(data: bytes) -> bool:
+    """What is read says the same when it is written; and whatever it holds can be counted."""
+    try:
+        found = decode_ledger(data, where="ledger")
+    except PrivacyError as error:
+        assert "ledger" in str(error)
+        return False
+    again = decode_ledger(encode_ledger(found), where="ledger")
+    assert (again.owner, again.limit, again.releases) == (found.owner, found.limit, found.releases)
+    assert all(release.steps >= 1 for name in found.participants for release in releases_with(found, name))
+    return True
+
+
 # --- audit log ---------------------------------------------------------------------------------------
 
 
@@ -428,6 +461,7 @@ TARGETS = {
     "chunks": Target(chunk_seeds, chunks),
     "device-file": Target(device_seeds, device_files),
     "registry": Target(registry_seeds, registries),
+    "privacy-ledger": Target(ledger_seeds, ledgers),
     "audit-log": Target(audit_seeds, audit_logs),
     "checkpoints": Target(checkpoint_seeds, checkpoints),
 }

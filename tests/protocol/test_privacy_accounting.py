@@ -12,11 +12,10 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from edgetrain.protocol.privacy import PrivacyError, Release, noise, spent
-from edgetrain.protocol.privacy.accountant import ORDERS, divergences
+from edgetrain.protocol.privacy.accountant import ORDERS, divergences, rdp_accountant
 from edgetrain.protocol.privacy.calibrate import noise_multiplier_for
 from edgetrain.protocol.privacy.distributed import distributed_noise
 from edgetrain.protocol.privacy.dp_accounting import accountant
-from edgetrain.protocol.privacy.ledger import rdp_accountant
 from edgetrain.protocol.privacy.mechanisms import skellam, summed_discrete_gaussian
 from edgetrain.protocol.privacy.subsampling import fixed, poisson, poisson_gaussian
 

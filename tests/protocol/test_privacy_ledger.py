@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import msgspec
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from edgetrain.protocol.privacy import BudgetExhausted, PrivacyError, Release, spent
 from edgetrain.protocol.privacy.ledger import Budget, Ledger
+from edgetrain.protocol.privacy.ledger_file import read_ledger, releases_with
 
 ROUND = Release(mechanism="gaussian", noise_multiplier=2.0)
 BUDGET = Budget(epsilon=4.0, delta=1e-6)
@@ -105,6 +107,60 @@ def test_without_a_limit_it_keeps_count(tmp_path):
     ledger.close()
 
 
+def test_every_byte_counts(tmp_path):
+    """Whatever one byte becomes, the ledger is refused, or says the same (white space, a name that nobody reads)."""
+    ledger = open_ledger(tmp_path)
+    ledger.charge(ROUND, ["a", "b"])
+    ledger.close()
+    path = tmp_path / "ledger.json"
+    whole = path.read_bytes()
+    said = read_ledger(path)
+    refused = 0
+    for place in range(len(whole)):
+        for other in (whole[place] ^ 1, ord("9"), ord(" ")):
+            path.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
+            try:
+                assert read_ledger(path) == said, place
+            except PrivacyError as error:
+                assert "damaged" in str(error)
+                refused += other != whole[place]
+    assert refused > 2 * len(whole.translate(None, b" \n"))
+
+
+def test_a_ledger_from_before_checksums_gets_one(tmp_path):
+    ledger = open_ledger(tmp_path)
+    ledger.charge(ROUND)
+    ledger.close()
+    path = tmp_path / "ledger.json"
+    old = json.loads(path.read_bytes())
+    del old["checksum"], old["participants"]
+    path.write_text(json.dumps(old | {"format_version": 1}))
+    ledger = open_ledger(tmp_path)
+    assert ledger.epsilon == spent([ROUND], 1e-6).epsilon
+    ledger.close()
+    assert json.loads(path.read_bytes())["format_version"] == 2
+    assert read_ledger(path).checksum
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"format_version": 3}))
+    with pytest.raises(PrivacyError, match="damaged"):
+        open_ledger(tmp_path)
+
+
+def test_what_each_participant_was_in(tmp_path):
+    """A sampled release costs whoever is known to be in it what the release costs without sampling."""
+    sampled = msgspec.structs.replace(ROUND, sampling="poisson", sampling_rate=0.01)
+    ledger = open_ledger(tmp_path)
+    for release, names in ((sampled, "ab"), (sampled, "b"), (ROUND, "c"), (sampled, "ac")):
+        ledger.charge(release, names)
+    ledger.close()
+    file = read_ledger(tmp_path / "ledger.json")
+    assert file.participants == {"a": (2,), "b": (2,), "c": (1, 1)}
+    assert releases_with(file, "a") == (msgspec.structs.replace(ROUND, steps=2),)
+    assert spent(releases_with(file, "c"), 1e-6) == spent([ROUND, ROUND], 1e-6)
+    assert releases_with(file, "nobody") == ()
+    # Sampling makes the federation's own epsilon smaller than that of three known rounds.
+    assert spent(file.releases, 1e-6).epsilon < spent([ROUND] * 2, 1e-6).epsilon
+
+
 @settings(max_examples=25)
 @given(cut=st.integers(0, 400))
 def test_a_damaged_ledger_never_counts_as_an_empty_one(tmp_path_factory, cut):
@@ -139,7 +195,7 @@ def test_somebody_elses_ledger_and_other_versions_are_refused(tmp_path):
     with pytest.raises(PrivacyError, match="of 'federation f', not of 'client c'"):
         open_ledger(tmp_path, owner="client c")
     path = tmp_path / "ledger.json"
-    path.write_bytes(path.read_bytes().replace(b'"format_version": 1', b'"format_version": 2'))
+    path.write_bytes(path.read_bytes().replace(b'"format_version": 2', b'"format_version": 3'))
     with pytest.raises(PrivacyError):
         open_ledger(tmp_path)
     with pytest.raises(PrivacyError, match="cannot use"):

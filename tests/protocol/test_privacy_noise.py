@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 
@@ -50,7 +51,7 @@ def test_every_value_comes_as_often_as_it_should(kind, deviation):
 
 
 @pytest.mark.parametrize("kind", [rounded_gaussian, discrete_gaussian])
-@pytest.mark.parametrize("deviation", [2.0**20, 1.37 * 2.0**30, 2.0**44])
+@pytest.mark.parametrize("deviation", [2.0**20, 1.37 * 2.0**30, 2.0**36, 2.0**44])
 def test_on_a_fine_grid_it_is_gaussian(kind, deviation):
     drawn = kind(deviation)(Keystream(KEY), 200_000) / deviation
     assert stats.kstest(drawn, "norm").pvalue > 1e-4
@@ -62,18 +63,44 @@ def test_on_a_fine_grid_it_is_gaussian(kind, deviation):
 @pytest.mark.parametrize("kind", [rounded_gaussian, discrete_gaussian])
 @pytest.mark.parametrize("deviation", [0.7, 3.0, 500.0, 2.0**30])
 def test_exact_arithmetic_decides_as_float64_does_where_that_is_clear(kind, deviation, monkeypatch):
-    """With a margin of a half, nearly every comparison goes the exact way: the same noise from the same bytes."""
+    """With margins of a half, nearly every comparison goes by float64, or the exact way: the same noise from the same
+    bytes."""
     fast = kind(deviation)(Keystream(KEY), 300)
     monkeypatch.setattr(noise, "_CLEAR", 0.5)
     np.testing.assert_array_equal(kind(deviation)(Keystream(KEY), 300), fast)
+    monkeypatch.setattr(noise, "_CLEAR_64", 0.5)
+    np.testing.assert_array_equal(kind(deviation)(Keystream(KEY), 300), fast)
+
+
+@pytest.mark.parametrize("kind", [rounded_gaussian, discrete_gaussian])
+@pytest.mark.parametrize("deviation", [0.7, 40.0, 1.99 * 2.0**30, 2.0**31])
+def test_float32_is_never_wrong_by_more_than_its_margin(kind, deviation, monkeypatch):
+    """Half a million probabilities against float64: an eighth of the margin would do."""
+    stairs = noise._Staircase.of(deviation, discrete=kind is discrete_gaussian)
+    seen = []
+    monkeypatch.setattr(
+        noise, "_fraction", lambda bits, plain=noise._fraction: seen.append((bits, plain(bits))) or seen[-1][1]
+    )
+    picked = []
+    monkeypatch.setattr(noise, "_pick", lambda *a, plain=noise._pick: picked.append(plain(*a)) or picked[-1])
+    probabilities = []
+    monkeypatch.setattr(np, "exp", lambda x, plain=np.exp: probabilities.append(plain(x)) or probabilities[-1])
+    stairs._try(Keystream(KEY), 500_000)
+    monkeypatch.undo()
+    (places, _), (coins, as_singles) = seen
+    along = places.astype(np.float64) * 2.0**-32
+    scale = (2.0**stairs.log_width / deviation) ** 2 / 2
+    exact = np.exp(-scale * along * (2.0 * picked[0] + along)) - coins.astype(np.float64) * 2.0**-32
+    assert np.abs(exact - (probabilities[0].astype(np.float64) - as_singles)).max() < noise._CLEAR / 8
 
 
 def test_a_comparison_that_64_bits_leave_open_takes_more():
     """The stair's probability at the place 0 is 1: only a coin of all ones needs a further look."""
     stairs = noise._Staircase.of(100.0, discrete=False)
     most = 2**64 - 1
+    decide = functools.partial(stairs._decide, bits=64)
     # Just right of the stair's left end, the probability is below 1 by less than the coin can tell.
-    decided = [stairs._decide(3, 0, most, Keystream(bytes([number]) * 32)) for number in range(200)]
+    decided = [decide(3, 0, most, random_bytes=Keystream(bytes([number]) * 32)) for number in range(200)]
     # P(accept) is about a half: place uniform in a last cell over which the probability falls by 3 coins' widths.
     scale = (2.0**stairs.log_width / 100.0) ** 2 / 2
     slope = scale * 2 * 3
@@ -84,7 +111,9 @@ def test_a_comparison_that_64_bits_leave_open_takes_more():
 
 def test_ties_in_a_table_are_broken_by_further_bits():
     table = noise._Table.of([5 << 64, (7 << 64) + 2**62, (7 << 64) + 3 * 2**62])
-    stream = b"".join(int(value).to_bytes(8, "little") for value in [7, 4, 7, 7, 2**61, 2**63, 2**64 - 1])
+    # After the leading 14 bits, which are 0, 50 more of each word.
+    stream = b"".join((value << 14).to_bytes(8, "little") for value in [7, 4, 7, 7])
+    stream += b"".join(value.to_bytes(8, "little") for value in [2**61, 2**63, 2**64 - 1])
     position = 0
 
     def scripted(count: int) -> bytes:
@@ -93,7 +122,7 @@ def test_ties_in_a_table_are_broken_by_further_bits():
         return stream[position - count : position]
 
     # 7 | 2^61 is below both thresholds of 7, 7 | 2^63 between them, 7 | 2^64 - 1 above.
-    assert noise._pick(table, scripted, 4).tolist() == [1, 0, 2, 3]
+    assert noise._pick(table, np.zeros(4, np.uint16), scripted).tolist() == [1, 0, 2, 3]
 
 
 @pytest.mark.parametrize(("kind", "deviation"), CASES)

@@ -15,6 +15,7 @@ from edgetrain.protocol.secure_aggregation.arithmetic import (
     Quantizer,
     count_octaves,
     dequantize,
+    finest,
     make_layout,
     next_range,
     pack,
@@ -37,6 +38,17 @@ def test_the_modulus_is_the_smallest_that_holds_every_sum(clients, kind, noise):
     assert 2 * extreme + 1 > 2 ** (layout.bits - 1), "one bit fewer would not do"
     assert clients * (2**layout.digit_bits - 1) < 2**layout.bits
     assert clients * (2 ** (layout.digit_bits + 1) - 1) >= 2**layout.bits
+
+
+@given(clients=st.integers(1, 100_000), kind=st.sampled_from(["int8", "int4"]), bits=st.integers(2, 30))
+def test_the_finest_integers_that_fit_into_so_many_bits(clients, kind, bits):
+    largest = finest(kind, clients=clients, bits=bits)
+    assert 2 * clients * largest + 1 <= 2**bits
+    assert largest == LARGEST[kind] or 2 * clients * (largest + 1) + 1 > 2**bits
+    if largest:
+        quantizer = Quantizer(kind=kind, range=1.0, largest=largest)
+        assert make_layout(quantizer, count=10, clients=clients).bits <= bits
+        assert quantizer.step == 1.0 / largest
 
 
 @pytest.mark.parametrize("sign", [-1, 1])

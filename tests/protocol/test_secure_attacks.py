@@ -8,9 +8,11 @@ import math
 import msgspec
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgetrain.protocol.enrolment import Authority, authority_key, prove_enrolment
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.secure_aggregation import keys
 from edgetrain.protocol.secure_aggregation import member as members
@@ -33,9 +35,12 @@ from edgetrain.protocol.secure_aggregation.messages import (
     encode,
     open_roster,
     pieces,
+    session_digest,
+    work_digest,
 )
 from edgetrain.protocol.secure_aggregation.shamir import SHARE_BYTES, combine
 from edgetrain.protocol.secure_aggregation.unmasking import recover, unmask
+from edgetrain.protocol.training import TrainingConfig
 from support.secure_session import Session, settings_of
 
 PHASES = ("advertise", "share", "mask", "agree", "reveal")
@@ -278,8 +283,70 @@ def test_a_client_that_is_not_enrolled():
             session.members[0],
             session.server.roster,
             random=session.randoms[0],
-            is_enrolled=lambda name, key: known.get(name) == key,
+            is_enrolled=lambda name, key, _proof: known.get(name) == key,
         )
+
+
+WORK = {"bundle": b"b" * 32, "vector": b"v" * 32, "training": TrainingConfig(learning_rate=0.1), "personal": ()}
+
+
+@pytest.mark.parametrize("changes", [
+    {"vector": b"w" * 32}, {"bundle": b"c" * 32}, {"training": TrainingConfig(learning_rate=0.0)},
+    {"training": TrainingConfig(max_delta_norm=1e-9)}, {"personal": ("*",)},
+])  # fmt: skip
+def test_one_client_that_was_told_to_train_otherwise(changes):
+    """Others whose updates are zero by what they were told would leave the sum to one: so keys are signed for what
+    they were told, too, and a roster of both kinds is refused by either."""
+
+    def session_for(**changed):
+        return session_digest(federation="f", run=b"r" * 16, round_number=1, nonce=b"n" * 16,
+                              work=work_digest(**WORK | changed), settings=encode(settings_of(6)))  # fmt: skip
+
+    victim, others = Session(4, settings_of(6)), Session(4, settings_of(6))
+    victim.session, others.session = session_for(**changes), session_for()
+    for session in (victim, others):
+        session.server = msgspec.structs.replace(session.server, session=session.session)
+        session.advertise(range(4))
+    # The coordinator does not mind whose keys are signed for what.
+    peers = (victim.server.cast.roster.peers[0], *others.server.cast.roster.peers[1:])
+    roster = encode(msgspec.structs.replace(others.server.cast.roster, peers=peers))
+    for session, client, accused in ((victim, 0, "client-000[123]"), (others, 1, "client-0000")):
+        with pytest.raises(SecureAggregationError, match=f"the keys of '{accused}' in the roster are not signed by it"):
+            members.share(session.members[client], roster, random=session.randoms[client])
+
+
+def test_how_long_a_device_trains_is_its_own_business():
+    long = TrainingConfig(learning_rate=0.1, epochs=5, batch_size=4, max_steps=9)
+    assert work_digest(**WORK | {"training": long}) == work_digest(**WORK)
+
+
+def test_a_client_that_the_coordinator_has_made_up():
+    """The CA has enrolled four; one of them is replaced by somebody with keys, and signatures, of its own."""
+    ca = ec.generate_private_key(ec.SECP256R1())
+    authority = Authority(authority_key(ca.public_key()), "f")
+    prove = lambda name, key: prove_enrolment(ca, federation="f", name=name, public_key=key)
+    session = Session(4, settings_of(6))
+    session.proof = lambda client: prove(session.name(client), session.keys[client].public_key)
+    session.advertise(range(4))
+
+    def shares_of(client):
+        return members.share(
+            session.members[client],
+            session.server.roster,
+            random=session.randoms[client],
+            is_enrolled=authority.has_enrolled,
+        )
+
+    shares_of(0)
+    session = Session(4, settings_of(6))
+    # It has a proof: that of another client, or of its own name with another key, and it is not worth anything.
+    worthless = prove("client-0002", session.keys[2].public_key)
+    session.proof = lambda client: (
+        worthless if client == 3 else prove(session.name(client), session.keys[client].public_key)
+    )
+    session.advertise(range(4))
+    with pytest.raises(SecureAggregationError, match="'client-0003' is in the roster with a key that is not enrolled"):
+        shares_of(0)
 
 
 @pytest.mark.parametrize(

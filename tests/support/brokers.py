@@ -31,7 +31,9 @@ class Wire:
     def config(self) -> BrokerConfig:
         version: Any = "3.1.1" if self.kind.startswith("embedded") or self.kind.endswith("3.1.1") else "auto"
         transport: Any = "websockets" if self.kind.endswith("websockets") else "tcp"
-        return BrokerConfig(host="127.0.0.1", port=self.port, mqtt_version=version, transport=transport)
+        return BrokerConfig(
+            host="127.0.0.1", port=self.port, mqtt_version=version, transport=transport, will_delay_seconds=0
+        )
 
     def connect(self, name: str, *, will: tuple[str, bytes] | None = None) -> Any:
         """A transport, with its `Connected` taken out."""

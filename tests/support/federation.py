@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ class Federation:
         self.port = free_port()
         self._kind = broker
         self._broker: Mosquitto | EmbeddedBroker | None = None
+        # Clients may be heard, and the broker be killed for it, before the call that started it has returned.
+        self._starting = threading.Lock()
         self.start_broker()
         version = {"mosquitto": "auto", "mosquitto-3.1.1": "3.1.1", "embedded": "3.1.1"}[broker]
         address = {"host": "127.0.0.1", "port": self.port, "mqtt_version": version, "connect_timeout_seconds": 20.0}
@@ -85,7 +88,8 @@ class Federation:
     # --- processes -----------------------------------------------------------------------------------
 
     def start_broker(self) -> None:
-        self._broker = EmbeddedBroker(self.port) if self._kind == "embedded" else Mosquitto(self.port)
+        with self._starting:
+            self._broker = EmbeddedBroker(self.port) if self._kind == "embedded" else Mosquitto(self.port)
 
     def stop_broker(self) -> None:
         if self._broker:
@@ -94,9 +98,10 @@ class Federation:
 
     def kill_broker(self) -> None:
         """kill -9; mosquitto only."""
-        assert isinstance(self._broker, Mosquitto)
-        os.kill(self._broker.pid, signal.SIGKILL)
-        self.stop_broker()
+        with self._starting:
+            assert isinstance(self._broker, Mosquitto)
+            os.kill(self._broker.pid, signal.SIGKILL)
+            self.stop_broker()
 
     def start_coordinator(self) -> Process:
         return self.processes.edgetrain(

@@ -61,6 +61,8 @@ class FaultProxy:
         self._double_every = double_every
         self.up, self.down = _Direction(rate), _Direction(rate)
         self.connections = self.cuts = self.doubled = 0
+        # What `watch` raised: shown at the end, or it would look like one more cut.
+        self.failures: list[Exception] = []
         # Nobody gets through.
         self.closed_road = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -169,7 +171,7 @@ class FaultProxy:
                 packets = list(frames.feed(data))
                 for packet in packets:
                     account.packet(packet)
-                    self._watch("up" if direction is self.up else "down", packet)
+                    self._watched("up" if direction is self.up else "down", packet)
                 if self._double_every:
                     data = b"".join(self._doubled(packet) for packet in packets)
                 await self._loop.sock_sendall(target, data)
@@ -177,6 +179,13 @@ class FaultProxy:
             pass
         finally:
             account.lost += len(frames.rest)
+
+    def _watched(self, way: str, packet: bytes) -> None:
+        try:
+            self._watch(way, packet)
+        except Exception as error:
+            self.failures.append(error)
+            raise
 
     def _doubled(self, packet: bytes) -> bytes:
         if packet[0] >> 4 == PUBLISH and packet[0] & 0x06:
@@ -191,3 +200,5 @@ class FaultProxy:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(RuntimeError):
             self.close()
+        if self.failures:
+            raise AssertionError(f"the proxy's watch failed: {self.failures[0]!r}") from self.failures[0]

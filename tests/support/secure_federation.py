@@ -15,7 +15,7 @@ from edgetrain.protocol.training import TrainingConfig
 from support.in_memory import Federation, shards
 
 CODEC = "randk:0.5|int8:block=all:stochastic|packed"
-SIZES = (30, 40, 50, 20)
+SIZES = (30, 40, 50, 20, *range(21, 32))
 
 
 class Crash(BaseException):

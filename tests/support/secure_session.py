@@ -49,6 +49,8 @@ class Session:
     dropout: float = 0.0
     vectors: Callable[[int, Layout], np.ndarray] | None = None
     nonce: bytes = b"n" * 16
+    # Of enrolment.
+    proof: Callable[[int], bytes] = lambda _client: b""
     server: servers.Server = field(init=False)
     members: dict[int, members.Member] = field(default_factory=dict)
     integers: dict[int, np.ndarray] = field(default_factory=dict)
@@ -61,7 +63,12 @@ class Session:
     def __post_init__(self) -> None:
         self.keys = [SigningKey(hashlib.sha256(f"{self.seed}/{i}".encode()).digest()) for i in range(self.size)]
         self.session = session_digest(
-            federation="f", run=b"r" * 16, round_number=1, nonce=self.nonce, settings=encode(self.settings)
+            federation="f",
+            run=b"r" * 16,
+            round_number=1,
+            nonce=self.nonce,
+            work=bytes(32),
+            settings=encode(self.settings),
         )
         self.server = servers.Server(session=self.session, settings=encode(self.settings))
         self.randoms = [Stream((self.seed, i)) for i in range(self.size)]
@@ -85,6 +92,7 @@ class Session:
             self.members[client], message = members.advertise(
                 session=self.session, settings=encode(self.settings), name=self.name(client),
                 identity=self.keys[client].public_key, sign=self.keys[client].sign, random=self.randoms[client],
+                enrolment=self.proof(client),
             )  # fmt: skip
             self.receive(client, message)
         self.close()

@@ -1,4 +1,4 @@
-"""`edgetrain privacy plan`: how much noise a budget needs."""
+"""`edgetrain privacy`: how much noise a budget needs (`plan`), and what is spent of it (`show`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, cast
 import click
 import msgspec
 
+from edgetrain.cli.privacy_show import show
+
 if TYPE_CHECKING:
     from edgetrain.protocol.privacy.calibrate import Forecast
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 @click.group("privacy")
 def command() -> None:
     """Work with privacy budgets."""
+
+
+command.add_command(show)
 
 
 @command.command("plan")
@@ -40,6 +45,13 @@ def command() -> None:
     help="How clients are chosen: each by its own coin, a random subset of fixed size, or in no way that may count.",
 )
 @click.option(
+    "--noise",
+    type=click.Choice(["gaussian", "discrete-gaussian"]),
+    default="gaussian",
+    show_default=True,
+    help="discrete-gaussian: shares that clients add under secure aggregation, on a fine grid; sampling helps it less.",
+)
+@click.option(
     "--accountant",
     type=click.Choice(["rdp", "pld", "dp-accounting-rdp"]),
     default="rdp",
@@ -58,13 +70,14 @@ def plan(
     batch_size: int | None,
     epochs: int,
     sampling: str,
+    noise: str,
     accountant: str,
     form: str,
 ) -> None:
     """Solve for the noise multiplier that spends a budget exactly, and predict how it is spent."""
     from edgetrain.protocol.privacy import dp_accounting
     from edgetrain.protocol.privacy.calibrate import forecast
-    from edgetrain.protocol.privacy.release import Release, Sampling
+    from edgetrain.protocol.privacy.release import Mechanism, Release, Sampling
 
     if level == "client":
         size, total = _needed("--clients-per-round", clients_per_round), _needed("--population", population)
@@ -75,6 +88,8 @@ def plan(
         per_round = epochs * -(-total // size)
         if sampling != "poisson":
             raise click.UsageError("--level sample: devices draw their batches by --sampling poisson only")
+        if noise != "gaussian":
+            raise click.UsageError("--level sample: a device adds the noise alone, --noise gaussian")
     if size > total:
         raise click.UsageError(f"--clients-per-round {size} is more than --population {total}")
     rate = 1.0 if sampling == "none" else size / total
@@ -82,7 +97,7 @@ def plan(
     found = forecast(
         level=level,
         release=Release(
-            mechanism="gaussian",
+            mechanism=cast("Mechanism", noise),
             noise_multiplier=1.0,
             sampling=cast("Sampling", sampling),
             sampling_rate=rate,

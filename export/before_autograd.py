@@ -1,0 +1,98 @@
+"""What is computed in another way while the module runs, so that autograd finds the better form to differentiate.
+
+A table of decompositions works on what autograd has made of the module. Two composite functions, which no trace ever
+meets, are better replaced before that: attention (`attention.py`), and batch normalisation with kept statistics, which
+becomes part of the trainable convolution before it. With s = gamma / sqrt(variance + eps), s * (W x + b) + t is
+(s W) x + (s b + t): autograd never comes back to the activations, and the gradients by W, gamma and beta are small
+operations on those by s W and s b + t. (Frozen convolutions are folded afterwards, in `fold.py`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from edgetrain.export.attention import attention
+
+aten = torch.ops.aten
+
+COMPOSITES = {
+    aten.batch_norm.default: torch.batch_norm,
+    aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
+}
+"""Entries of a table of decompositions by which a lowering asks for both."""
+
+_ATTENTION = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+def wanted(decompositions: Container[Any]) -> bool:
+    """Whether a lowering with these decompositions asks for the other forms."""
+    return all(op in decompositions for op in COMPOSITES)
+
+
+def before_autograd(decompositions: Container[Any]) -> AbstractContextManager[object]:
+    """The mode to run a module in, for a lowering with these decompositions."""
+    return BeforeAutograd() if wanted(decompositions) else nullcontext()
+
+
+class BeforeAutograd(TorchFunctionMode):
+    """While it is active, attention is ours, and `F.batch_norm` of a convolution is one with other weights.
+
+    The first convolution is left without a reader. Convolutions whose weight is an `nn.Parameter`, hence frozen (what is
+    trained is replaced by the trace's own tensors), stay as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By identity; the tensors are kept so that no other takes their place.
+        self._made: dict[int, tuple[Tensor, Callable[..., Tensor], Sequence[Any], Mapping[str, Any]]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Called for every function of torch."""
+        del types
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            fused = self._fuse(*args, **kwargs)
+            return func(*args, **kwargs) if fused is None else fused
+        if func in _ATTENTION:
+            attended = attention(*args, **kwargs)
+            return func(*args, **kwargs) if attended is None else attended
+        result = func(*args, **kwargs)
+        if func in _CONVOLUTIONS and len(args) > 1 and not isinstance(args[1], nn.Parameter):
+            self._made[id(result)] = (result, func, args, kwargs)
+        return result
+
+    def _fuse(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        del momentum
+        made = self._made.get(id(x))
+        if made is None or training or running_mean is None or running_var is None:
+            return None
+        _, convolve, args, kwargs = made
+        kernel: Tensor = args[1]
+        old = args[2] if len(args) > 2 else kwargs.get("bias")
+        scale = torch.rsqrt(running_var + eps)
+        scale = scale if weight is None else weight * scale
+        shift = -running_mean * scale if old is None else (old - running_mean) * scale
+        shift = shift if bias is None else bias + shift
+        settings = {key: value for key, value in kwargs.items() if key != "bias"}
+        normalized = kernel.reshape(kernel.shape[0], -1) * scale.reshape(-1, 1)
+        return convolve(args[0], normalized.reshape(kernel.shape), shift, *args[3:], **settings)

@@ -1,0 +1,74 @@
+"""What a real broker does for those who are away: messages that have expired do not come, wills wait a while."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from edgetrain.coordinator.broker import Mosquitto, find_mosquitto, free_port
+from edgetrain.protocol.transport import Connected
+from edgetrain.protocol.transport import connection as connections
+from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport
+from support.brokers import next_event, received
+
+pytestmark = pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
+
+
+@pytest.fixture
+def connect():
+    broker = Mosquitto(free_port())
+    made = []
+
+    def make(name, *, will=None, **settings):
+        transport = MqttTransport(
+            BrokerConfig(host="127.0.0.1", port=broker.port, **settings), client_id=name, will=will
+        )
+        made.append(transport)
+        assert transport.receive(5) == Connected()
+        return transport
+
+    yield make
+    for transport in made:
+        transport.close()
+    broker.stop()
+
+
+def waiting(seconds):
+    """Comes back after so long."""
+    return SimpleNamespace(next=lambda: seconds, reset=lambda: None)
+
+
+@pytest.mark.parametrize(("version", "waits"), [("5", False), ("3.1.1", True)])
+def test_a_message_that_has_waited_too_long_is_not_delivered(connect, monkeypatch, version, waits):
+    """MQTT 5: its expiry passes while its receiver is away. 3.1.1 knows no such thing: the control."""
+    away = connect("away", mqtt_version=version)
+    away.subscribe("t")
+    sender = connect("sender", mqtt_version=version)
+    # Gone without a word, as a phone in a tunnel; the broker keeps its session.
+    away._backoff = waiting(4.0)
+    away._connection.client.interrupt()
+    monkeypatch.setattr(connections, "MESSAGE_EXPIRY_SECONDS", 1)
+    sender.publish("t", b"stale")
+    time.sleep(0.2)  # until it has left
+    monkeypatch.setattr(connections, "MESSAGE_EXPIRY_SECONDS", 3600)
+    sender.publish("t", b"fresh")
+    expected = [("t", b"stale"), ("t", b"fresh")] if waits else [("t", b"fresh")]
+    assert received(away, len(expected)) == expected
+
+
+def test_a_will_waits_for_those_who_come_back(connect):
+    listener = connect("listener")
+    listener.subscribe("wills")
+    phone = connect("phone", will=("wills", b"phone"), will_delay_seconds=30)
+    gone = connect("gone", will=("wills", b"gone"), will_delay_seconds=1)
+    for transport in (phone, gone):
+        transport._backoff = waiting(0.1 if transport is phone else 60.0)
+        transport._connection.client.interrupt()
+    started = time.monotonic()
+    next_event(phone, Connected)
+    assert received(listener, 1) == [("wills", b"gone")]
+    assert time.monotonic() - started > 0.5, "after its delay"
+    # Nothing of the phone's came before, and nothing does.
+    assert listener.receive(0.5) is None
