@@ -42,16 +42,20 @@ def common() -> Decompositions:
 
 def for_onnx() -> Decompositions:
     """`common()`, and forms that onnxruntime is faster with."""
-    return common() | COMPOSITES | {
-        aten.convolution.default: onnx_convolution.convolution,
-        aten.convolution_backward.default: onnx_convolution_backward,
-        aten.gelu.default: gelu,
-        aten.gelu_backward.default: gelu_backward,
-        aten._safe_softmax.default: safe_softmax,  # noqa: SLF001
-        aten.native_layer_norm_backward.default: layer_norm_backward,
-        aten.hardtanh_backward.default: hardtanh_backward,
-        aten.threshold_backward.default: threshold_backward,
-    }
+    return (
+        common()
+        | COMPOSITES
+        | {
+            aten.convolution.default: onnx_convolution.convolution,
+            aten.convolution_backward.default: onnx_convolution_backward,
+            aten.gelu.default: gelu,
+            aten.gelu_backward.default: gelu_backward,
+            aten._safe_softmax.default: safe_softmax,  # noqa: SLF001
+            aten.native_layer_norm_backward.default: layer_norm_backward,
+            aten.hardtanh_backward.default: hardtanh_backward,
+            aten.threshold_backward.default: threshold_backward,
+        }
+    )
 
 
 def convolution_backward(

@@ -241,5 +241,3 @@ class _Watch(TorchFunctionMode):
         selects = func in (Tensor.__getitem__, torch.select, Tensor.select)
         self.selects |= selects and isinstance(args[0], Tensor) and args[0].ndim > 2 and args[0].is_floating_point()
         return result
-
-

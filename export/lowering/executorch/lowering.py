@@ -131,8 +131,10 @@ class ExecutorchLowering:
         run(example)
         # The second run works in memory that the first has used, as every later one will.
         got = run(example)
-        if not any(differs(result, value) for result, value in zip(got, expected, strict=True)):
-            return
+        # On the kink of a relu, what was traced and what it was rewritten to may already differ in torch.
+        for right in (expected, rewritten(*example)):
+            if not any(differs(result, value) for result, value in zip(got, right, strict=True)):
+                return
 
         def compile_(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
             return _load(compile_module(module, tuple(inputs)).data)
