@@ -191,7 +191,7 @@ def robust(name: str, clients: int, size: int) -> Result:
 # --- speed -------------------------------------------------------------------------------------------
 
 
-def through_broker(size: int, codec: str, updates: int) -> Result:
+def through_broker(size: int, codec: str, updates: int, workers: str = "") -> Result:
     """Updates of about 12 kB through mosquitto: paho merely receiving them, and the coordinator accepting them.
 
     12,000 parameters as dense int8, without and with Huffman codes, or 640,000 as top-1 % int8: decoding the first
@@ -205,24 +205,24 @@ def through_broker(size: int, codec: str, updates: int) -> Result:
             theirs, ours = context.Pipe()
             driver = context.Process(target=drive, args=(theirs, port, size, updates, codec))
             driver.start()
-            result = accept_all(Path(folder), port, size, codec, updates, ours)
+            result = accept_all(Path(folder), port, size, codec, updates, workers, ours)
             received = receive_all(port, updates, ours)
             driver.join()
     finally:
         broker.stop()
     rate, bare = updates / result["seconds"], updates / received
     return {"codec": codec, "parameters": size, "updates": updates, "update_bytes": result["update_bytes"],
-            "updates_per_second": round(rate), "paho_updates_per_second": round(bare),
+            "workers": workers, "updates_per_second": round(rate), "paho_updates_per_second": round(bare),
             "ratio": round(rate / bare, 2)}  # fmt: skip
 
 
-def accept_all(folder: Path, port: int, size: int, codec: str, updates: int, driver: Any) -> Result:
+def accept_all(folder: Path, port: int, size: int, codec: str, updates: int, workers: str, driver: Any) -> Result:
     """Seconds from the first update to the last one that is accepted, in a real coordinator."""
     config, bundle, directory = opened_run(
-        folder, size, codec=codec,
+        folder, size, codec=codec, broker=BrokerConfig(host="127.0.0.1", port=port), workers=workers,
         rounds=RoundsConfig(total=1, goal=updates, gather_seconds=300.0, deadline_seconds=300.0),
     )  # fmt: skip
-    transport = MqttTransport(BrokerConfig(host="127.0.0.1", port=port), client_id="coordinator")
+    transport = MqttTransport(config.broker, client_id="coordinator")
     times: list[float] = []
 
     def observe(event: events.Event) -> None:

@@ -128,6 +128,8 @@ class FederationConfig(Section, frozen=True, kw_only=True):
     # rules and revoked certificates again (after copying them there, if need be). Run after every change.
     reload_command: str = ""
     broker: BrokerConfig = BrokerConfig()
+    # Let other processes take the updates: "processes:N" on this machine, "ray:N" on a Ray cluster; empty: none.
+    workers: str = ""
     # How updates become the next parameters: a name, or a table with a name and options.
     strategy: StrategyTable = "fedavg"
     # Parameters that never leave the devices, as file name patterns of their names: "head.*".

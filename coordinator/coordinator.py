@@ -145,6 +145,9 @@ class Coordinator:
                 self._agenda.current.collection.close()
             if self._budget:
                 self._budget.close()
+            if self._uploads.foreman:
+                self._uploads.foreman.close()
+            self._opening.close()
         self._pump.announce("ended", reason)
         return self._summarize("completed", reason)
 
@@ -155,7 +158,9 @@ class Coordinator:
         for entry in self._bundle.manifest.files():
             self._blobs.add(self._bundle.map(entry))
         # The announcement follows when the transport says that it is connected.
-        for kind in ("message", "blob"):
+        if self._uploads.foreman:
+            self._uploads.foreman.start()
+        for kind in ("message",) if self._uploads.foreman else ("message", "blob"):
             self._transport.subscribe(self._topics.from_client("+", kind))
         if self._round_number == 0:
             self._evaluate_after(0, self._parameters)
@@ -222,6 +227,8 @@ class Coordinator:
     def _open_round(self, number: int) -> OpenRound:
         """Opens the round, or takes up what an earlier process has left of it."""
         current = self._opening.open(number, self._parameters, self._server_state)
+        if self._uploads.foreman:
+            self._uploads.foreman.open_round(current, len(self._parameters), self._server_state)
         if self._lottery:
             self._lottery.resume(current)
         return current
@@ -254,10 +261,18 @@ class Coordinator:
 
     def _close_round(self, current: OpenRound) -> None:
         state, collection = current.state, current.collection
+        if foreman := self._uploads.foreman:
+            foreman.ask_for_shares()
+            self._pump.until(lambda: foreman.has_shares)
+            foreman.add_shares()
         self._dismiss(current)
         epsilon = self._pay(current)
         parameters, server_state = self._strategy.finish(collection.partial, self._parameters, self._server_state)
         parameters[self._personal] = self._parameters[self._personal]
+        self._directory.begin_parameters(state.number, parameters)
+        if state.number < self._config.rounds.total:
+            # While this round is evaluated and written.
+            self._opening.prepare(state.number + 1, parameters)
         due = state.number % self._config.evaluation.every == 0
         evaluation = (
             self._evaluate_after(state.number, parameters) if due or state.number >= self._config.rounds.total else None
@@ -290,7 +305,7 @@ class Coordinator:
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._agenda.current = None
-        self._uploads.forget()
+        self._uploads.forget(current, asynchronous=self._strategy.asynchronous)
         self._chronicle.publish()
         self._observe(events.RoundEnded(record))
 

@@ -19,8 +19,9 @@ from edgetrain.coordinator.clients.refusals import Kind, Refusals
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.rounds import Part
-from edgetrain.coordinator.rounds.uploads import MAX_CHUNK_BYTES, Uploads
+from edgetrain.coordinator.rounds.uploads import Uploads
 from edgetrain.protocol import BlobError, MessageError, SignatureError
+from edgetrain.protocol.blobs import MAX_CHUNK_BYTES
 from edgetrain.protocol.messages import (
     Decline,
     Goodbye,

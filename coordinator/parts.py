@@ -31,6 +31,7 @@ from edgetrain.coordinator.run.past_run import read_rows
 from edgetrain.coordinator.run.requests import Request, read_request
 from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Strategy
+from edgetrain.coordinator.workers.lead import lead_workers
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.names import Topics
@@ -135,6 +136,14 @@ def assemble(
         refusals=refusals,
         clock=clock,
     )
+    uploads.foreman = lead_workers(
+        config,
+        strategy=strategy,
+        directory=directory,
+        transport=transport,
+        listener=uploads,
+        max_update_bytes=max_update_bytes,
+    )
     uploads.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
     intake = Intake(
         topics=topics,
@@ -177,6 +186,7 @@ def assemble(
         roster=clients.roster,
         max_update_bytes=max_update_bytes,
         clock=clock,
+        workers=uploads.foreman.count if uploads.foreman else 0,
     )
     return Parts(
         topics=topics,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from edgetrain import __version__
@@ -47,6 +47,12 @@ class Post:
     def send(self, client: str, message: Message) -> None:
         """To one client."""
         self._transport.publish(self._topics.to_client(client, "message"), self._seal(message))
+
+    def send_all(self, messages: Iterable[tuple[str, Message]]) -> None:
+        """To one client each."""
+        with self._transport.together():
+            for client, message in messages:
+                self.send(client, message)
 
     def broadcast(self, message: Message) -> None:
         """To everyone in the round."""

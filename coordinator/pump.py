@@ -13,7 +13,7 @@ from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.uploads import Uploads
-from edgetrain.protocol.transport import Connected, Disconnected, Received, Transport
+from edgetrain.protocol.transport import Connected, Disconnected, Noticed, Received, Transport
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,9 @@ class Pump:
                 match event:
                     case Received():
                         self._intake.handle(event)
+                    case Noticed():
+                        if self._uploads.foreman:
+                            self._uploads.foreman.hear(event.notice)
                     case Disconnected():
                         logger.warning("lost the broker: %s; reconnecting", event.reason)
                     case Connected():
@@ -99,6 +102,8 @@ class Pump:
                 handled += 1
                 # What is taken out of the queue is handled: nothing more is taken after the last.
                 event = self._transport.receive(0) if handled < BATCH_EVENTS else None
+            # Two files are synced at the same time.
+            self._uploads.begin_sync()
             self._clients.save_new()
             self._chronicle.commit()
             self._uploads.send_verdicts()

@@ -23,6 +23,7 @@ from edgetrain.coordinator.run.records import Summary
 from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.secure.secure_coordinator import SecureCoordinator
 from edgetrain.coordinator.strategies import make_strategy
+from edgetrain.coordinator.workers.lead import check_workers
 from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session
 from edgetrain.edge_client.trainer import evaluate
@@ -44,7 +45,7 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
     check_name(config.federation, "federation")
     CodecSpec.parse(config.codec)
     CodecSpec.parse(config.downlink_codec)
-    make_strategy(config.strategy)
+    check_workers(config, make_strategy(config.strategy))
     bundle = Bundle(config.bundle)
     evaluator = Evaluator(bundle, config) if config.evaluation.data else None
     with contextlib.ExitStack() as stack:

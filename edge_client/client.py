@@ -133,6 +133,7 @@ class Client:
             raise
         finally:
             self._budget.close()
+            self._secure.close()
             self._mail.send(Goodbye(reason=reason, connection=self._connection))
             self._transport.close()
         return None

@@ -28,6 +28,25 @@ class SecureAggregationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_
             lt=0.5,
         ),
     ] = 0.0
+    least_noise: Annotated[
+        float,
+        Meta(
+            description="decline sums with less noise than this, in noise multipliers: whoever runs the coordinator "
+            "cannot leave it out",
+            ge=0,
+        ),
+    ] = 0.0
+    epsilon: Annotated[
+        float,
+        Meta(
+            description="largest epsilon that all noisy sums this client is in may ever cost it, by its own count; 0 "
+            "for no limit",
+            ge=0,
+        ),
+    ] = 0.0
+    delta: Annotated[float, Meta(description="delta of that budget, well below 1 / number of clients", gt=0, lt=1)] = (
+        1e-6
+    )
     enrolled: Annotated[
         str,
         Meta(

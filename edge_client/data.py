@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from edgetrain.edge_client.dataset import Dataset, check_dataset
 from edgetrain.edge_client.errors import DataError
+from edgetrain.edge_client.memory import map_rows
 from edgetrain.edge_client.runtimes.leaves import Array, describe, halves, unflatten
 from edgetrain.protocol.manifest import BatchSpec, Manifest, Structure
 
@@ -118,7 +119,7 @@ def _map_member(path: Path, info: zipfile.ZipInfo) -> Array | None:
             return None
         if dtype.hasobject or math.prod(shape) == 0:
             return None
-        return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape, order="F" if fortran_order else "C")
+        return map_rows(path, dtype, file.tell(), shape, "F" if fortran_order else "C")
 
 
 class _Table(NamedTuple):

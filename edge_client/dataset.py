@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import DataError
+from edgetrain.edge_client.memory import MappedRows
 from edgetrain.edge_client.runtimes.base import Batch, Half
 from edgetrain.edge_client.runtimes.leaves import (
     Array,
@@ -20,8 +21,8 @@ from edgetrain.edge_client.runtimes.leaves import (
 )
 from edgetrain.protocol.manifest import BatchSpec, TensorSpec
 
-# Samples looked at together while checking, so that a memory-mapped array is never in memory whole.
-_CHECK_ROWS = 4096
+# Bytes looked at together, so that a memory-mapped array is never in memory whole.
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,13 @@ class Dataset:
     # Changes the inputs of a batch anew whenever it is trained on (crops, flips, noise), or None. It must keep
     # structure, shapes and dtypes. Evaluation leaves it out.
     augment: Callable[[Half, np.random.Generator], Half] | None = None
+    # Which samples of the arrays these are, int64 [N]; None for all. They are copied when they are taken, not before.
+    chosen: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
+        if self.chosen is not None:
+            return len(self.chosen)
         first = self.inputs
         if isinstance(first, Mapping):
             first = next(iter(first.values()))
@@ -53,16 +58,25 @@ class Dataset:
 
     def subset(self, indices: npt.NDArray[np.int64]) -> Dataset:
         """The samples at `indices`, copied."""
+        rows = self.rows(indices)
         return Dataset(
-            _map(lambda array: array[indices], self.inputs),
-            _map(lambda array: array[indices], self.targets),
-            None if self.weights is None else self.weights[indices],
+            map_half(lambda array: _taken(array, rows), self.inputs),
+            map_half(lambda array: _taken(array, rows), self.targets),
+            None if self.weights is None else self.weights[rows],
             self.augment,
         )
 
+    def select(self, indices: npt.NDArray[np.int64]) -> Dataset:
+        """The samples at `indices`, not copied: memory-mapped arrays stay on the disk."""
+        return replace(self, chosen=self.rows(indices))
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the samples at `indices` are in the arrays."""
+        return indices if self.chosen is None else self.chosen[indices]
+
     def augmented(self, rng: np.random.Generator) -> Dataset:
         """The same samples, changed anew by `augment` whenever they are taken."""
-        return _Augmented(self.inputs, self.targets, self.weights, self.augment, rng=rng)
+        return _Augmented(self.inputs, self.targets, self.weights, self.augment, self.chosen, rng=rng)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +88,13 @@ class _Augmented(Dataset):
         (inputs, targets), weights = Dataset.take(self, indices)
         assert self.augment is not None
         return (self.augment(inputs, self.rng), targets), weights
+
+
+def pieces(array: Array) -> Iterator[tuple[int, Array]]:
+    """An array some rows at a time, with the number of the first; a memory-mapped one does not stay in memory."""
+    count = max(1, _PIECE // max(1, array.nbytes // max(1, len(array))))
+    for first in range(0, len(array), count):
+        yield first, _taken(array, np.arange(first, min(first + count, len(array))))
 
 
 def check_dataset(dataset: Dataset, batch: BatchSpec, where: str = "") -> Dataset:
@@ -110,8 +131,7 @@ def check_dataset(dataset: Dataset, batch: BatchSpec, where: str = "") -> Datase
     if len(dataset) == 0:
         raise DataError(f"{where}there are no samples")
     for spec, array in leaves:
-        for first in range(0, len(array), _CHECK_ROWS):
-            rows = array[first : first + _CHECK_ROWS]
+        for first, rows in pieces(array):
             check_dtype(spec, rows, where)
             with np.errstate(over="ignore"):
                 check_finite(spec, rows.astype(spec.dtype, copy=False), where, first)
@@ -129,9 +149,17 @@ def _check_weights(weights: Array, spec: TensorSpec, where: str) -> None:
         raise DataError(f"{where}weights: must be at least 0, and one of them above 0")
 
 
-def _map(function: Callable[[Array], Array], half: Half) -> Half:
+def map_half(function: Callable[[Array], Array], half: Half) -> Half:
+    """Every array of one half of a batch, changed."""
     if isinstance(half, np.ndarray):
         return function(half)
     if isinstance(half, Mapping):
         return {key: function(array) for key, array in half.items()}
     return tuple(function(array) for array in half)
+
+
+def _taken(array: Array, rows: npt.NDArray[np.int64]) -> Array:
+    try:
+        return array.rows(rows) if isinstance(array, MappedRows) else array[rows]
+    except OSError as error:
+        raise DataError(f"the local data can no longer be read: {error}") from error

@@ -30,8 +30,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.dataset import Dataset
+from edgetrain.edge_client.dataset import Dataset, map_half, pieces
 from edgetrain.edge_client.errors import DataError, StateError
+from edgetrain.edge_client.memory import map_rows
 from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.runtimes.leaves import Array, flatten, leaf_key
 from edgetrain.edge_client.runtimes.parts import FEATURE, TRUNK
@@ -46,7 +47,6 @@ MAGIC = b"EDGEFTR1"
 _HEADER = struct.Struct("8s32s32s")
 _START, _ALIGN = 128, 64
 _CHUNK = 1 << 20
-_ROWS = 4096
 # Left free on the disk: updates and residuals must still be written.
 RESERVE_BYTES = 64 << 20
 
@@ -62,12 +62,13 @@ class FeatureDataset(Dataset):
         """The samples at `indices`, in full precision."""
         # Not super(): a dataclass with slots is another class than the one that the call would look for.
         part = Dataset.subset(self, indices)
+        rows = self.rows(indices)
         if not self.scales:
             return part
         assert isinstance(part.inputs, dict)
         inputs = dict(part.inputs)
         for name, scales in self.scales.items():
-            factors = scales[indices].reshape(-1, *[1] * (inputs[name].ndim - 1))
+            factors = scales[rows].reshape(-1, *[1] * (inputs[name].ndim - 1))
             inputs[name] = inputs[name].astype(np.float32) * factors
         return Dataset(inputs, part.targets, part.weights)
 
@@ -165,8 +166,11 @@ def _key(session: Session, dataset: Dataset, bundle: bytes, precision: str) -> b
     for leaf, array in zip(structure.leaves, flatten("inputs", structure, dataset.inputs), strict=True):
         if leaf.name in read:
             digest.update(f"{leaf.name} {array.dtype.str} {array.shape}".encode())
-            for first in range(0, len(array), _ROWS):
-                digest.update(np.ascontiguousarray(array[first : first + _ROWS]).data)
+            for _, rows in pieces(array):
+                digest.update(np.ascontiguousarray(rows).data)
+    if dataset.chosen is not None:
+        digest.update(b"chosen")
+        digest.update(np.ascontiguousarray(dataset.chosen, "<i8").data)
     return digest.digest()
 
 
@@ -267,12 +271,17 @@ def _open(session: Session, dataset: Dataset, path: Path, stored: list[_Stored])
     structure = session.manifest.batch.inputs
     inputs: dict[str, Array] = {}
     scales: dict[str, npt.NDArray[np.float32]] = {}
+
+    def picked(array: Array) -> Array:
+        return array if dataset.chosen is None else array[dataset.chosen]
+
     for entry in stored:
-        inputs[entry.spec.name] = np.memmap(path, entry.dtype, "r", entry.offset, entry.shape)
+        inputs[entry.spec.name] = map_rows(path, entry.dtype, entry.offset, entry.shape)
         if entry.scales is not None:
-            scales[entry.spec.name] = np.memmap(path, np.float32, "r", entry.scales, entry.shape[:1])
+            scales[entry.spec.name] = np.fromfile(path, np.float32, entry.shape[0], offset=entry.scales)
     for leaf, array in zip(structure.leaves, flatten("inputs", structure, dataset.inputs), strict=True):
         if leaf.name in read:
-            inputs[leaf_key("inputs", leaf)] = array
+            inputs[leaf_key("inputs", leaf)] = picked(array)
     inputs = {name: array for name, array in inputs.items() if name in read or not name.startswith(FEATURE)}
-    return FeatureDataset(inputs, dataset.targets, dataset.weights, scales=scales or None)
+    weights = None if dataset.weights is None else picked(dataset.weights)
+    return FeatureDataset(inputs, map_half(picked, dataset.targets), weights, scales=scales or None)

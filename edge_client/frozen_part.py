@@ -10,9 +10,21 @@ from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import DataError, StateError
 from edgetrain.edge_client.feature_cache import cache_features
 from edgetrain.edge_client.runtimes.base import Session
+from edgetrain.edge_client.runtimes.parts import TRUNK
 from edgetrain.protocol.manifest import STEP_CLIPPED
 
 logger = logging.getLogger(__name__)
+
+
+def keeps_features(session: Session, config: ClientConfig) -> bool:
+    """Whether a client trains on the features of a bundle, unless its data or its disk are against it."""
+    graphs = session.manifest.program(session.runtime).graphs
+    if config.feature_cache == "off" or TRUNK not in graphs:
+        return False
+    if STEP_CLIPPED in graphs:
+        logger.info("feature cache off: the bundle clips the gradient of each sample")
+        return False
+    return True
 
 
 def skip_frozen_part(
@@ -34,16 +46,11 @@ def skip_frozen_part(
         directory: where the caches are.
         config: whether, how precise and how large.
     """
-    if config.feature_cache == "off":
+    precision = config.feature_cache
+    if precision == "off" or not keeps_features(session, config):
         return session, training, validation
     if training.augment is not None:
         logger.info("feature cache off: the data changes in every epoch (augment)")
-        return session, training, validation
-    if STEP_CLIPPED in session.manifest.program(session.runtime).graphs:
-        logger.info("feature cache off: the bundle clips the gradient of each sample")
-        return session, training, validation
-    head = session.head()
-    if head is None:
         return session, training, validation
     parts = {"training": training} | ({} if validation is None else {"validation": validation})
     replaced: dict[str, Dataset] = {}
@@ -55,7 +62,7 @@ def skip_frozen_part(
                 part,
                 directory / f"features-{name}.bin",
                 bundle=bundle,
-                precision=config.feature_cache,
+                precision=precision,
                 max_bytes=left,
             )
         except (StateError, DataError) as error:
@@ -71,4 +78,8 @@ def skip_frozen_part(
             cached.size / 1e6,
             cached.error,
         )
+    # The trunk's memory first: both at once would be the most that this process ever takes.
+    session.release()
+    head = session.head()
+    assert head is not None, "it has a trunk"
     return head, replaced["training"], replaced.get("validation")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Protocol
 
 from edgetrain.edge_client.config import ClientConfig
+from edgetrain.edge_client.frozen_part import keeps_features
 from edgetrain.edge_client.runtimes import available_runtimes, check_precision, find_runtime, open_session
 from edgetrain.edge_client.runtimes.base import Session
-from edgetrain.edge_client.runtimes.parts import TRUNK
 from edgetrain.edge_client.selftest import run_self_test
 from edgetrain.edge_client.state import ClientState
 from edgetrain.protocol import BundleError
@@ -76,9 +76,10 @@ def install_bundle(
     state.store_file(ref.digest, MANIFEST_FILE, data)
     bundle = Bundle(state.bundle_directory(ref.digest))
     session = open_session(bundle, runtime, threads=config.threads, precision=config.precision)
-    run_self_test(bundle, session).raise_if_wrong()
-    if config.feature_cache != "off" and TRUNK in manifest.program(runtime).graphs:
-        run_self_test(bundle, session, in_parts=True).raise_if_wrong()
+    in_parts = keeps_features(session, config)
+    session.save_memory(in_parts=in_parts)
+    run_self_test(bundle, session, in_parts=in_parts).raise_if_wrong()
+    session.release()
     state.forget_bundles(but=ref.digest)
     logger.info("bundle %s runs on %s; self-test passed", manifest.name, runtime)
     return session

@@ -129,6 +129,8 @@ class Rounds:
             gradient_correction=None if server_control is None else server_control - self._own_control(plan).vector,
             may_continue=lambda: self._may_continue(plan),
         )
+        # Encoding takes memory, too.
+        place.session.release()
         if result.stopped is not None:
             logger.info("round %d: training stopped: %s", plan.round, result.stopped)
             if not self._is_over(plan):
@@ -136,7 +138,7 @@ class Rounds:
             return
         self._budget.charge(plan.training, len(place.training_data))
         if plan.secure:
-            place.keep_personal(result.parameters)
+            place.keep_personal(plan, result.parameters)
             self._feedback.hold(place.shared(result.parameters - parameters), trained_on=plan.vector)
             self._aggregate_securely(plan, self._clock() - started)
             return
@@ -157,7 +159,7 @@ class Rounds:
                 seed=mix_seed(plan.seed, self._config.name + "/control", plan.round),
                 offsets=offsets,
             )
-        place.keep_personal(result.parameters)
+        place.keep_personal(plan, result.parameters)
         self._feedback.commit(
             Offer(
                 run=plan.run,

@@ -22,6 +22,7 @@ from edgetrain.edge_client.errors import StateError
 from edgetrain.edge_client.installation import Fetch
 from edgetrain.edge_client.mailbox import Mailbox
 from edgetrain.edge_client.state import ClientState
+from edgetrain.edge_client.sum_budget import SumBudget
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.enrolment import Authority
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
@@ -77,6 +78,12 @@ class SecureParticipation:
         self._roster_ready: RosterReady | None = None
         self._boxes: Boxes | None = None
         self._is_enrolled = who_is_enrolled(config)
+        self._sums = SumBudget(
+            state.path / "privacy-sums.json",
+            config.name,
+            epsilon=config.secure_aggregation.epsilon,
+            delta=config.secure_aggregation.delta,
+        )
         mail.on_secure = self._on_message
 
     def check(self, plan: Plan) -> None:
@@ -84,17 +91,26 @@ class SecureParticipation:
 
         Raises:
             SecureAggregationError: it does not, and nothing was sent.
+            PrivacyError: this device's budget does not allow it.
         """
+        asked = self._config.secure_aggregation
         if not plan.secure:
-            if self._config.secure_aggregation.required:
+            if asked.required or asked.epsilon:
                 raise SecureAggregationError("this client sends updates in secure aggregation only")
             return
         if plan.control is not None:
             raise SecureAggregationError("control variates are sent beside the update, in the clear")
         settings = decode_settings(plan.secure)
-        least = self._config.secure_aggregation.least_clients
-        if settings.minimum < least:
-            raise SecureAggregationError(f"sums of {settings.minimum} clients: this client asks for {least}")
+        if settings.minimum < asked.least_clients:
+            raise SecureAggregationError(
+                f"sums of {settings.minimum} clients: this client asks for {asked.least_clients}"
+            )
+        if settings.noise_multiplier < asked.least_noise:
+            raise SecureAggregationError(
+                f"sums with a noise multiplier of {settings.noise_multiplier:g}: this client asks for "
+                f"{asked.least_noise:g}"
+            )
+        self._sums.check(settings)
         before = self._stored
         again = before and (before.run, before.round) == (plan.run, plan.round) and before.nonce != plan.nonce
         if before and again and before.member.phase == "revealed":
@@ -168,6 +184,7 @@ class SecureParticipation:
             exact_norm=settings.max_norm if noise else 0.0,
         )
         member, payload = members.mask(member, self._boxes, quantized.integers)
+        self._sums.charge(settings)
         # Before the update is stored: its keys are gone, so that nothing else is ever masked with them.
         self._keep(plan, member)
         # Nothing that was measured on the data: only sums of that leave.
@@ -183,6 +200,10 @@ class SecureParticipation:
         )
         feedback.commit_masked(offer, payload, support, quantized.decoded)
         return True
+
+    def close(self) -> None:
+        """Lets go of what is open."""
+        self._sums.close()
 
     def _open_session(self, plan: Plan) -> Member:
         """Goes on with the session on disk if it is this one, else begins it."""

@@ -127,11 +127,11 @@ def on_features(session: Session, batch: Batch) -> tuple[Session, Batch]:
     Raises:
         SessionError: the program is not split.
     """
-    head = session.head()
-    if head is None:
-        raise SessionError(f"the program of {session.manifest.name!r} for {session.runtime} is not split")
     structure = session.manifest.batch.inputs
     inputs = dict(session.features(batch[0]))
+    session.release()
+    head = session.head()
+    assert head is not None, "it has features"
     for leaf, array in zip(structure.leaves, flatten("inputs", structure, batch[0]), strict=True):
         inputs[leaf_key("inputs", leaf)] = array
     keys = [leaf_key("inputs", leaf) for leaf in head.manifest.batch.inputs.leaves]

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from edgetrain.protocol.blob_readers import BlobReader
@@ -104,6 +105,10 @@ class LivingTransport:
         """See `Transport`."""
         self._inner.publish(topic, payload, retain=retain, transient=transient)
 
+    def together(self) -> AbstractContextManager[None]:
+        """See `Transport`."""
+        return self._inner.together()
+
     def send_blob(
         self,
         topic: str,
@@ -124,6 +129,10 @@ class LivingTransport:
         """See `Transport`."""
         self._service.alive()
         return self._inner.receive(timeout)
+
+    def deliver(self, event: Event) -> None:
+        """See `Transport`."""
+        self._inner.deliver(event)
 
     def close(self) -> None:
         """See `Transport`."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import TrainingError
+from edgetrain.edge_client.local_parameters import local_parameters
 from edgetrain.edge_client.optimizers import clip_by_global_norm, sgd
 from edgetrain.edge_client.private_steps import PrivateSteps
 from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult, Vector
@@ -93,7 +94,7 @@ def train(
         parameters: float32 [num_parameters], where to start; left as it is.
         dataset: samples in the bundle's structure.
         config: how to train.
-        seed: of the shuffling; the same seed gives the same batches on every machine.
+        seed: of the shuffling, and of what is rounded at random; the same seed gives the same on every machine.
         gradient_correction: float32 [num_parameters], added to each step's mean gradient: c - c_i of
             SCAFFOLD (Karimireddy et al. 2020).
         random_bytes: where `config.privacy` takes batches and noise from; left out, from the operating system.
@@ -113,22 +114,26 @@ def train(
         check_vector(gradient_correction, length, "gradient_correction")
     optimizer = sgd(momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
     state = optimizer.init()
-    received, current = parameters, parameters.copy()
+    local = local_parameters(session.manifest, parameters, seed)
     total_steps = count_steps(len(dataset), config)
     if dataset.augment is not None:
         dataset = dataset.augmented(np.random.Generator(np.random.PCG64([seed, 1])))
-    sums, means = _Sums(np.zeros(length, np.float32)), _Sums(None)
+    sums, means = _Sums(with_gradient=True), _Sums()
     stopped: str | None = None
     step = 0
     private = PrivateSteps(session, config, config.privacy, random_bytes=random_bytes) if config.privacy else None
     for indices in private.batches(len(dataset)) if private else batches(len(dataset), config, seed):
-        sums.clear()
+        # Of a single micro-batch nothing is added up: its gradient is used where it is.
+        sums.clear(length if len(indices) > session.manifest.micro_batch or private else 0)
         for start in range(0, len(indices), session.manifest.micro_batch):
             stopped = _stopped(may_continue)
             if stopped is not None:
                 break
             chunk = indices[start : start + session.manifest.micro_batch]
-            result = private.step(current, dataset, chunk) if private else session.step(current, *dataset.take(chunk))
+            if private:
+                result = private.step(local.vector(), dataset, chunk)
+            else:
+                result = session.step(local.given, *dataset.take(chunk))
             # What one sample makes of the loss is its own affair where it is protected.
             if not private and not math.isfinite(result.loss_sum):
                 raise TrainingError(_astray("loss", step, config, means))
@@ -140,19 +145,19 @@ def train(
         mean = private.mean_gradient(sums.gradient_sum(), len(dataset)) if private else sums.mean_gradient()
         gradient, norm = clip_by_global_norm(mean, config.max_grad_norm)
         if not math.isfinite(norm):
-            raise TrainingError(_astray("gradient", step, config, _Sums(None) if private else means))
+            raise TrainingError(_astray("gradient", step, config, _Sums() if private else means))
         if gradient_correction is not None:
             gradient = gradient + gradient_correction
         if config.proximal_mu:
-            gradient = gradient + np.float32(config.proximal_mu) * (current - received)
+            gradient = gradient + np.float32(config.proximal_mu) * (local.vector() - parameters)
         rate = config.learning_rate * learning_rate_factor(config.schedule, step, total_steps)
-        current, state = optimizer.apply(current, gradient, state, rate)
+        state = local.descend(optimizer, gradient, state, rate)
         means.add(sums)
         step += 1
         if on_step is not None:
             on_step(StepProgress(step, total_steps, sums.mean_loss(), rate, norm))
     return TrainingResult(
-        parameters=current,
+        parameters=local.trained(parameters),
         num_examples=len(dataset),
         steps=step,
         loss=means.mean_loss(),
@@ -168,11 +173,12 @@ def evaluate(session: Session, parameters: Vector, dataset: Dataset) -> EvalSumm
     Raises:
         DataError: `parameters` or a batch does not fit the bundle.
     """
-    sums = _Sums(None)
+    sums = _Sums()
+    given = local_parameters(session.manifest, parameters, 0).given
     size = session.manifest.micro_batch
     for start in range(0, len(dataset), size):
         chunk = np.arange(start, min(start + size, len(dataset)))
-        sums.add(session.evaluate(parameters, *dataset.take(chunk)))
+        sums.add(session.evaluate(given, *dataset.take(chunk)))
     return EvalSummary(num_examples=len(dataset), loss=sums.mean_loss(), metrics=sums.mean_metrics())
 
 
@@ -193,15 +199,23 @@ def batches(num_examples: int, config: TrainingConfig, seed: int) -> Iterator[np
 class _Sums:
     """Weighted sums, added up in float64 but for the gradient, which as float32 costs half the memory."""
 
-    gradient: Vector | None
+    with_gradient: bool = False
     loss_sum: float = 0.0
     weight_sum: float = 0.0
     metrics: Metrics = field(default_factory=dict)
+    # Added up, or that of the only result.
+    gradient: Vector | None = None
+    _own: Vector | None = None
 
-    def clear(self) -> None:
+    def clear(self, length: int) -> None:
+        """For several results with gradients of this length, or for one result if that is 0."""
         self.loss_sum = self.weight_sum = 0.0
         self.metrics = {}
-        if self.gradient is not None:
+        self.gradient = None
+        if length and self._own is None:
+            self._own = np.zeros(length, np.float32)
+        if length and self._own is not None:
+            self.gradient = self._own
             self.gradient.fill(0)
 
     def add(self, result: StepResult | EvalResult | _Sums) -> None:
@@ -209,7 +223,11 @@ class _Sums:
         self.weight_sum += result.weight_sum
         for name, value in result.metrics.items():
             self.metrics[name] = self.metrics.get(name, np.zeros(())) + value.astype(np.float64)
-        if self.gradient is not None and isinstance(result, StepResult):
+        if not self.with_gradient or not isinstance(result, StepResult):
+            return
+        if self.gradient is None:
+            self.gradient = result.gradients
+        else:
             self.gradient += result.gradients
 
     def gradient_sum(self) -> Vector:
@@ -217,7 +235,9 @@ class _Sums:
         return self.gradient
 
     def mean_gradient(self) -> Vector:
-        return self.gradient_sum() / np.float32(self.weight_sum)
+        """In place if it was added up here: `clear` follows."""
+        gradient = self.gradient_sum()
+        return np.divide(gradient, np.float32(self.weight_sum), out=self._own if gradient is self._own else None)
 
     def mean_loss(self) -> float:
         return self.loss_sum / self.weight_sum if self.weight_sum else math.nan

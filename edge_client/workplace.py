@@ -43,8 +43,10 @@ class Workplace:
             ClientError, BundleError, BlobError: this device cannot train it; the message says why.
         """
         session = install_bundle(bundle, fetch=mail.fetch, fetch_to=mail.fetch_to, state=state, config=config)
-        dataset = load_dataset(config.data, session.manifest)
-        training, validation = split_validation(dataset, config.validation_fraction, config.name)
+        data = load_dataset(config.data, session.manifest)
+        training, validation = split_validation(data, config.validation_fraction, config.name)
+        # What features replace need not stay in memory.
+        del data
         session, training, validation = skip_frozen_part(
             session, training, validation, bundle=bundle.digest, directory=state.path, config=config
         )
@@ -64,7 +66,9 @@ class Workplace:
                 mask = elements_of(self.session.manifest, plan.personal)
                 self._personal = self.state.personal_parameters(bundle=self.bundle, patterns=plan.personal, mask=mask)
             self._patterns = plan.personal
-        return self._personal.overlay(parameters) if self._personal else parameters
+        if not self._personal:
+            return parameters
+        return self._personal.overlay(parameters, training=(plan.run, plan.round) if plan.task == "train" else None)
 
     def shared(self, change: Vector) -> Vector:
         """The part of a change that may leave the device."""
@@ -72,14 +76,14 @@ class Workplace:
             change[self._personal.mask] = 0
         return change
 
-    def keep_personal(self, trained: Vector) -> None:
-        """Stores what stays here of trained parameters, if anything does.
+    def keep_personal(self, plan: Plan, trained: Vector) -> None:
+        """Stores what stays here of parameters that were trained as the plan says, if anything does.
 
         Raises:
             StateError: not writable.
         """
         if self._personal:
-            self._personal.keep(trained)
+            self._personal.keep(trained, training=(plan.run, plan.round))
 
 
 def split_validation(dataset: Dataset, fraction: float, name: str) -> tuple[Dataset, Dataset | None]:
@@ -88,4 +92,4 @@ def split_validation(dataset: Dataset, fraction: float, name: str) -> tuple[Data
     if count == 0:
         return dataset, None
     order = np.random.Generator(np.random.PCG64(mix_seed(0, name, 0))).permutation(len(dataset))
-    return dataset.subset(np.sort(order[count:])), dataset.subset(np.sort(order[:count]))
+    return dataset.select(np.sort(order[count:])), dataset.select(np.sort(order[:count]))

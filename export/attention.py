@@ -1,9 +1,9 @@
 """Scaled dot-product attention with a backward pass of few sweeps over the scores.
 
-A score matrix is the largest tensor of a Transformer's step. Autograd on the plain formula scales queries and keys, looks
-for rows that are masked whole by comparing and choosing, and needs the sum of dP * P for the softmax. Here the queries
-alone are scaled, rows without any key are zeroed in the output, which is smaller, and that sum is taken as the one of
-dO * O (Dao et al. 2022, "FlashAttention", section 3.1), smaller too.
+A score matrix is the largest tensor of a Transformer's step. Autograd on the plain formula scales queries and keys,
+looks for rows that are masked whole by comparing and choosing, and needs the sum of dP * P for the softmax. Here the
+queries alone are scaled, rows without any key are zeroed in the output, which is smaller, and that sum is taken as the
+one of dO * O (Dao et al. 2022, "FlashAttention", section 3.1), smaller too.
 
 Shape letters: T target and S source positions, K width of a head; dimensions before are the batch.
 """

@@ -22,7 +22,7 @@ from edgetrain.export.attention import attention
 
 aten = torch.ops.aten
 
-COMPOSITES = {
+COMPOSITES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.batch_norm.default: torch.batch_norm,
     aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
 }
@@ -43,11 +43,20 @@ def before_autograd(decompositions: Container[Any]) -> AbstractContextManager[ob
     return BeforeAutograd(asked) if asked else nullcontext()
 
 
+def standard(decompositions: Mapping[torch._ops.OpOverload, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
+    """The same without the forms for training: a graph for inference is also what leaves the device, merged.
+
+    There, weights are constants and convolutions fast, and other tools know only standard operators.
+    """
+    trained_only = {*COMPOSITES, aten.convolution.default, aten.gelu.default} if wanted(decompositions) else set()
+    return {op: rule for op, rule in decompositions.items() if op not in trained_only}
+
+
 class BeforeAutograd(TorchFunctionMode):
     """While it is active, attention is ours, and `F.batch_norm` of a convolution is one with other weights.
 
-    The first convolution is left without a reader. Convolutions whose weight is an `nn.Parameter`, hence frozen (what is
-    trained is replaced by the trace's own tensors), stay as they are.
+    The first convolution is left without a reader. Convolutions whose weight is an `nn.Parameter`, hence frozen (what
+    is trained is replaced by the trace's own tensors), stay as they are.
     """
 
     def __init__(self, asked: Container[Any] = frozenset(COMPOSITES)) -> None:

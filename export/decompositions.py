@@ -306,7 +306,7 @@ def layer_norm_backward(
     bias: Tensor | None,
     mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Ba et al. 2016, with sums over rows and columns as products with vectors, and few sweeps over x and its gradient."""
+    """Ba et al. 2016, with sums over rows and columns as products with vectors, and few sweeps over x."""
     del bias
     D = math.prod(shape)
     grad_ND, x_ND = grad.reshape(-1, D), x.reshape(-1, D)

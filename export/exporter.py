@@ -6,14 +6,17 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 import edgetrain
 from edgetrain.export import locate, parity
 from edgetrain.export.batch import Example, ExampleBatch, Loss, per_sample_loss, read_example
+from edgetrain.export.calibration import calibration_data
 from edgetrain.export.errors import BatchError, SelectionError, UnsupportedError
 from edgetrain.export.joint import Problem
 from edgetrain.export.lowering import get_lowering
@@ -24,21 +27,23 @@ from edgetrain.export.prepare import Prepared, plain_math, prepare
 from edgetrain.export.program import make_program
 from edgetrain.export.storage import Storage
 from edgetrain.export.stored_program import make_stored_program
+from edgetrain.export.trainable_storage import Int8Lowering, in_int8, int8_program
 from edgetrain.export.user_code import user_code
 from edgetrain.protocol.bundle import file_entry, write_bundle
+from edgetrain.protocol.int8 import encode_parameters
 from edgetrain.protocol.manifest import (
     FrozenSummary,
     GradientCheck,
     Manifest,
     ParameterEntry,
     SelfTest,
+    TrainableStorage,
     probe_signs,
 )
 
 logger = logging.getLogger(__name__)
 
 FLOAT32 = Storage()
-PARAMETERS_FILE = "parameters.f32"
 SELF_TEST_FILE = "self_test.bin"
 
 
@@ -77,7 +82,8 @@ def export_bundle(
             for its own if this is None. Needs integer targets in the shape of the losses.
         per_sample_clipping: adds the graph `step_per_sample_clipped`, for differential privacy.
         split: adds `trunk` and `head_step` where a frozen part is worth it, so that its outputs can be kept.
-        storage: in how many bytes frozen weights are stored; anything but float32 is for one runtime alone.
+        storage: in how many bytes frozen weights are stored, for one runtime alone if not in float32; trainable ones
+            kept, in int8 for onnxruntime alone.
         executorch_style: "functional"; "training-module" adds a program for ExecuTorch's own TrainingModule.
 
     Returns:
@@ -98,37 +104,46 @@ def export_bundle(
             f"ExecuTorch's TrainingModule runs the whole step, a bundle with {storage.kind} has only its parts: leave "
             "out one of them"
         )
-    if storage.kind != "float32" and per_sample_clipping:
-        raise UnsupportedError(f"per-sample clipping needs float32 weights, not {storage.kind}: leave out one of them")
+    if per_sample_clipping:
+        storage.check_clipping()
     example = read_example(example_batch, micro_batch)
     prepared = prepare(module, trainable)
     problem = _problem(prepared, loss, example, metrics, ignore_index)
     locate.refuse_randomness(problem)
+    calibration = calibration_data(problem, storage)
+    report: TrainableStorage | None = None
+    if storage.trainable == "int8":
+        problem, report = in_int8(problem, storage, calibration.batches)
+        lowerings = [Int8Lowering(lowering, problem.int8) for lowering in lowerings]
     problem, expected = parity.expectations(problem, clipping=per_sample_clipping)
     parity.check_finite(problem, expected.initial)
-    notes = (*prepared.notes, *_unused(prepared, expected.initial))
+    notes = (*prepared.notes, *calibration.notes, *_unused(prepared, expected.initial))
     files: dict[str, bytes] = {}
     found = expected.initial
     quantized: dict[str, str] = {}
     if storage.kind == "float32":
         programs = tuple(make_program(lowering, problem, expected, files, split=split) for lowering in lowerings)
     else:
-        stored = make_stored_program(lowerings[0], problem, expected, files, storage)
+        stored = make_stored_program(lowerings[0], problem, expected, files, storage, calibration.batches)
         programs, found, notes = (stored.program,), stored.expected, (*notes, *stored.notes)
         quantized = stored.quantized
-    files[PARAMETERS_FILE] = _raw(problem.parameters)
+    programs = tuple(int8_program(program, problem.int8) for program in programs)
+    table = _table(problem)
+    parameters_file = "parameters.i8" if problem.int8 else "parameters.f32"
+    files[parameters_file] = encode_parameters(_flat(problem.parameters), table)
     files[SELF_TEST_FILE] = _raw((*example.leaves, problem.weights))
     manifest = Manifest(
         name=name or type(module).__name__,
         producer=f"edgetrain {edgetrain.__version__}",
         micro_batch=example.micro_batch,
-        parameters=_table(problem),
-        initial_parameters=file_entry(PARAMETERS_FILE, files[PARAMETERS_FILE]),
+        parameters=table,
+        initial_parameters=file_entry(parameters_file, files[parameters_file]),
         batch=example.spec(problem.weights),
         loss=_qualified_name(loss),
         metrics=tuple(problem.metrics),
         trainable=trainable,
         frozen=_frozen_summary(prepared, quantized),
+        trainable_storage=report,
         notes=notes,
         programs=programs,
         self_test=_self_test(problem, found, files[SELF_TEST_FILE], storage),
@@ -215,11 +230,16 @@ def _raw(tensors: Sequence[Tensor]) -> bytes:
     return b"".join(np.ascontiguousarray(tensor.numpy()).tobytes() for tensor in tensors)
 
 
+def _flat(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
+    return np.concatenate([np.empty(0, np.float32), *(tensor.numpy().ravel() for tensor in tensors)])
+
+
 def _table(problem: Problem) -> tuple[ParameterEntry, ...]:
     entries = []
     offset = 0
     for name, tensor in problem.prepared.trainable.items():
-        entries.append(ParameterEntry(name=name, shape=tuple(tensor.shape), offset=offset))
+        dtype: Literal["float32", "int8"] = "int8" if name in problem.int8 else "float32"
+        entries.append(ParameterEntry(name=name, shape=tuple(tensor.shape), offset=offset, dtype=dtype))
         offset += tensor.numel()
     return tuple(entries)
 

@@ -26,12 +26,13 @@ from edgetrain.export.batch import (
     per_sample_loss,
     tensor_spec,
 )
-from edgetrain.export.before_autograd import before_autograd
+from edgetrain.export.before_autograd import before_autograd, standard
 from edgetrain.export.fold import fold_batch_norms
 from edgetrain.export.ghost import use_ghost_norms
 from edgetrain.export.metrics import Metric, weighted_sum
 from edgetrain.export.prepare import Prepared, plain_math
 from edgetrain.export.tidy import VIEWS, drop_unused_leaves, mutates, name_constants, simplify
+from edgetrain.protocol.int8 import nearest
 from edgetrain.protocol.manifest import CLIP_NORM, STEP_CLIPPED, TensorSpec
 
 aten = torch.ops.aten
@@ -54,6 +55,8 @@ class Problem:
     ignore_index: int | None = None
     # The example's value of the input of `step_per_sample_clipped`, a scalar.
     clip_norm: Tensor = field(default_factory=lambda: torch.tensor(1.0))
+    # Parameters that the device keeps in int8.
+    int8: frozenset[str] = frozenset()
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -64,6 +67,13 @@ class Problem:
     def names(self) -> tuple[str, ...]:
         """Names of `parameters`."""
         return tuple(self.prepared.trainable)
+
+    def representable(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Values of the parameters, those in int8 rounded to what it holds."""
+        return tuple(
+            round_rows(parameter) if name in self.int8 else parameter
+            for name, parameter in zip(self.names, parameters, strict=True)
+        )
 
     def merged_outputs(self, parameters: Sequence[Tensor], inputs: tuple[Tensor, ...]) -> Any:
         """What the module returns once its adapters are merged into the weights."""
@@ -90,6 +100,12 @@ class Problem:
         with torch.no_grad():
             values = {name: metric(outputs, targets).detach() for name, metric in self.metrics.items()}
         return Evaluation(losses, weights, values)
+
+
+def round_rows(weight: Tensor) -> Tensor:
+    """A weight [O, ...] rounded to int8 with a scale for every row."""
+    whole, scale = nearest(weight.detach().numpy())
+    return torch.from_numpy(whole * scale)
 
 
 class Evaluation(NamedTuple):
@@ -150,7 +166,7 @@ def trace_infer(problem: Problem, decompositions: Decompositions) -> TracedGraph
         with torch.no_grad():
             return flatten_outputs(problem.merged_outputs(parameters, tuple(leaves)))
 
-    return _trace("infer", problem, infer, problem.example.inputs.tensors, decompositions)
+    return _trace("infer", problem, infer, problem.example.inputs.tensors, standard(decompositions))
 
 
 def trace_step_per_sample_clipped(problem: Problem, decompositions: Decompositions) -> TracedGraph:

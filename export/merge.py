@@ -21,6 +21,7 @@ from edgetrain.export.prepare import Prepared, plain_math, prepare
 from edgetrain.export.quiet import quiet
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.files import write_atomically
+from edgetrain.protocol.int8 import graph_inputs, representable
 from edgetrain.protocol.manifest import Manifest, Structure
 
 # Largest difference between the merged model's outputs and the bundle's, as a share of the largest output.
@@ -55,7 +56,9 @@ def merge(
     """
     out = Path(out)
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-    vector = read_parameters(parameters, opened.manifest)
+    entries = opened.manifest.parameters
+    # What a device computes with, where it keeps weights in int8.
+    vector = representable(read_parameters(parameters, opened.manifest), entries)
     inputs = _example_inputs(opened)
     infer = opened.read(opened.manifest.program("onnxruntime").graphs["infer"].file)
     expected = _run_infer(opened.manifest, infer, vector, inputs)
@@ -138,9 +141,7 @@ def _example_inputs(bundle: Bundle) -> dict[str, Array]:
 
 def _run_infer(manifest: Manifest, infer: bytes, vector: Vector, inputs: dict[str, Array]) -> dict[str, Array]:
     graph = manifest.program("onnxruntime").graphs["infer"]
-    arrays: list[Array] = [
-        vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape) for entry in manifest.parameters
-    ]
+    arrays = graph_inputs(vector, manifest.parameters)
     arrays += [inputs[spec.name] for spec in graph.inputs[len(arrays) :]]
     outputs = OnnxLowering().load(LoweredGraph(file="infer.onnx", data=infer))(arrays)
     return {spec.name: output for spec, output in zip(graph.outputs, outputs, strict=True)}
@@ -156,8 +157,7 @@ def _run_onnx(data: bytes, inputs: dict[str, Array]) -> dict[str, Array]:
 def _merged_onnx(manifest: Manifest, infer: bytes, vector: Vector) -> bytes:
     model = onnx.load_from_string(infer)
     graph = model.graph
-    for entry, value in zip(manifest.parameters, list(graph.input), strict=False):
-        array = vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
+    for array, value in zip(graph_inputs(vector, manifest.parameters), list(graph.input), strict=False):
         graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), value.name))
         graph.input.remove(value)
     from onnxscript import optimizer  # noqa: PLC0415  # slow to import, and needed only here

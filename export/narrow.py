@@ -85,8 +85,12 @@ def narrow(module: fx.GraphModule) -> bool:
                     node.args = (given, rows.dim, 0)
                 else:
                     node.replace_all_uses_with(given)
+                    graph.erase_node(node)
         if node in needs:
             small[node] = _copy_narrowed(graph, node, needs, small)
+    for node in needs:  # readers first
+        if not node.users:  # also attention, which may draw random numbers and so counts as alive
+            graph.erase_node(node)
     graph.eliminate_dead_code()
     module.recompile()
     return True
@@ -117,8 +121,9 @@ def _needs(graph: fx.Graph) -> dict[fx.Node, Rows]:
 def _selected(node: fx.Node) -> Rows | None:
     if node.target not in (aten.select.int, aten.slice.Tensor) or len(node.args) < 3 or len(_shape(node.args[0])) < 3:
         return None
-    size = _shape(node.args[0])[node.args[1]]  # type: ignore[index]
-    dim = node.args[1] % len(_shape(node.args[0]))  # type: ignore[operator]
+    given: Any = node.args[1]
+    dim = given % len(_shape(node.args[0]))
+    size = _shape(node.args[0])[dim]
     bounds: Sequence[Any] = node.args[2:]
     if not all(isinstance(bound, int) for bound in bounds) or len(bounds) > 2:
         return None
@@ -133,7 +138,8 @@ def _sources(node: fx.Node, dim: int) -> dict[fx.Node, int] | None:
 
     None if it does not work row by row.
     """
-    target, args = node.target, node.args
+    target = node.target
+    args: Sequence[Any] = node.args
     first: Any = args[0] if args else None
     if target in _UNARY:
         return {first: dim}
@@ -145,16 +151,16 @@ def _sources(node: fx.Node, dim: int) -> dict[fx.Node, int] | None:
     if target is aten.linear.default:
         return {first: dim} if dim < rank - 1 else None
     if target is aten.layer_norm.default:
-        return {first: dim} if dim < rank - len(args[1]) else None  # type: ignore[arg-type]
+        return {first: dim} if dim < rank - len(args[1]) else None
     if target is aten.softmax.int:
-        return {first: dim} if args[1] % rank != dim else None  # type: ignore[operator]
+        return {first: dim} if args[1] % rank != dim else None
     if target is aten.transpose.int:
         axes = list(range(rank))
-        a, b = (axis % rank for axis in args[1:])  # type: ignore[operator]
+        a, b = (axis % rank for axis in args[1:3])
         axes[a], axes[b] = b, a
         return {first: axes[dim]}
     if target is aten.permute.default:
-        return {first: args[1][dim] % rank}  # type: ignore[index, operator]
+        return {first: args[1][dim] % rank}
     if target is aten.matmul.default:
         return {first: dim} if dim == rank - 2 and len(_shape(first)) == rank else None
     if target is _ATTENTION:

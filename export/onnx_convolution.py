@@ -68,7 +68,7 @@ class Side:
         return [aten.slice.Tensor(padded, dim, start, start + reach, self.stride) for start in starts]
 
     def scatter(self, x: Tensor, cut: int, dim: int) -> Tensor:
-        """The transposed of `gather`: adds what came from every tap, the parts of dimension `cut`, where it was read."""
+        """The transposed of `gather`: adds every tap, a part of dimension `cut`, where it was read."""
         if self.stride == 1:
             rest = self.size - self.positions
             firsts = [self.first(tap) for tap in range(self.kernel)]
@@ -201,7 +201,7 @@ def gradients(
                 dx = form.y.scatter(spread.reshape(C, taps[1] * X, form.y.positions, B), 1, 2)
         if wanted[1]:
             product = torch.bmm(dy_CRN, rows.transpose(1, 2)).reshape(C, -1)
-            dw = torch.mm(product, _placement(form).T).reshape(C, 1, *taps)
+            dw = torch.mm(product, _placement(form, image.dtype).T).reshape(C, 1, *taps)
     elif form.kind in ("gathered", "strided"):
         dy_ON = dy.reshape(O, -1)
         if wanted[0] and form.kind == "gathered":
@@ -279,23 +279,23 @@ def _matrices(form: Form, kernel: Tensor) -> Tensor:
     """A channel's weights where its matrix has them: [C, P*Q, X*Y], or [C, P, K*X]."""
     C = kernel.shape[0]
     out = form.x.positions * (form.y.positions if form.kind == "whole" else 1)
-    return torch.mm(kernel.reshape(C, -1), _placement(form)).reshape(C, out, -1)
+    return torch.mm(kernel.reshape(C, -1), _placement(form, kernel.dtype)).reshape(C, out, -1)
 
 
-def _placement(form: Form) -> Tensor:
+def _placement(form: Form, dtype: torch.dtype) -> Tensor:
     with disable_proxy_modes_tracing():
-        return _place(form)
+        return _place(form, dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _place(form: Form) -> Tensor:
+def _place(form: Form, dtype: torch.dtype) -> Tensor:
     """Zeros and ones, [taps, entries of a channel's matrix]. The same tensor each time, so it is stored once."""
     along_x = _along(form.x)
     if form.kind == "whole":
         places = torch.einsum("kpx,lqy->klpqxy", along_x, _along(form.y))
     else:
         places = torch.einsum("kpx,lm->klpmx", along_x, torch.eye(form.y.kernel))
-    return places.reshape(form.x.kernel * form.y.kernel, -1).contiguous()
+    return places.reshape(form.x.kernel * form.y.kernel, -1).to(dtype).contiguous()
 
 
 def _along(side: Side) -> Tensor:

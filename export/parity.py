@@ -44,6 +44,8 @@ NUDGE = 0.05
 # gradients agree, as strictly, at two of eight points close by. A wrong gradient is wrong at all of them.
 KINK = 1e-2
 NEARBY = 1e-3
+# The same where weights are whole numbers: every second one moves.
+NEARBY_WHOLE = 2e-2
 CLOSE_BY = 8
 AGREEING = 2
 
@@ -123,7 +125,7 @@ def expectations(problem: Problem, *, clipping: bool) -> tuple[Problem, Expected
         The problem, with a clip norm that clips half of the samples if `clipping`; and the references.
     """
     generator = torch.Generator().manual_seed(0)
-    neighbour = [_nudged(parameter, NUDGE, generator) for parameter in problem.parameters]
+    neighbour = problem.representable([_nudged(parameter, NUDGE, generator) for parameter in problem.parameters])
     initial, near = reference(problem, problem.parameters), reference(problem, neighbour)
     if not clipping:
         return problem, Expected(initial, near, None)
@@ -207,7 +209,9 @@ def _prove_close_by(
     agreeing = []
     for seed in range(CLOSE_BY):
         generator = torch.Generator().manual_seed(seed)
-        near = reference(problem, [_nudged(parameter, NEARBY, generator) for parameter in point.parameters])
+        share = NEARBY_WHOLE if problem.int8 else NEARBY
+        nudged = problem.representable([_nudged(parameter, share, generator) for parameter in point.parameters])
+        near = reference(problem, nudged)
         with contextlib.suppress(GradientError):
             agreeing.append(_prove_point(runtime, problem, graph, run, near))
         if len(agreeing) == AGREEING:

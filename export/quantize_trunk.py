@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
-from onnx import numpy_helper
 
 from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.linear_convolutions import fuse_convolutions
 from edgetrain.export.lowering.base import Array
 from edgetrain.export.quiet import quiet
+from edgetrain.export.slim import slim
 
 
 def quantize_trunk(data: bytes, kind: str, batches: Sequence[Sequence[Array]]) -> bytes:
@@ -59,35 +60,10 @@ def quantize_trunk(data: bytes, kind: str, batches: Sequence[Sequence[Array]]) -
         finally:
             root.setLevel(level)
         quantized = onnx.load(out)
-    _shorten(quantized)
+    fuse_convolutions(quantized)
+    slim(quantized)
     result: bytes = quantized.SerializeToString(deterministic=True)
     return result
-
-
-def _shorten(model: onnx.ModelProto) -> None:
-    """Takes away what a small model would notice: long names, shapes of inner values, zero points that are zero."""
-    model.producer_name, model.producer_version = "edgetrain", ""
-    del model.metadata_props[:]
-    graph = model.graph
-    del graph.value_info[:]
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        node.name = node.doc_string = ""
-        point = constants.get(node.input[2]) if node.op_type == "DequantizeLinear" and len(node.input) == 3 else None
-        if point is not None and point.data_type != onnx.TensorProto.UINT8 and not numpy_helper.to_array(point).any():
-            del node.input[2]
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    names = {value.name: value.name for value in (*graph.input, *graph.output)}
-    for old in (*(tensor.name for tensor in kept), *(name for node in graph.node for name in node.output)):
-        names.setdefault(old, f"{len(names):x}" if old else "")
-    del graph.initializer[:]
-    for tensor in kept:
-        tensor.name = names[tensor.name]
-        graph.initializer.append(tensor)
-    for node in graph.node:
-        node.input[:] = [names[name] if name else "" for name in node.input]
-        node.output[:] = [names[name] if name else "" for name in node.output]
 
 
 class _Reader:

@@ -1,9 +1,10 @@
 """Frozen weights in fewer bytes: rounded first, then stored without any further loss.
 
 `float16` rounds to half precision, `int8` to whole multiples of one scale for each output channel (row), largest / 127.
-Scales have at most 16 significant bits, so a multiple of up to 127 is exact in float32: the stored program computes
-with the very numbers that the rounded graph has, which torch can run and prove. Onnxruntime widens them when it loads
-the program: what shrinks is the file, not the memory.
+Scales have 11 significant bits, so a multiple of up to 127 is exact in float32: the stored program computes with the
+very numbers that the rounded graph has, which torch can run and prove. Biases and the weights of norms, and the scales
+where they are normal numbers there, take half precision in both. Onnxruntime widens all of them when it loads the
+program: what shrinks is the file, not the memory.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ from torch import Tensor
 
 from edgetrain.export.batch import ExampleBatch
 from edgetrain.export.errors import UnsupportedError
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.halves import Halves
+from edgetrain.export.joint import TracedGraph, round_rows
+from edgetrain.export.slim import slim
+from edgetrain.protocol.int8 import row_scales
 
 KINDS = ("float32", "float16", "int8", "int8-static", "int8-dynamic")
 RUNTIME_KINDS: Mapping[str, tuple[str, ...]] = {"onnxruntime": KINDS[1:], "executorch": ("int8-static",)}
-# Below this, a scale and another node cost more than they save.
+TRAINABLE_KINDS = ("float32", "int8")
+# Below this, a scale and another node cost more than they save; for half precision, another node, or another name.
 MIN_ELEMENTS = 256
+MIN_HALVES = 24
+MIN_VECTOR = 8
 # Relative change of the loss that passes if the user states no other.
 MAX_LOSS_CHANGE = 0.05
 
@@ -41,6 +48,8 @@ class Storage:
     calibration: ExampleBatch | None = None
     # The export fails if the loss on the calibration data changes by a larger share.
     max_loss_change: float = MAX_LOSS_CHANGE
+    # "int8": weights that learn are whole numbers with a scale for each row, on the device, too.
+    trainable: str = "float32"
 
     def check(self, runtimes: tuple[str, ...]) -> None:
         """Refuses what cannot be done, before any work.
@@ -52,22 +61,48 @@ class Storage:
             raise UnsupportedError(f"frozen weights cannot be stored as {self.kind!r}, only as: {', '.join(KINDS)}")
         if not self.max_loss_change > 0:
             raise UnsupportedError(f"max_loss_change is {self.max_loss_change}, must be above 0")
-        if self.kind == "float32":
-            return
-        if others := [name for name in runtimes if name not in RUNTIME_KINDS]:
+        if self.trainable not in TRAINABLE_KINDS:
             raise UnsupportedError(
-                f"frozen weights as {self.kind} are for onnxruntime and executorch, not for {', '.join(others)}, and "
-                "the self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
+                f"trainable weights cannot be stored as {self.trainable!r}, only as: {', '.join(TRAINABLE_KINDS)}"
             )
-        if len(set(runtimes)) > 1:
+        others = ", ".join(name for name in runtimes if name != "onnxruntime")
+        if self.kind != "float32":
+            self._check_frozen(tuple(dict.fromkeys(runtimes)))
+        if self.trainable != "float32" and others:
             raise UnsupportedError(
-                f"frozen weights as {self.kind} are rounded otherwise for {' than for '.join(dict.fromkeys(runtimes))}"
-                ", and the self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
+                f"trainable weights as {self.trainable} are for onnxruntime only, not for {others}: no other session "
+                "binds whole numbers and scales. Export a bundle of its own for each"
+            )
+
+    def _check_frozen(self, runtimes: tuple[str, ...]) -> None:
+        if others := ", ".join(name for name in runtimes if name not in RUNTIME_KINDS):
+            raise UnsupportedError(
+                f"frozen weights as {self.kind} are for onnxruntime and executorch, not for {others}, and the "
+                "self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
+            )
+        if len(runtimes) > 1:
+            raise UnsupportedError(
+                f"frozen weights as {self.kind} are rounded otherwise for {' than for '.join(runtimes)}, and the "
+                "self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
             )
         if self.kind not in RUNTIME_KINDS[runtimes[0]]:
             raise UnsupportedError(
                 f"frozen weights as {self.kind} are not for executorch: XNNPACK multiplies float32 activations with "
                 "float32 weights only, and its integers want ranges known beforehand: use int8-static"
+            )
+
+    def check_clipping(self) -> None:
+        """Refuses what does not go with per-sample clipping.
+
+        Raises:
+            UnsupportedError: weights of another kind than float32.
+        """
+        if self.kind != "float32":
+            raise UnsupportedError(f"per-sample clipping needs float32 weights, not {self.kind}: leave out one of them")
+        if self.trainable != "float32":
+            raise UnsupportedError(
+                f"per-sample clipping needs trainable weights in float32, not {self.trainable}: the noise of DP-SGD is "
+                "larger than what a step moves an integer by. Leave out one of them"
             )
 
     @property
@@ -85,8 +120,12 @@ def rounded(graph: TracedGraph, kind: str) -> TracedGraph:
     """The graph with its frozen weights rounded."""
     module = copy.deepcopy(graph.module)
     for name, tensor in list(module.named_buffers()):
-        if name.startswith(("frozen_", "folded_")) and is_weight(tensor):
+        if not name.startswith(("frozen_", "folded_")):
+            continue
+        if is_weight(tensor):
             setattr(module, name, round_weight(tensor, kind))
+        elif _is_vector(name, tensor):
+            setattr(module, name, round_weight(tensor, "float16"))
     return replace(graph, module=module)
 
 
@@ -96,13 +135,12 @@ def round_weight(weight: Tensor, kind: str) -> Tensor:
         half = weight.half()
         return half.float() if bool(torch.isfinite(half).all()) else weight
     if kind == "int8":
-        scale = _scales(weight.detach().numpy(), 0)
-        return torch.from_numpy(np.rint(weight.numpy() / scale) * scale)
+        return round_rows(weight)
     return weight
 
 
 def is_weight(tensor: Tensor) -> bool:
-    """Whether storing a frozen tensor in fewer bytes is worth it."""
+    """Whether a tensor is worth fewer bytes."""
     return (
         tensor.dtype == torch.float32
         and tensor.ndim >= 2
@@ -111,13 +149,16 @@ def is_weight(tensor: Tensor) -> bool:
     )
 
 
+def _is_vector(name: str, tensor: Tensor) -> bool:
+    """A bias, or the weight of a norm. Not any buffer: half precision is too little for frequencies."""
+    named = name.startswith("folded_") or name.rstrip("_").endswith(("bias", "weight"))
+    return named and tensor.dtype == torch.float32 and tensor.ndim == 1 and tensor.numel() >= MIN_VECTOR
+
+
 def _scales(weight: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
-    """Largest / 127 along an axis, with 16 significant bits, rounded up so that 127 is never exceeded."""
+    """Largest / 127 along an axis, rounded up so that 127 is never exceeded."""
     others = tuple(dim for dim in range(weight.ndim) if dim != axis)
-    largest = np.abs(weight).max(axis=others, keepdims=True)
-    mantissa, exponent = np.frexp(largest.astype(np.float64) / 127)
-    scale = np.ldexp(np.ceil(mantissa * 2**16) / 2**16, exponent)
-    return np.where(largest > 0, scale, 1).astype(np.float32)
+    return row_scales(np.abs(weight).max(axis=others, keepdims=True))
 
 
 def store(data: bytes, kind: str) -> bytes:
@@ -125,9 +166,17 @@ def store(data: bytes, kind: str) -> bytes:
     if kind == "float32":
         return data
     model = onnx.load_from_string(data)
+    vectors = Halves("vectors")
     kept, nodes = [], []
     for tensor in model.graph.initializer:
-        found = _compact(tensor, kind)
+        values = numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or not np.isfinite(values).all():
+            found = None
+        elif values.ndim == 1 and values.size >= MIN_VECTOR and _exact_in_half(values):
+            vectors.add(tensor.name, values)
+            continue
+        else:
+            found = _halved(values, tensor.name) if kind == "float16" else _whole(values, tensor.name)
         if found is None:
             kept.append(tensor)
         else:
@@ -139,33 +188,38 @@ def store(data: bytes, kind: str) -> bytes:
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.initializer.extend(kept)
     model.graph.node.extend([*nodes, *old])
+    vectors.write(model)
+    slim(model)
     stored: bytes = model.SerializeToString(deterministic=True)
     return stored
 
 
-def _compact(tensor: onnx.TensorProto, kind: str) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]] | None:
-    values = numpy_helper.to_array(tensor)
-    if values.dtype != np.float32 or values.ndim < 2 or values.size < MIN_ELEMENTS or not np.isfinite(values).all():
+Compact = tuple[list[onnx.TensorProto], list[onnx.NodeProto]]
+
+
+def _exact_in_half(values: npt.NDArray[np.float32]) -> bool:
+    with np.errstate(over="ignore"):
+        return np.array_equal(values.astype(np.float16).astype(np.float32), values)
+
+
+def _halved(values: npt.NDArray[np.float32], name: str) -> Compact | None:
+    if values.size < MIN_HALVES or not _exact_in_half(values):
         return None
-    name = tensor.name
-    if kind == "float16":
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if not np.array_equal(half.astype(np.float32), values):
-            return None
-        cast = helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT)
-        return [numpy_helper.from_array(half, f"{name}.half")], [cast]
+    cast = helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT)
+    return [numpy_helper.from_array(values.astype(np.float16), f"{name}.half")], [cast]
+
+
+def _whole(values: npt.NDArray[np.float32], name: str) -> Compact | None:
     for axis in range(values.ndim):
-        if values.size / values.shape[axis] < 8:
+        if values.size < max(MIN_ELEMENTS, 8 * values.shape[axis]):
             continue
         scale = _scales(values, axis)
         whole = np.rint(values / scale).astype(np.int8)
         if np.array_equal(whole * scale, values):
-            stored = [
-                numpy_helper.from_array(whole, f"{name}.int8"),
-                numpy_helper.from_array(scale, f"{name}.scale"),
-            ]
+            tensors = [numpy_helper.from_array(whole, f"{name}.int8")]
+            found = _halved(scale, f"{name}.scale") or ([numpy_helper.from_array(scale, f"{name}.scale")], [])
             # Not DequantizeLinear: onnxruntime fuses it into products that round the activations too.
             cast = helper.make_node("Cast", [f"{name}.int8"], [f"{name}.whole"], to=onnx.TensorProto.FLOAT)
-            return stored, [cast, helper.make_node("Mul", [f"{name}.whole", f"{name}.scale"], [name])]
+            product = helper.make_node("Mul", [f"{name}.whole", f"{name}.scale"], [name])
+            return tensors + found[0], [cast, *found[1], product]
     return None

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from edgetrain.export import joint, parity
-from edgetrain.export.batch import read_example
-from edgetrain.export.errors import BatchError, ToleranceError, UnsupportedError
+from edgetrain.export.calibration import Batch
+from edgetrain.export.errors import ToleranceError, UnsupportedError
 from edgetrain.export.joint import Problem, TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering
 from edgetrain.export.parity import Expected, Reference
@@ -49,13 +48,17 @@ class StoredProgram:
 
 
 def make_stored_program(
-    lowering: Lowering, problem: Problem, expected: Expected, files: dict[str, bytes], storage: Storage
+    lowering: Lowering,
+    problem: Problem,
+    expected: Expected,
+    files: dict[str, bytes],
+    storage: Storage,
+    calibration: Sequence[Batch],
 ) -> StoredProgram:
     """All graphs of one runtime; their files are added to `files`.
 
     Raises:
         UnsupportedError: an operator that cannot be exported, or nothing that this kind of storage could take.
-        BatchError: calibration data that does not fit the example.
         ToleranceError: rounding changes the loss by more than is allowed.
         ParityError: a graph computes other numbers than torch.
     """
@@ -63,7 +66,6 @@ def make_stored_program(
         raise UnsupportedError(
             f"runtime {lowering.runtime!r} stores frozen weights as float32 only, not {storage.kind}"
         )
-    calibration, notes = _calibration(problem, storage)
     maker = _Maker(lowering, problem, storage, files)
     translator = Translator(lowering, problem)
     step = translator.trace(joint.trace_step)
@@ -112,9 +114,7 @@ def make_stored_program(
         graphs=maker.graphs,
         storage=report,
     )
-    return StoredProgram(
-        program, maker.reference, (*notes, *unlike), _quantized(problem, lowering, parts, storage.kind)
-    )
+    return StoredProgram(program, maker.reference, unlike, _quantized(problem, lowering, parts, storage.kind))
 
 
 def _quantized(problem: Problem, lowering: StoringLowering, parts: Split | None, kind: str) -> dict[str, str]:
@@ -147,7 +147,8 @@ class _Maker:
     def write(self, graph: TracedGraph, expected: Expected) -> Run:
         """One graph that is not the trunk, proven against itself in torch."""
         weights = self._lowering.weights(self._storage.kind)
-        graph = rounded(graph, weights)
+        if weights != "float32":
+            graph = rounded(graph, weights)
         lowered = self._lower(graph)
         stored = self._lowering.store(lowered, weights)
         run = self._lowering.load(stored)
@@ -202,13 +203,6 @@ class _Maker:
         self.bytes_after += len(stored.data)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of calibration data: the leaves of the inputs, then of the targets."""
-
-    leaves: tuple[Tensor, ...]
-
-
 def torch_run(graph: TracedGraph) -> Run:
     """A traced graph run by torch."""
 
@@ -217,30 +211,6 @@ def torch_run(graph: TracedGraph) -> Run:
             return [value.numpy() for value in graph.module(*(torch.from_numpy(np.asarray(a)) for a in arrays))]
 
     return run
-
-
-def _calibration(problem: Problem, storage: Storage) -> tuple[list[Batch], tuple[str, ...]]:
-    example = problem.example
-    if storage.calibration is None:
-        note = f"no calibration data: {storage.kind} was measured on the {example.micro_batch} samples of the example"
-        return [Batch(example.leaves)], (note,)
-    given = read_example(storage.calibration, None)
-    for mine, theirs in ((example.inputs, given.inputs), (example.targets, given.targets)):
-        if mine.leaf_names != theirs.leaf_names:
-            raise BatchError(f"calibration data: {theirs.leaf_names}, but the example batch has {mine.leaf_names}")
-        for name, leaf, other in zip(mine.leaf_names, mine.tensors, theirs.tensors, strict=True):
-            if leaf.shape[1:] != other.shape[1:] or leaf.dtype != other.dtype:
-                raise BatchError(
-                    f"calibration data: {name} is {other.dtype} {list(other.shape)}, the example batch has "
-                    f"{leaf.dtype} {list(leaf.shape)}"
-                )
-    size, count = example.micro_batch, given.micro_batch
-    if count < size:
-        given = read_example(storage.calibration, size)
-    return [
-        Batch(tuple(leaf[first : first + size] for leaf in given.leaves))
-        for first in range(0, max(count - size, 0) + 1, size)
-    ], ()
 
 
 def _leaves(problem: Problem, graph: TracedGraph, batch: Batch) -> list[Array]:

@@ -21,6 +21,8 @@ from edgetrain.protocol.ranges import RangeSet
 
 DEFAULT_CHUNK_BYTES = 60 << 10
 MIN_CHUNK_BYTES = 1 << 10
+# Brokers that carry larger messages are rare, and senders of them rarer.
+MAX_CHUNK_BYTES = 1 << 20
 _HEADER = struct.Struct("<2sBB32sQQ8s")
 HEADER_BYTES = _HEADER.size
 _MAGIC, _VERSION = b"EC", 1
@@ -34,6 +36,13 @@ class Chunk:
     offset: int
     size: int
     data: memoryview
+    # SHA-256 of the data.
+    sha256: bytes
+
+    @property
+    def is_whole(self) -> bool:
+        """It is all of its blob, and the right bytes."""
+        return self.offset == 0 and len(self.data) == self.size and self.sha256 == self.digest
 
 
 def blob_ref(data: bytes | memoryview) -> BlobRef:
@@ -86,9 +95,10 @@ def parse_chunk(payload: bytes) -> Chunk:
     data = memoryview(payload)[HEADER_BYTES:]
     if offset + len(data) > size:
         raise BlobError(f"chunk [{offset}, {offset + len(data)}) lies outside its blob of {size} bytes")
-    if check_of(data) != check:
+    sha256 = hashlib.sha256(data).digest()
+    if sha256[:8] != check:
         raise BlobError(f"chunk at offset {offset} is damaged")
-    return Chunk(digest, offset, size, data)
+    return Chunk(digest, offset, size, data, sha256)
 
 
 class Assembler:
@@ -108,6 +118,8 @@ class Assembler:
         self.ref = ref
         self._data: bytearray | None = None
         self._have = RangeSet()
+        # It came in one piece, which was verified then.
+        self._whole: memoryview | None = None
 
     def add(self, chunk: Chunk) -> bool:
         """Takes a chunk; True when nothing is missing any more.
@@ -117,6 +129,9 @@ class Assembler:
         """
         if chunk.digest != self.ref.digest or chunk.size != self.ref.size:
             raise BlobError("chunk of another blob")
+        if chunk.is_whole:
+            self._whole = chunk.data
+            return True
         if self._data is None:
             self._data = bytearray(self.ref.size)
         stop = chunk.offset + len(chunk.data)
@@ -127,15 +142,15 @@ class Assembler:
     @property
     def complete(self) -> bool:
         """Nothing is missing."""
-        return len(self._have) == 1 and self._have.size == self.ref.size
+        return self._whole is not None or (len(self._have) == 1 and self._have.size == self.ref.size)
 
     def missing(self) -> list[tuple[int, int]]:
         """Half-open byte ranges that have not arrived, ascending."""
-        return self._have.gaps(self.ref.size)
+        return [] if self._whole is not None else self._have.gaps(self.ref.size)
 
     def discard(self) -> None:
         """Forgets everything."""
-        self._data, self._have = None, RangeSet()
+        self._data, self._have, self._whole = None, RangeSet(), None
 
     def finish(self) -> bytes:
         """The blob, verified.
@@ -145,6 +160,8 @@ class Assembler:
         """
         if not self.complete and self.ref.size:
             raise BlobError("blob is incomplete")
+        if self._whole is not None:
+            return bytes(self._whole)
         data = bytes(self._data or b"")
         if hashlib.sha256(data).digest() != self.ref.digest:
             self._data, self._have = None, RangeSet()

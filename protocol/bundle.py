@@ -20,6 +20,7 @@ import numpy as np
 
 from edgetrain.protocol.errors import BundleError
 from edgetrain.protocol.files import sync_directory, write_atomically
+from edgetrain.protocol.int8 import decode_parameters
 from edgetrain.protocol.manifest import (
     MANIFEST_FILE,
     FileEntry,
@@ -98,7 +99,7 @@ class Bundle:
 
     def initial_parameters(self) -> np.ndarray:
         """The flat float32 vector to start from, a fresh writable copy."""
-        return np.frombuffer(self.read(self.manifest.initial_parameters), dtype="<f4").astype(np.float32)
+        return decode_parameters(self.read(self.manifest.initial_parameters), self.manifest.parameters)
 
     def verify_files(self, runtime: str | None = None) -> None:
         """Checks every file of one runtime, or of all.

@@ -15,12 +15,13 @@ Graph names: `step`, `eval`, `infer`, and, when parts are frozen or privacy is a
 
 Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
 
-- `step`: the parameters in manifest order, the batch leaves that the graph needs, `weights`
-  -> `loss_sum`, `weight_sum`, the metrics in manifest order, one gradient per parameter in manifest order.
+- `step`: the parameters in manifest order, for each of those in int8 its scales [O, 1, …], the batch leaves that the
+  graph needs, `weights` -> `loss_sum`, `weight_sum`, the metrics in manifest order, one gradient per parameter in
+  manifest order.
 - `eval`: the same inputs -> `loss_sum`, `weight_sum`, the metrics.
-- `infer`: the parameters, the input leaves -> the module's outputs.
+- `infer`: the parameters and scales, the input leaves -> the module's outputs.
 - `trunk`: input leaves -> `features.0`, `features.1`, …, which depend on no parameter; dimension 0 is the micro-batch.
-- `head_step`: the parameters, the features, further batch leaves, `weights` -> the outputs of `step`.
+- `head_step`: the parameters and scales, the features, further batch leaves, `weights` -> the outputs of `step`.
 - `head_eval`: the inputs of `head_step` -> the outputs of `eval`. A program whose frozen part is quantized has these
   three instead of `step` and `eval`: the features are then what the quantized trunk gives.
 - `training_module` (executorch only): the batch leaves that the graph needs, `weights` -> `loss_sum`, `weight_sum`, the
@@ -41,6 +42,7 @@ import msgspec
 import numpy as np
 
 from edgetrain.protocol.errors import BundleError
+from edgetrain.protocol.int8 import file_size
 
 FORMAT = "edgetrain-bundle"
 FORMAT_MAJOR = 1
@@ -132,6 +134,9 @@ class ParameterEntry(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     shape: tuple[int, ...]
     offset: int
+    # "int8": kept as whole multiples of a scale for each row between steps and in the bundle, see `protocol.int8`.
+    # In the flat vector it is float32 like the others.
+    dtype: Literal["float32", "int8"] = "float32"
 
     @property
     def numel(self) -> int:
@@ -170,6 +175,19 @@ class FrozenSummary(msgspec.Struct, frozen=True, kw_only=True):
     quantized: dict[str, str] = {}
     # For sparse updates: parameter name -> channels that learn.
     sparse: dict[str, tuple[int, ...]] = {}
+
+
+class TrainableStorage(msgspec.Struct, frozen=True, kw_only=True):
+    """What keeping trainable weights in int8 brings and costs, at the initial parameters."""
+
+    kind: Literal["int8"]
+    # Of the initial parameters: with float32 weights, and as they are.
+    bytes_before: int
+    bytes_after: int
+    # Mean loss on so many samples, with float32 weights and as they are.
+    calibration_samples: int
+    loss_before: float
+    loss_after: float
 
 
 class GradientCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -212,7 +230,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     # Samples per call of `step`; larger batches are accumulated, smaller ones padded with weight 0.
     micro_batch: int
     parameters: tuple[ParameterEntry, ...]
-    # Raw little-endian float32, the flat vector to start from.
+    # Raw little-endian float32, the flat vector to start from; with parameters in int8 as `protocol.int8` says.
     initial_parameters: FileEntry
     batch: BatchSpec
     # For people: the qualified name of the loss.
@@ -222,6 +240,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     # The selection as the user wrote it ("all", "last:4", …).
     trainable: str = "all"
     frozen: FrozenSummary = FrozenSummary()
+    # How trainable weights are kept; None for float32.
+    trainable_storage: TrainableStorage | None = None
     # For people: what the export changed in the model, and what it noticed.
     notes: tuple[str, ...] = ()
     programs: tuple[Program, ...]
@@ -326,10 +346,12 @@ def _validate(manifest: Manifest) -> None:
         names.add(entry.name)
         if entry.offset != offset or any(dim < 0 for dim in entry.shape):
             raise BundleError(f"manifest.json: parameter {entry.name!r} does not start at offset {offset}")
+        if entry.dtype == "int8" and len(entry.shape) < 2:
+            raise BundleError(f"manifest.json: parameter {entry.name!r} is in int8 and has no rows")
         offset += entry.numel
     if manifest.micro_batch < 1:
         raise BundleError(f"manifest.json: micro_batch is {manifest.micro_batch}, must be at least 1")
-    if manifest.initial_parameters.size != 4 * offset:
+    if manifest.initial_parameters.size != file_size(manifest.parameters):
         raise BundleError(
             f"manifest.json: {offset} parameters but initial parameters of {manifest.initial_parameters.size} bytes"
         )

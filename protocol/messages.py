@@ -11,13 +11,15 @@ Blobs:                    whoever lacks bytes sends Want; the other side answers
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from edgetrain.protocol.errors import MessageError
 from edgetrain.protocol.training import TrainingConfig
+
+BytesLike = TypeVar("BytesLike", bytes, memoryview)
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -282,7 +284,7 @@ _from_client = msgspec.msgpack.Decoder(FromClient)
 _from_coordinator = msgspec.msgpack.Decoder(FromCoordinator)
 
 
-def split_update(offer: Offer, update: bytes) -> tuple[bytes, bytes]:
+def split_update(offer: Offer, update: BytesLike) -> tuple[BytesLike, BytesLike]:
     """(the encoded delta, the encoded change of the control variate or nothing) of an update."""
     end = len(update) - offer.control_bytes
     return update[:end], update[end:]

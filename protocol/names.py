@@ -7,13 +7,14 @@
     edgetrain/FEDERATION/to/CLIENT/message   coordinator -> one client
     edgetrain/FEDERATION/to/CLIENT/blob      coordinator -> one client: chunks
     edgetrain/FEDERATION/from/CLIENT/message one client -> coordinator
-    edgetrain/FEDERATION/from/CLIENT/blob    one client -> coordinator: chunks
+    edgetrain/FEDERATION/from/CLIENT/blob    one client -> coordinator, or whichever of its workers: chunks
 
 So two broker rules suffice: a client writes `from/<own name>/#`, and reads `to/<own name>/#` and `all/#`.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 
 import msgspec
@@ -71,10 +72,21 @@ class Topics(msgspec.Struct, frozen=True):
         """`kind` is "message", "blob", or "#"; `client` may be "+"."""
         return f"edgetrain/{self.federation}/from/{client}/{kind}"
 
+    @staticmethod
+    def shared(group: str, topic: str) -> str:
+        """A subscription to `topic` of which every member of a group gets a part (MQTT 5, section 4.8.2)."""
+        return f"$share/{group}/{topic}"
+
     def sender(self, topic: str) -> tuple[str, str] | None:
         """(client, kind) of a topic that a client wrote to, else None."""
-        prefix = f"edgetrain/{self.federation}/from/"
-        if not topic.startswith(prefix):
-            return None
-        client, _, kind = topic[len(prefix) :].partition("/")
-        return (client, kind) if _NAME.fullmatch(client) else None
+        return _sender(self.federation, topic)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _sender(federation: str, topic: str) -> tuple[str, str] | None:
+    """The same topics come again and again."""
+    prefix = f"edgetrain/{federation}/from/"
+    if not topic.startswith(prefix):
+        return None
+    client, _, kind = topic[len(prefix) :].partition("/")
+    return (client, kind) if _NAME.fullmatch(client) else None

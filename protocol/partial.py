@@ -50,8 +50,7 @@ class PartialBlob:
             raise BlobError(f"blob of {ref.size} bytes exceeds the limit of {limit}")
         self.ref = ref
         self._directory = directory
-        self._data_path = directory / f"{ref.digest.hex()}.part"
-        self._log_path = directory / f"{ref.digest.hex()}.have"
+        self._data_path, self._log_path = _paths(directory, ref.digest)
         directory.mkdir(parents=True, exist_ok=True)
         self._have = self._recover()
 
@@ -76,11 +75,13 @@ class PartialBlob:
         stop = chunk.offset + len(chunk.data)
         have = RangeSet([(chunk.offset, stop)])
         if have.without(self._have):
-            _write_at(self._data_path, chunk.data, chunk.offset)
-            record = _RECORD.pack(chunk.offset, len(chunk.data), check_of(chunk.data))
-            _write_at(self._log_path, record, None)
+            store_piece(self._directory, chunk)
             self._have.add(chunk.offset, stop)
         return self.complete
+
+    def note(self, start: int, stop: int) -> None:
+        """Another process has stored a piece, see `store_piece`."""
+        self._have.add(start, stop)
 
     def finish(self) -> bytes:
         """The blob, verified; its files are gone then.
@@ -149,6 +150,40 @@ class PartialBlob:
         # What follows half a record could not be read later.
         os.truncate(self._log_path, self._log_path.stat().st_size // _RECORD.size * _RECORD.size)
         return have
+
+
+def store_piece(directory: Path, chunk: Chunk) -> None:
+    """Stores a piece of a blob for whoever puts it together in `directory`, as a `PartialBlob`, which is there first.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    data_path, log_path = _paths(directory, chunk.digest)
+    _write_at(data_path, chunk.data, chunk.offset)
+    _write_at(log_path, _RECORD.pack(chunk.offset, len(chunk.data), chunk.sha256[:8]), None)
+
+
+def read_whole(directory: Path, ref: BlobRef) -> bytes:
+    """A blob whose pieces are all in `directory`, verified; its files stay.
+
+    Raises:
+        BlobError: its SHA-256 is not the announced one.
+        OSError: it cannot be read.
+    """
+    data = _paths(directory, ref.digest)[0].read_bytes()
+    if len(data) != ref.size or hashlib.sha256(data).digest() != ref.digest:
+        raise BlobError("the chunks add up to another blob than the one announced")
+    return data
+
+
+def has_pieces(directory: Path, digest: bytes) -> bool:
+    """Whether pieces of a blob are in `directory`."""
+    return _paths(directory, digest)[1].exists()
+
+
+def _paths(directory: Path, digest: bytes) -> tuple[Path, Path]:
+    """Data, and the log of what is in it."""
+    return directory / f"{digest.hex()}.part", directory / f"{digest.hex()}.have"
 
 
 def assemble(ref: BlobRef, directory: Path, *, limit: int) -> Assembler | PartialBlob:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import hashlib
 import logging
 import os
@@ -89,9 +90,9 @@ class AuditLog:
         Raises:
             ValueError: larger than a line may be; data does not belong here.
         """
-        at = dt.datetime.fromtimestamp(self._clock(), dt.UTC).isoformat(timespec="milliseconds")
-        fields = {"n": self._head.records, "at": at.replace("+00:00", "Z")}
-        body = msgspec.json.encode(fields | msgspec.to_builtins(record))
+        second, milliseconds = divmod(int(self._clock() * 1000), 1000)
+        at = f'{{"n":{self._head.records},"at":"{_second(second)}.{milliseconds:03d}Z",'
+        body = at.encode() + msgspec.json.encode(record)[1:]
         line, digest = chained(self._head.hash, body)
         if len(line) > MAX_LINE_BYTES:
             raise ValueError(f"an audit record of {len(line)} bytes; at most {MAX_LINE_BYTES} are allowed")
@@ -156,8 +157,10 @@ class AuditLog:
     def _write_head(self, head: Head) -> None:
         """In place: what is shorter than a disk's sector is the old or the new. The log is synced, so old is fine."""
         data = encode_head(self._key, self._run, head)
-        fresh = not self._head_path.exists()
-        descriptor = os.open(self._head_path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            descriptor, fresh = os.open(self._head_path, os.O_WRONLY), False
+        except FileNotFoundError:
+            descriptor, fresh = os.open(self._head_path, os.O_WRONLY | os.O_CREAT, 0o644), True
         try:
             os.pwrite(descriptor, data, 0)
             if fresh:
@@ -217,3 +220,9 @@ class AuditLog:
             self.checkpoints.append(Head(checkpoint.records, bytes.fromhex(checkpoint.head)))
         except (msgspec.DecodeError, ValueError) as error:
             raise AuditError(f"a checkpoint that is none: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _second(second: int) -> str:
+    """ISO 8601, of a second since 1970: many records are of the same."""
+    return dt.datetime.fromtimestamp(second, dt.UTC).isoformat().removesuffix("+00:00")

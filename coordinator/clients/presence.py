@@ -111,7 +111,7 @@ class Presence:
         was_ready = record.ready
         record.online = record.ready = False
         if self._agenda.current:
-            self._agenda.current.uploads.pop(client, None)
+            self._agenda.current.drop_upload(client)
             if self._agenda.current.state.waits_for(client):
                 self._agenda.current.state.advance(client, Part.LOST)
         self._post.send(client, Refusal(reason=reason, connection=record.connection))

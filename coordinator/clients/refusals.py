@@ -142,7 +142,7 @@ class Refusals:
         for record in self._roster.all():
             if record.banned_until > now and current.state.waits_for(record.name):
                 current.state.advance(record.name, Part.LOST)
-                current.uploads.pop(record.name, None)
+                current.drop_upload(record.name)
 
     def _note(self, client: str, kind: Kind, reason: str) -> _Book:
         self.counts[kind] += 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from edgetrain.coordinator.errors import RunError, UpdateRefused
+from edgetrain.coordinator.rounds.contributions import Checks, accepted_row, offer_in
 from edgetrain.coordinator.run.journal import Invited, Journal, RoundOpened, UpdateAccepted
 from edgetrain.coordinator.run.journal_reading import JournalReader
 from edgetrain.coordinator.run.records import ClientRow
 from edgetrain.coordinator.run.run_directory import RunDirectory
+from edgetrain.coordinator.run.segments import lock_segment, read_segment, segments_of
 from edgetrain.coordinator.secure.secure_records import (
     SecureClosed,
     SecureMasked,
@@ -19,11 +21,10 @@ from edgetrain.coordinator.secure.secure_records import (
     SecureRecord,
 )
 from edgetrain.coordinator.strategies import Contribution, ServerState, Strategy
-from edgetrain.protocol import CodecError, MessageError
-from edgetrain.protocol.codecs import Limits, SparseOrDense, decode
-from edgetrain.protocol.messages import Offer, decode_from_client, split_update
-from edgetrain.protocol.signing import unseal
-from edgetrain.protocol.training import TrainingConfig, count_steps
+from edgetrain.protocol import MessageError
+from edgetrain.protocol.codecs import Limits
+from edgetrain.protocol.messages import Offer
+from edgetrain.protocol.training import TrainingConfig
 
 # A journal in which nothing is whole is the torn beginning of one if it is no longer than this.
 _LARGEST_FIRST = 4096
@@ -44,14 +45,18 @@ class Collection:
         self, strategy: Strategy, num_parameters: int, state: ServerState, limits: Limits, max_examples: int
     ) -> None:
         self._strategy = strategy
-        self._limits = limits
-        self._max_examples = max_examples
-        self._num_parameters = num_parameters
+        self._checks = Checks(num_parameters, limits, max_examples)
         self._journal: Journal | None = None
+        # Where several processes have a part of the journal each.
+        self._lock: BinaryIO | None = None
         self._round = 0
+        # How the round was opened.
+        self.opened: RoundOpened
         self.partial: Any = strategy.init(num_parameters, state)
         # Accepted clients with the digests of their updates.
         self.digests: dict[str, bytes] = {}
+        # Those whose updates are in `partial`; not those that are in the sums of workers.
+        self.folded: list[str] = []
         # Those whom an earlier process has invited.
         self.invited: set[str] = set()
         # Whether an earlier process has invited anybody, or nobody on purpose.
@@ -61,8 +66,13 @@ class Collection:
         self.secure_records: list[tuple[SecureRecord, bytes]] = []
         self.update_bytes = 0
 
-    def open(self, directory: RunDirectory, opened: RoundOpened) -> RoundOpened:
+    def open(self, directory: RunDirectory, opened: RoundOpened, *, workers: int = 0) -> RoundOpened:
         """Opens the round's journal; if an earlier process has left one, takes back what it accepted.
+
+        Args:
+            directory: of the run.
+            opened: how the round is opened.
+            workers: that will take up their segments; what other segments hold is folded here.
 
         Returns:
             How the round was opened: `opened`, or what an earlier process has noted, whose nonce counts.
@@ -91,7 +101,68 @@ class Collection:
         if reader.length == 0:
             # Not synced yet: how the round was opened is in the database, too.
             self._journal.append(first)
+        for worker, segment in segments_of(path).items():
+            if worker >= workers:
+                self.fold_segment(segment, first)
+            else:
+                list(self.list_segment(segment, first))
+        self.opened = first
         return first
+
+    def open_segment(self, path: Path, opened: RoundOpened) -> None:
+        """Opens a worker's segment of the round's journal instead; takes back what is in it, as `open` does.
+
+        Raises:
+            RunError: it is of another round, or cannot be read or written.
+        """
+        self._round, self.opened = opened.round, opened
+        reader = JournalReader(path, opened)
+        try:
+            self._lock = lock_segment(path)
+            if path.exists():
+                self._take_back(reader, opened, opened)
+        except OSError as error:
+            raise RunError(f"{path}: cannot read the journal: {error}") from error
+        self._journal = Journal(path, length=reader.length, salt=opened.salt)
+        if reader.length == 0:
+            self._journal.append(opened)
+
+    def list_segment(self, path: Path, opened: RoundOpened) -> Iterator[tuple[str, Offer]]:
+        """The updates that are whole in a segment that nobody writes to any more: from now on they count.
+
+        They are not folded: whoever opens the segment next does that. Those that counted before are left out.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        for meta, _ in read_segment(path, opened):
+            if meta.client not in self.digests:
+                offer = offer_in(meta.envelope)
+                self.note_taken(meta.client, offer)
+                yield meta.client, offer
+
+    def fold_segment(self, path: Path, opened: RoundOpened) -> None:
+        """Folds what is in a segment that nobody else will fold.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        for meta, update in read_segment(path, opened):
+            try:
+                offer = offer_in(meta.envelope)
+                contribution = self._contribution(meta.client, offer, update, meta.training)
+                self.partial = self._strategy.fold(self.partial, contribution)
+            except (MessageError, UpdateRefused) as error:
+                raise _not_taken_back(path, meta.client, error) from error
+            self.folded.append(meta.client)
+            if meta.client not in self.digests:
+                self.note_taken(meta.client, offer)
+
+    def note_taken(self, client: str, offer: Offer) -> None:
+        """An update counts that a worker has folded and journalled."""
+        self.digests[client] = offer.update.digest
+        self.update_bytes += offer.update.size
+        self.rows.append(accepted_row(client, offer, round_number=self._round))
 
     def _take_back(self, reader: JournalReader, opened: RoundOpened, noted: RoundOpened | None) -> RoundOpened | None:
         """What an earlier process has accepted; how it opened the round, if it got so far."""
@@ -114,19 +185,13 @@ class Collection:
                     try:
                         self._replay(meta, payload)
                     except (MessageError, UpdateRefused) as error:
-                        raise RunError(
-                            f"{reader.path}: the update of {meta.client} cannot be taken back: {error}. Go on with "
-                            "the settings and the version of edgetrain that accepted it."
-                        ) from error
+                        raise _not_taken_back(reader.path, meta.client, error) from error
                 case SecureOpened() | SecureReceived() | SecureMasked() | SecureClosed():
                     self.secure_records.append((meta, payload))
         return first
 
     def _replay(self, meta: UpdateAccepted, update: bytes) -> None:
-        offer = decode_from_client(unseal(meta.envelope).body)
-        if not isinstance(offer, Offer):
-            raise MessageError("it comes with another message than its offer")
-        self._fold(meta.client, offer, update, meta.training)
+        self._fold(meta.client, offer_in(meta.envelope), update, meta.training)
 
     def invite(self, clients: Sequence[str]) -> None:
         """Notes who gets a plan. Not synced: only a power cut loses it, and then updates go back to their clients.
@@ -137,7 +202,9 @@ class Collection:
         assert self._journal is not None, "open comes first"
         self._journal.append(Invited(clients=tuple(clients)))
 
-    def accept(self, client: str, offer: Offer, envelope: bytes, update: bytes, training: TrainingConfig) -> None:
+    def accept(
+        self, client: str, offer: Offer, envelope: bytes, update: bytes | memoryview, training: TrainingConfig
+    ) -> None:
         """Checks and folds an update and appends it to the journal; `commit` makes it durable.
 
         Args:
@@ -189,61 +256,28 @@ class Collection:
         """Closes the journal's file."""
         if self._journal:
             self._journal.close()
+        if self._lock:
+            self._lock.close()
 
-    def _fold(self, client: str, offer: Offer, data: bytes, training: TrainingConfig) -> None:
+    def _fold(self, client: str, offer: Offer, data: bytes | memoryview, training: TrainingConfig) -> None:
         if client in self.digests:
             raise UpdateRefused("an update of this client is already in the round")
-        if not 1 <= offer.num_examples <= self._max_examples:
-            raise UpdateRefused(f"claims {offer.num_examples} examples, allowed are 1 to {self._max_examples}")
-        if offer.steps > count_steps(offer.num_examples, training):
-            raise UpdateRefused(f"claims {offer.steps} steps, more than {offer.num_examples} examples give")
-        if offer.control_bytes > len(data):
-            raise UpdateRefused(f"claims {offer.control_bytes} bytes of an update of {len(data)}")
-        encoded, control = split_update(offer, data)
-        contribution = Contribution(
-            client,
-            offer.num_examples,
-            offer.steps,
-            self._decode(encoded, "update"),
-            training=training,
-            staleness=self._round - offer.round,
-            control=self._decode(control, "control variate") if control else None,
-            unclipped=offer.unclipped,
-        )
-        self.partial = self._strategy.fold(self.partial, contribution)
-        self.digests[client] = offer.update.digest
-        self.update_bytes += len(data)
-        self.rows.append(
-            ClientRow(
-                round=self._round,
-                staleness=self._round - offer.round,
-                client=client,
-                status="accepted",
-                num_examples=offer.num_examples,
-                steps=offer.steps,
-                loss=_finite(offer.metrics.get("loss")),
-                accuracy=_finite(offer.metrics.get("accuracy")),
-                update_bytes=len(data),
-                seconds=_finite(offer.resources.seconds) or 0.0,
-                peak_memory_mb=_finite(offer.resources.peak_memory_mb) or 0.0,
-            )
-        )
+        self.partial = self._strategy.fold(self.partial, self._contribution(client, offer, data, training))
+        self.folded.append(client)
+        self.note_taken(client, offer)
 
-    def _decode(self, data: bytes, what: str) -> SparseOrDense:
-        try:
-            decoded = decode(data, self._limits)
-        except CodecError as error:
-            raise UpdateRefused(f"the {what} does not decode: {error}") from error
-        if decoded.num_parameters != self._num_parameters:
-            raise UpdateRefused(
-                f"the {what} has {decoded.num_parameters} parameters, the model has {self._num_parameters}"
-            )
-        return decoded
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    def _contribution(
+        self, client: str, offer: Offer, data: bytes | memoryview, training: TrainingConfig
+    ) -> Contribution:
+        return self._checks.contribution(client, offer, memoryview(data), training, round_number=self._round)
 
 
 def _is_same(first: RoundOpened, opened: RoundOpened) -> bool:
     return (first.run, first.round, first.parameters) == (opened.run, opened.round, opened.parameters)
+
+
+def _not_taken_back(path: Path, client: str, error: Exception) -> RunError:
+    return RunError(
+        f"{path}: the update of {client} cannot be taken back: {error}. Go on with the settings and the version of "
+        "edgetrain that accepted it."
+    )

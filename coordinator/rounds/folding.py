@@ -9,6 +9,8 @@ after division by the total weight that is far below float32's resolution of any
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -24,8 +26,8 @@ _PIECE = 1 << 15
 class FixedPointSum:
     """A running weighted sum of updates, int64 [num_parameters].
 
-    It cannot overflow: `_headroom` bounds the largest magnitude any element can have, and an update that
-    would bring it past 2^63 - 1 is refused before it is added.
+    It cannot overflow: `_bound` is the largest magnitude that any element can have, and an update that would bring it
+    past 2^63 - 1 is refused before it is added.
     """
 
     def __init__(self, num_parameters: int) -> None:
@@ -33,6 +35,24 @@ class FixedPointSum:
         self.weight = 0
         self.count = 0
         self._bound = 0
+        self._limit = _LIMIT
+
+    def share(self, parts: int) -> None:
+        """Keeps to the share of one of so many sums that will be merged, so that they cannot overflow together."""
+        self._limit = _LIMIT // parts
+
+    def merge(self, other: FixedPointSum) -> None:
+        """Adds another sum of as many parameters: to the bit what one sum of all their updates would be.
+
+        Raises:
+            UpdateRefused: together they could overflow, which sums with a `share` each never do.
+        """
+        if self._bound + other._bound > _LIMIT:
+            raise UpdateRefused("partial sums are too large to be added exactly")
+        self.total += other.total
+        self._bound += other._bound
+        self.weight += other.weight
+        self.count += other.count
 
     def add(self, update: SparseOrDense, weight: int, scale: float = 1.0) -> None:
         """Adds `weight * scale * update`.
@@ -71,9 +91,9 @@ class FixedPointSum:
         factor = float(weight) * scale * 2.0**FRACTION_BITS
         values = update.values
         # Rounding is monotonic: the largest product is that of the largest value. A NaN stays one.
-        bounds = np.array([np.max(values, initial=0), np.min(values, initial=0)], np.float64)
-        largest = float(np.max(np.abs(bounds * factor)))
-        if not np.isfinite(largest) or self._bound + int(largest) + 1 > _LIMIT:
+        high, low = (float(values.max()), float(values.min())) if len(values) else (0.0, 0.0)
+        largest = max(high * factor, low * factor, -high * factor, -low * factor)
+        if not math.isfinite(largest) or math.isnan(high) or self._bound + int(largest) + 1 > self._limit:
             raise UpdateRefused("the update's values are too large to be summed exactly")
         return factor, int(largest)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from edgetrain.coordinator.rounds.collection import Collection
 from edgetrain.coordinator.rounds.rounds import OUTSTANDING, Round
 from edgetrain.coordinator.secure.secure_round import SecureRound
+from edgetrain.coordinator.workers.pieces import RemotePieces
 from edgetrain.protocol.blobs import Assembler
 from edgetrain.protocol.messages import BlobRef, Offer, Patch
 from edgetrain.protocol.partial import PartialBlob
@@ -21,11 +22,13 @@ class Upload:
     offer: Offer
     # The offer as it came, signed.
     envelope: bytes
-    assembler: Assembler | PartialBlob
+    assembler: Assembler | PartialBlob | RemotePieces
     # When its last chunk came, or it was asked for, on the coordinator's clock.
     moved_at: float
     # How often it was asked for since.
     stalls: int = 0
+    # It is whole, and with a worker.
+    in_work: bool = False
 
 
 @dataclass(slots=True)
@@ -69,6 +72,12 @@ class OpenRound:
     def admits(self, number: int, nonce: bytes) -> bool:
         """Whether an update made for round `number` counts here."""
         return (number, nonce) == (self.state.number, self.state.nonce) or self.earlier.get(number) == nonce
+
+    def drop_upload(self, client: str) -> None:
+        """Forgets an upload that will not be finished, if there is one."""
+        upload = self.uploads.pop(client, None)
+        if upload:
+            upload.assembler.discard()
 
     def take_over(self, last: OpenRound) -> None:
         """Goes on with whoever still works for the round before."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from edgetrain.coordinator.beside import Beside
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients.clients import Roster
 from edgetrain.coordinator.config import FederationConfig
@@ -50,7 +51,11 @@ class RoundOpening:
         roster: Roster,
         max_update_bytes: int,
         clock: Callable[[], float],
+        workers: int = 0,
     ) -> None:
+        self._workers = workers
+        # Of a round that is not open yet: its number, its parameters, what its clients get.
+        self._prepared: tuple[int, Vector, Beside[Release]] | None = None
         self._config = config
         self._strategy = strategy
         self._directory = directory
@@ -59,6 +64,20 @@ class RoundOpening:
         self._roster = roster
         self._max_update_bytes = max_update_bytes
         self._clock = clock
+
+    def prepare(self, number: int, parameters: Vector) -> None:
+        """Begins to make what the clients of a round will get, beside what else is to be done before it.
+
+        Args:
+            number: of the round.
+            parameters: to train, float32 [num_parameters]; they must not change.
+        """
+        self._prepared = (number, parameters, Beside(lambda: self._released(number, parameters)))
+
+    def close(self) -> None:
+        """Waits for what was begun."""
+        if self._prepared:
+            self._prepared[2].join()
 
     def open(self, number: int, parameters: Vector, server_state: ServerState) -> OpenRound:
         """Opens a round.
@@ -89,6 +108,7 @@ class RoundOpening:
                 parameters=release.digest,
                 salt=os.urandom(16),
             ),
+            workers=self._workers,
         )
         state = Round(
             number,
@@ -121,9 +141,17 @@ class RoundOpening:
 
     def _release(self, number: int, parameters: Vector) -> Release:
         """The parameters of the round as clients see them; on disk before any update can name them."""
+        prepared, self._prepared = self._prepared, None
+        if prepared:
+            release = prepared[2].result()
+            if prepared[0] == number and prepared[1] is parameters:
+                return release
         opened = self._directory.opened_round(number)
         if opened and self._downlink.holds(opened.parameters):
             return self._downlink.current()
+        return self._released(number, parameters)
+
+    def _released(self, number: int, parameters: Vector) -> Release:
         release = self._downlink.release(parameters, seed=self._config.seed + number)
         if self._downlink.compresses:
             self._directory.save_public(number, release.public)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.audit import AuditLog, records
+from edgetrain.coordinator.beside import Beside
 from edgetrain.coordinator.clients.clients import ClientRecord, Roster
 from edgetrain.coordinator.clients.refusals import Kind, Refusals
 from edgetrain.coordinator.errors import RunError, UpdateRefused
@@ -17,19 +18,19 @@ from edgetrain.coordinator.rounds.open_round import OpenRound, Upload
 from edgetrain.coordinator.rounds.rounds import Part
 from edgetrain.coordinator.run.records import ClientRow
 from edgetrain.coordinator.secure.secure_round import SecureRound
+from edgetrain.coordinator.workers.foreman import Foreman
+from edgetrain.coordinator.workers.pieces import RemotePieces
 from edgetrain.protocol import BlobError
-from edgetrain.protocol.blobs import parse_chunk
+from edgetrain.protocol.blobs import HEADER_BYTES, MAX_CHUNK_BYTES, Assembler, parse_chunk
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import Offer, Secure, Verdict, Want
-from edgetrain.protocol.partial import assemble, forget_partial_blobs
+from edgetrain.protocol.partial import IN_MEMORY_BYTES, PartialBlob, forget_partial_blobs
 from edgetrain.protocol.training import TrainingConfig
 
 # An upload that has not moved for so long is asked for again; twice as long the next time, up to a maximum.
 STALL_SECONDS = 3.0
 MAX_STALL_SECONDS = 60.0
 MAX_RANGES = 512
-# Brokers that carry larger messages are rare, and clients that send them rarer.
-MAX_CHUNK_BYTES = 1 << 20
 
 
 class Uploads:
@@ -77,6 +78,11 @@ class Uploads:
         self._clock = clock
         # Verdicts that wait for the journal to be synced.
         self._verdicts: list[tuple[str, Verdict]] = []
+        self._syncing: Beside[None] | None = None
+        # Whether what an earlier process has left is gone.
+        self._tidied = False
+        # Leads the workers, where they take the updates.
+        self.foreman: Foreman | None = None
         # When a client whose update was accepted should come back, see `pace`.
         self.come_back: Callable[[str], float] = lambda _client: 0.0
 
@@ -99,10 +105,13 @@ class Uploads:
         elif objection := self._objection(client, offer, current):
             if objection[0] != "not_invited":
                 current.state.advance(client, Part.REFUSED)
-            current.uploads.pop(client, None)
+            current.drop_upload(client)
             self._reject(client, offer, *objection)
         else:
             known = current.uploads.get(client)
+            if known is not None and known.in_work:
+                # Its verdict is on the way; another update of the same client waits for that.
+                return
             if known is not None and known.offer.update == offer.update:
                 # It has lost the connection, or its patience.
                 self._ask_for(client, known)
@@ -110,18 +119,29 @@ class Uploads:
                 if known is not None:
                     known.assembler.discard()
                 upload = current.uploads[client] = self._open_upload(client, offer, envelope)
-                if upload.assembler.missing() != [(0, offer.update.size)]:
+                if self.foreman:
+                    self._training_of(current, client)
+                    self.foreman.on_offered(client, upload)
+                if not (isinstance(upload.assembler, Assembler) or upload.in_work) and (
+                    upload.assembler.missing() != [(0, offer.update.size)]
+                ):
                     # Begun before a restart. Else its chunks follow the offer, or are asked for.
                     self._ask_for(client, upload)
             current.state.advance(client, Part.COLLECTING)
 
     def _open_upload(self, client: str, offer: Offer, envelope: bytes) -> Upload:
-        # A directory each: two who offer the same bytes must not share a file.
-        directory = self._uploads / client
+        assembler: Assembler | PartialBlob | RemotePieces
+        limit = self._max_update_bytes
         try:
-            assembler = assemble(offer.update, directory, limit=self._max_update_bytes)
+            # A directory each: two who offer the same bytes must not share a file.
+            if self.foreman:
+                assembler = RemotePieces(offer.update, self._uploads / client, limit=limit)
+            elif offer.update.size <= IN_MEMORY_BYTES:
+                assembler = Assembler(offer.update, limit=limit)
+            else:
+                assembler = PartialBlob(offer.update, self._uploads / client, limit=limit)
         except OSError as error:
-            raise RunError(f"{directory}: cannot be used: {error}") from error
+            raise RunError(f"{self._uploads / client}: cannot be used: {error}") from error
         return Upload(offer, envelope, assembler, self._clock())
 
     def _objection(self, client: str, offer: Offer, current: OpenRound) -> tuple[Kind, str] | None:
@@ -144,7 +164,7 @@ class Uploads:
         """
         current = self._agenda.current
         upload = current.uploads.get(client) if current else None
-        if current is None or upload is None:
+        if current is None or upload is None or isinstance(upload.assembler, RemotePieces):
             return  # late, or ahead of its offer: it will be asked for if it is needed
         if len(payload) > MAX_CHUNK_BYTES:
             raise BlobError(f"a chunk of {len(payload)} bytes exceeds the limit of {MAX_CHUNK_BYTES}")
@@ -167,13 +187,20 @@ class Uploads:
             self._on_masked(current.secure, client, upload)
             return
         try:
-            # A client that was invited before a restart: what its plan says, it said then.
-            training = current.trainings.get(client) or self._training(current, client)
+            training = self._training_of(current, client)
             current.collection.accept(client, offer, upload.envelope, _finish(upload), training)
         except (UpdateRefused, BlobError) as error:
             current.state.advance(client, Part.REFUSED)
             self._reject(client, offer, "bad_update", str(error))
             return
+        self._count(current, client, offer)
+
+    def _training_of(self, current: OpenRound, client: str) -> TrainingConfig:
+        # A client that was invited before a restart: what its plan says, it said then.
+        return current.trainings.get(client) or self._training(current, client)
+
+    def _count(self, current: OpenRound, client: str, offer: Offer) -> None:
+        """An update is in the sum."""
         record = self._roster[client]
         record.last_accepted = (offer.round, offer.update.digest)
         record.resources, record.state = offer.resources, offer.state
@@ -181,12 +208,49 @@ class Uploads:
         current.state.advance(client, Part.ACCEPTED)
         self._verdicts.append((client, _accepted(offer, self.come_back(client))))
         self._audit.append(accepted_record(current.collection.rows[-1], offer.update.digest))
-        accepted = current.state.count(Part.ACCEPTED)
+        accepted = len(current.collection.digests)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
+
+    # --- updates that arrive at workers --------------------------------------------------------------
+
+    def on_arrived(self, client: str, num_bytes: int) -> bool:
+        """See `workers.foreman.Listener`."""
+        if record := self._roster.get(client):
+            record.bytes_up += num_bytes + HEADER_BYTES
+        if self._refusals.banned(client):
+            return False
+        upload = self._agenda.current.uploads.get(client) if self._agenda.current else None
+        if upload:
+            upload.moved_at, upload.stalls = self._clock(), 0
+        return True
+
+    def on_malformed(self, client: str, num_bytes: int, reason: str) -> None:
+        """See `workers.foreman.Listener`."""
+        if not self._refusals.banned(client):
+            self._refusals.message(client, "oversize" if num_bytes > MAX_CHUNK_BYTES else "malformed", reason)
+
+    def on_counted(self, client: str, offer: Offer) -> None:
+        """See `workers.foreman.Listener`."""
+        if current := self._agenda.current:
+            current.uploads.pop(client, None)
+            self._count(current, client, offer)
+
+    def on_refused(self, client: str, offer: Offer, reason: str) -> None:
+        """See `workers.foreman.Listener`."""
+        if current := self._agenda.current:
+            current.uploads.pop(client, None)
+            current.state.advance(client, Part.REFUSED)
+            self._reject(client, offer, "bad_update", reason)
+
+    def ask_again(self, client: str, upload: Upload) -> None:
+        """See `workers.foreman.Listener`."""
+        self._ask_for(client, upload)
+
+    # --- secure aggregation --------------------------------------------------------------------------
 
     def _on_masked(self, secure: SecureRound, client: str, upload: Upload) -> None:
         try:
-            secure.on_masked(client, upload.offer, upload.envelope, upload.assembler.finish())
+            secure.on_masked(client, upload.offer, upload.envelope, _finish(upload))
         except (SecureAggregationError, BlobError) as error:
             self._reject(client, upload.offer, "secure_aggregation", str(error))
         else:
@@ -216,18 +280,25 @@ class Uploads:
         verdict = Verdict(round=offer.round, digest=offer.update.digest, accepted=False, reason=reason[:1000])
         self._post.send(client, verdict)
 
+    def begin_sync(self) -> None:
+        """Begins to sync the journal, if somebody waits for that: `send_verdicts` waits for its end."""
+        if self._verdicts and self._agenda.current:
+            self._syncing = Beside(self._agenda.current.collection.commit)
+
     def send_verdicts(self) -> None:
-        """Syncs the journal once, then tells all whose updates that covers.
+        """When the journal is synced, tells all whose updates that covers.
 
         Raises:
             RunError: the disk did not take the journal; then nobody is told anything.
         """
+        if self.foreman:
+            self.foreman.flush()
+        if self._syncing:
+            syncing, self._syncing = self._syncing, None
+            syncing.result()
         if not self._verdicts:
             return
-        if self._agenda.current:
-            self._agenda.current.collection.commit()
-        for client, verdict in self._verdicts:
-            self._post.send(client, verdict)
+        self._post.send_all(self._verdicts)
         self._verdicts.clear()
 
     def ask_for_stalled(self) -> None:
@@ -238,17 +309,30 @@ class Uploads:
                 upload.stalls = min(upload.stalls + 1, 10)
                 self._ask_for(client, upload)
 
-    def forget(self) -> None:
-        """Deletes what nobody will send the rest of."""
-        uploads = self._agenda.current.uploads if self._agenda.current else {}
+    def forget(self, closed: OpenRound, *, asynchronous: bool) -> None:
+        """Deletes what nobody will send the rest of, when a round has closed.
+
+        Args:
+            closed: the round.
+            asynchronous: whether its clients go on, and their uploads with them.
+        """
+        if not asynchronous:
+            for client in list(closed.uploads):
+                closed.drop_upload(client)
+        if self._tidied:
+            return
+        # Once: what an earlier process has left, and nobody offered again.
+        self._tidied = True
         for directory in self._uploads.glob("*"):
-            upload = uploads.get(directory.name)
+            upload = closed.uploads.get(directory.name)
             forget_partial_blobs(directory, keep=[upload.offer.update.digest] if upload else [])
             with contextlib.suppress(OSError):
                 directory.rmdir()
 
     def _ask_for(self, client: str, upload: Upload) -> None:
         upload.moved_at = self._clock()
+        if upload.in_work:
+            return
         missing = tuple(upload.assembler.missing()[:MAX_RANGES])
         self._post.send(client, Want(digest=upload.offer.update.digest, ranges=missing))
 
@@ -266,6 +350,7 @@ def accepted_record(row: ClientRow, digest: bytes, *, from_journal: bool = False
 
 
 def _finish(upload: Upload) -> bytes:
+    assert not isinstance(upload.assembler, RemotePieces), "a worker has it"
     try:
         return upload.assembler.finish()
     except OSError as error:

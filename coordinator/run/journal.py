@@ -82,7 +82,7 @@ class Journal:
         except OSError as error:
             raise RunError(f"{path}: cannot open the journal: {error}") from error
 
-    def append(self, meta: Meta, payload: bytes = b"") -> None:
+    def append(self, meta: Meta, payload: bytes | memoryview = b"") -> None:
         """Writes a record; it counts only after `commit`.
 
         Raises:
@@ -91,11 +91,11 @@ class Journal:
         encoded = msgspec.msgpack.encode(meta)
         salt = b"" if isinstance(meta, RoundOpened) else self._salt
         header = HEADER.pack(MAGIC, VERSION, 0, len(encoded), len(payload), checksum(salt, encoded, payload))
-        record = header + encoded + payload
+        record = memoryview(b"".join((header, encoded, payload)))
         try:
             written = 0
             while written < len(record):
-                written += self._file.write(memoryview(record)[written:])
+                written += self._file.write(record[written:])
         except OSError as error:
             self._file.truncate(self._length)
             raise RunError(f"{self.path}: cannot write to the journal: {error}") from error
@@ -120,6 +120,6 @@ class Journal:
         self._file.close()
 
 
-def checksum(salt: bytes, meta: bytes, payload: bytes) -> int:
+def checksum(salt: bytes, meta: bytes, payload: bytes | memoryview) -> int:
     """CRC-32 of a record."""
     return zlib.crc32(payload, zlib.crc32(meta, zlib.crc32(salt)))

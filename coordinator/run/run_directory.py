@@ -5,6 +5,7 @@ config.toml                    the settings in force
 state.sqlite                   closed rounds, clients, evaluations: the truth; the text files are made from it
 clients.json                   names and their keys
 journal/round-00001.journal    accepted updates of the rounds that are not yet closed
+journal/round-00001/           those that workers have accepted
 parameters/round-00001.safetensors   named tensors after a round
 parameters.safetensors         the latest
 strategy/round-00001.safetensors     what the strategy remembers after a round, if anything
@@ -23,6 +24,7 @@ summary.json                   at the end
 from __future__ import annotations
 
 import fcntl
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -30,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.audit.open import open_run_audit
+from edgetrain.coordinator.beside import Beside
 from edgetrain.coordinator.clients.spread import FederatedEvaluation
 from edgetrain.coordinator.config import FederationConfig, to_toml
 from edgetrain.coordinator.errors import RunError
@@ -65,6 +68,7 @@ class RunDirectory:
     def __init__(self, config: FederationConfig, manifest: Manifest, bundle_digest: bytes) -> None:
         self.path = Path(config.out)
         self._vectors = RunVectors(self.path, manifest)
+        self._saving: tuple[int, Vector, Beside[None]] | None = None
         try:
             (self.path / "journal").mkdir(parents=True, exist_ok=True)
             (self.path / "parameters").mkdir(exist_ok=True)
@@ -142,6 +146,23 @@ class RunDirectory:
         """
         return self._vectors.load_state(self.records[-1]) if self.records else {}
 
+    def begin_parameters(self, number: int, parameters: Vector) -> None:
+        """Begins to write the parameters after a round, beside what else is to be done before `close_round`.
+
+        Args:
+            number: of the round.
+            parameters: after it; they must not change.
+        """
+        self._saving = (number, parameters, Beside(lambda: self._vectors.save_parameters(number, parameters)))
+
+    def _save_parameters(self, number: int, parameters: Vector) -> None:
+        begun, self._saving = self._saving, None
+        if begun:
+            begun[2].result()
+            if begun[0] == number and begun[1] is parameters:
+                return
+        self._vectors.save_parameters(number, parameters)
+
     def close_round(
         self,
         record: RoundRecord,
@@ -166,7 +187,7 @@ class RunDirectory:
             RunError: not writable; then the round has not closed and its journal is still there.
         """
         try:
-            self._vectors.save_parameters(record.round, parameters)
+            self._save_parameters(record.round, parameters)
             if server_state:
                 digest = self._vectors.save_state(record.round, server_state, strategy)
                 record = msgspec.structs.replace(record, server_state_sha256=digest)
@@ -180,6 +201,9 @@ class RunDirectory:
         for path in (self.path / "journal").glob("round-*.journal"):
             if (journal := round_of(path)) is not None and journal <= number:
                 path.unlink()
+        for path in (self.path / "journal").glob("round-*/"):
+            if (journal := round_of(path)) is not None and journal <= number:
+                shutil.rmtree(path)
 
     def best_round(self) -> int | None:
         """The round with the best [stop] metric; while that has not been measured, with the lowest loss."""
@@ -293,6 +317,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Seals the audit log, closes the database and lets go of the lock."""
+        if self._saving:
+            self._saving[2].join()
         try:
             self.audit.close()
         finally:

@@ -2,6 +2,7 @@
 
 from edgetrain.coordinator.strategies.base import (
     Contribution,
+    Mergeable,
     Private,
     ServerState,
     Setting,
@@ -15,6 +16,7 @@ from edgetrain.coordinator.strategies.make import STRATEGIES, StrategyTable, che
 __all__ = [
     "STRATEGIES",
     "Contribution",
+    "Mergeable",
     "Private",
     "ServerState",
     "Setting",

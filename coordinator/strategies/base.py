@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,19 @@ class Private:
     clip_norm: Callable[[ServerState], float]
     # Clients that could be drawn, where the release counts on sampling.
     population: int = 0
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """A partial result that several workers can each have a part of."""
+
+    def share(self, parts: int) -> None:
+        """Refuses updates so early that so many partial results can be merged whatever is in the others."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Takes in another one: to the bit what folding its contributions here would have given."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

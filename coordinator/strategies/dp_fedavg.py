@@ -47,6 +47,14 @@ class PrivateSum:
     # How many more were below the clip norm than above it.
     balance: int = 0
 
+    def share(self, parts: int) -> None:
+        """Nothing to do: what one client adds to an element is at most 2^30."""
+
+    def merge(self, other: PrivateSum) -> None:
+        """Takes in another sum for the same clip norm."""
+        self.total += other.total
+        self.balance += other.balance
+
 
 def dp_fedavg(
     *,

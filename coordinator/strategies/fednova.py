@@ -51,6 +51,13 @@ class _Partial:
     # Of num_examples * |a|_1, as an exact multiple of 2^-30.
     norms: int = field(default=0)
 
+    def share(self, parts: int) -> None:
+        self.normalized.share(parts)
+
+    def merge(self, other: _Partial) -> None:
+        self.normalized.merge(other.normalized)
+        self.norms += other.norms
+
 
 def fednova() -> Strategy:
     """Normalized averaging, weighted by number of examples."""

@@ -31,6 +31,15 @@ class _Partial:
     controls: FixedPointSum
     clients: list[str] = field(default_factory=list)
 
+    def share(self, parts: int) -> None:
+        self.deltas.share(parts)
+        self.controls.share(parts)
+
+    def merge(self, other: _Partial) -> None:
+        self.deltas.merge(other.deltas)
+        self.controls.merge(other.controls)
+        self.clients += other.clients
+
 
 def scaffold(
     *,

@@ -10,11 +10,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Manifest
 
 Vector = npt.NDArray[np.float32]
 """A flat float32 vector in manifest order, [num_parameters]."""
+
+Parameters = Vector | Int8Parameters
+"""What a session computes with: a flat vector, or the same with weights in int8 if the bundle keeps them so."""
 
 Half = npt.NDArray[np.generic] | tuple[npt.NDArray[np.generic], ...] | Mapping[str, npt.NDArray[np.generic]]
 """The inputs or the targets of a batch, in the structure of the example batch."""
@@ -70,11 +74,11 @@ class Session(Protocol):
         """Name of the runtime."""
         ...
 
-    def step(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
+    def step(self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
         """Loss and gradients of one micro-batch.
 
         Args:
-            parameters: float32 [num_parameters].
+            parameters: float32 [num_parameters]; weights that the bundle keeps in int8 are rounded to the nearest.
             batch: numpy in the example batch's structure; dimension 0 is at most the micro-batch. A smaller
                 one is padded with weight 0.
             weights: float32 [B] or, for losses per token, [B, T] (a [B] is then broadcast); ones if left out.
@@ -85,7 +89,7 @@ class Session(Protocol):
         ...
 
     def step_clipped(
-        self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None, *, clip_norm: float
+        self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None, *, clip_norm: float
     ) -> ClippedStepResult:
         """As `step`, with the gradient of each sample's weighted loss clipped to a norm before the sum.
 
@@ -103,11 +107,13 @@ class Session(Protocol):
         """
         ...
 
-    def evaluate(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> EvalResult:
+    def evaluate(
+        self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None
+    ) -> EvalResult:
         """Loss and metrics of one micro-batch. Arguments and errors as in `step`."""
         ...
 
-    def infer(self, parameters: Vector, inputs: Half) -> dict[str, npt.NDArray[np.generic]]:
+    def infer(self, parameters: Parameters, inputs: Half) -> dict[str, npt.NDArray[np.generic]]:
         """The module's outputs for one micro-batch of inputs, by output name."""
         ...
 
@@ -117,6 +123,18 @@ class Session(Protocol):
         Raises:
             SessionError: the program is not split.
         """
+        ...
+
+    def save_memory(self, *, in_parts: bool) -> None:
+        """Holds no more than the graphs of the last call, from now on: step and eval load anew when they take turns.
+
+        Args:
+            in_parts: run the trunk and the head in turn, where the program is split, and never the whole step.
+        """
+        ...
+
+    def release(self) -> None:
+        """Gives the memory of all loaded graphs back; each loads again when it is called."""
         ...
 
     def head(self) -> Session | None:

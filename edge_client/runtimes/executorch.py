@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.runtimes.base import Vector
+from edgetrain.edge_client.runtimes.base import Parameters, Vector
 from edgetrain.edge_client.runtimes.executorch_build import (
     INSTALL,
     MINIMUM_VERSION,
@@ -115,8 +115,9 @@ class _ExecutorchGraph:
         for index, array in enumerate(outputs):
             program.bind(index, array, output=True)
 
-    def run(self, parameters: Vector) -> None:
+    def run(self, parameters: Parameters) -> None:
         """One call; see `BoundGraph`."""
+        assert isinstance(parameters, np.ndarray), "refused when opened"
         if self._entries and parameters is not self._parameters:
             safe = _readable_beyond(parameters)
             for index, entry in enumerate(self._entries):

@@ -12,7 +12,9 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.runtimes.base import Vector
+from edgetrain.edge_client.memory import trim
+from edgetrain.edge_client.runtimes.base import Parameters
+from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import num_parameters
 from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line, view
@@ -62,6 +64,8 @@ class OnnxRuntime:
 class OnnxSession(GraphSession):
     """One bundle on onnxruntime. See `base.Session`."""
 
+    takes_int8 = True
+
     def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
         """Loads a graph and binds our memory to it."""
         del name
@@ -95,14 +99,12 @@ class OnnxGraph:
         self._session = session
         self._file = graph.file.file
         self._outputs: list[Array] = []
-        self._bound: Vector | None = None
+        self._bound: Parameters | None = None
+        self._entries = manifest.parameters
         count = num_parameters(manifest, graph)
         takes = {value.name for value in session.get_inputs()}
-        self._parameters = [
-            (spec.name, entry)
-            for spec, entry in zip(graph.inputs[:count], manifest.parameters, strict=False)
-            if spec.name in takes
-        ]
+        # Position among the parameters and scales, and name.
+        self._parameters = [(i, spec.name) for i, spec in enumerate(graph.inputs[:count]) if spec.name in takes]
         for spec in graph.inputs[count:]:
             self.binding.bind_cpu_input(spec.name, leaves[spec.name])
 
@@ -112,11 +114,15 @@ class OnnxGraph:
         # The binding keeps the address only.
         self._outputs.append(array)
 
-    def run(self, parameters: Vector) -> None:
+    def run(self, parameters: Parameters) -> None:
         """One call; see `BoundGraph`."""
-        if parameters is not self._bound:
-            for name, entry in self._parameters:
-                self.binding.bind_cpu_input(name, view(parameters, entry))
+        if self._parameters and parameters is not self._bound:
+            if isinstance(parameters, Int8Parameters):
+                arrays = parameters.graph_inputs()
+            else:
+                arrays = [view(parameters, entry) for entry in self._entries]
+            for position, name in self._parameters:
+                self.binding.bind_cpu_input(name, arrays[position])
             self._bound = parameters
         try:
             self._session.run_with_iobinding(self.binding)
@@ -152,13 +158,17 @@ def load_model(
         )
     model = bundle.read(file)
     try:
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[*SLOW_FUSIONS]
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise SessionError(
             f"{bundle.path}: onnxruntime {onnxruntime.__version__} cannot load {file.file}: {first_line(error)}"
         ) from error
+    del model
+    # What optimizing the graph took.
+    trim()
+    return session
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:

@@ -59,6 +59,8 @@ class OrtTrainingRuntime:
 class OrtTrainingSession(OnnxSession):
     """One bundle on onnxruntime's training build. See `base.Session`; `eval` and `infer` are plain ONNX."""
 
+    takes_int8 = False
+
     def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
         """Loads a graph and binds our memory to it."""
         if name != "step":

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from edgetrain.edge_client.errors import SessionError
+from edgetrain.protocol.int8 import scale_shape
 from edgetrain.protocol.manifest import BatchSpec, Graph, Manifest, Structure
 
 TRUNK = "trunk"
@@ -16,10 +17,18 @@ PARTS = {"step": "head_step", "eval": "head_eval"}
 FEATURE = "features."
 
 
+def parameter_specs(manifest: Manifest, graph: Graph) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+    """A graph's first inputs as (parameter, dtype, shape): the parameters, then scales; the trunk has none."""
+    if any(spec.name.startswith(FEATURE) for spec in graph.outputs):
+        return ()
+    entries = manifest.parameters
+    scales = [(entry.name, "float32", scale_shape(entry)) for entry in entries if entry.dtype == "int8"]
+    return (*((entry.name, entry.dtype, entry.shape) for entry in entries), *scales)
+
+
 def num_parameters(manifest: Manifest, graph: Graph) -> int:
-    """How many of a graph's first inputs are parameters: the trunk has none."""
-    is_trunk = any(spec.name.startswith(FEATURE) for spec in graph.outputs)
-    return 0 if is_trunk else len(manifest.parameters)
+    """How many of a graph's first inputs are parameters and their scales."""
+    return len(parameter_specs(manifest, graph))
 
 
 def head_manifest(manifest: Manifest, graphs: Mapping[str, Graph]) -> Manifest:

@@ -9,18 +9,21 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.errors import SessionError
+from edgetrain.edge_client.errors import DataError, SessionError
+from edgetrain.edge_client.memory import give_back_memory
 from edgetrain.edge_client.runtimes.base import (
     Batch,
     ClippedStepResult,
     EvalResult,
     Half,
+    Parameters,
     Session,
     StepResult,
     Vector,
 )
+from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
 from edgetrain.edge_client.runtimes.leaves import Array
-from edgetrain.edge_client.runtimes.parts import FEATURE, PARTS, TRUNK, head_manifest, num_parameters
+from edgetrain.edge_client.runtimes.parts import FEATURE, PARTS, TRUNK, head_manifest, parameter_specs
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import STEP_CLIPPED, Graph, Manifest, ParameterEntry, TensorSpec
@@ -29,8 +32,8 @@ from edgetrain.protocol.manifest import STEP_CLIPPED, Graph, Manifest, Parameter
 class BoundGraph(Protocol):
     """A loaded graph that reads the staged batch and writes to the outputs that it was bound to."""
 
-    def run(self, parameters: Vector) -> None:
-        """One call. `parameters` is float32 [num_parameters], checked."""
+    def run(self, parameters: Parameters) -> None:
+        """One call. `parameters` is float32 [num_parameters], checked, or in int8 as the bundle is."""
         ...
 
 
@@ -40,7 +43,13 @@ class GraphSession(ABC):
     `step` loads at once, `eval` and `infer` when first called: a client that never evaluates pays nothing.
     """
 
+    # Whether it can bind parameters in int8.
+    takes_int8 = False
+
     def __init__(self, runtime: str, bundle: Bundle, *, threads: int, head: bool = False) -> None:
+        self._in_int8 = any(entry.dtype == "int8" for entry in bundle.manifest.parameters)
+        if self._in_int8 and not self.takes_int8:
+            raise SessionError(f"bundle {bundle.manifest.name!r} keeps weights in int8, which {runtime} cannot bind")
         self.runtime = runtime
         self.bundle = bundle
         self.threads = threads
@@ -51,6 +60,7 @@ class GraphSession(ABC):
             self.staging.add(self._graphs[TRUNK].outputs)
         self.gradients: Vector = np.zeros(self.manifest.num_parameters, np.float32)
         self._bound: dict[str, tuple[BoundGraph, list[Array]]] = {}
+        self._frugal = False
         # What `step` and `eval` run: the whole graph, or its parts in turn.
         in_parts = TRUNK in self._graphs and "step" not in self._graphs
         self._plans = {
@@ -72,14 +82,14 @@ class GraphSession(ABC):
             SessionError: the runtime cannot load it.
         """
 
-    def step(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
+    def step(self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
         """Loss and gradients of one micro-batch."""
         self.staging.fill(batch, weights)
         outputs = self._run("step", parameters)
         return StepResult(float(outputs[0]), float(outputs[1]), self._metrics(outputs), self.gradients)
 
     def step_clipped(
-        self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None, *, clip_norm: float
+        self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None, *, clip_norm: float
     ) -> ClippedStepResult:
         """As `step`, with every sample's gradient clipped before the sum."""
         count = self.staging.fill(batch, weights)
@@ -88,13 +98,15 @@ class GraphSession(ABC):
         norms = outputs[-1].astype(np.float32)[:count]
         return ClippedStepResult(float(outputs[0]), float(outputs[1]), self._metrics(outputs), self.gradients, norms)
 
-    def evaluate(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> EvalResult:
+    def evaluate(
+        self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None
+    ) -> EvalResult:
         """Loss and metrics of one micro-batch."""
         self.staging.fill(batch, weights)
         outputs = self._run("eval", parameters)
         return EvalResult(float(outputs[0]), float(outputs[1]), self._metrics(outputs))
 
-    def infer(self, parameters: Vector, inputs: Half) -> dict[str, Array]:
+    def infer(self, parameters: Parameters, inputs: Half) -> dict[str, Array]:
         """The module's outputs, cut to the number of samples where dimension 0 is the micro-batch."""
         count = self.staging.fill_inputs(inputs)
         outputs = self._run("infer", parameters)
@@ -106,22 +118,49 @@ class GraphSession(ABC):
     def features(self, inputs: Half) -> dict[str, Array]:
         """What the trunk makes of one micro-batch of inputs, [count, ...], fresh memory."""
         count = self.staging.fill_inputs(inputs)
+        self._make_room((TRUNK,))
         bound, outputs = self._load(TRUNK)
         bound.run(self.gradients[:0])
         return {
             spec.name: array[:count].copy() for spec, array in zip(self._graphs[TRUNK].outputs, outputs, strict=True)
         }
 
+    def save_memory(self, *, in_parts: bool) -> None:
+        """Holds no more than the graphs of the last call, from now on: step and eval load anew when they take turns.
+
+        Args:
+            in_parts: run the trunk and the head in turn, where there are two, and never the whole step.
+        """
+        self._frugal = True
+        if in_parts and TRUNK in self._graphs:
+            self._plans = {name: (TRUNK, part) for name, part in PARTS.items()}
+            self.release()
+
+    def release(self) -> None:
+        """Gives the memory of all loaded graphs back; each loads again when it is called."""
+        self._bound.clear()
+        give_back_memory()
+
     def head(self) -> Session | None:
         """A session that trains on features, or None."""
         if TRUNK not in self._graphs:
             return None
-        return type(self)(self.runtime, self.bundle, threads=self.threads, head=True)
+        head = type(self)(self.runtime, self.bundle, threads=self.threads, head=True)
+        head._frugal = self._frugal  # noqa: SLF001 - of the same class
+        return head
 
-    def _run(self, name: str, parameters: Vector) -> list[Array]:
-        check_vector(parameters, self.manifest.num_parameters)
+    def _run(self, name: str, parameters: Parameters) -> list[Array]:
+        if isinstance(parameters, Int8Parameters):
+            if not self._in_int8:
+                raise DataError(f"bundle {self.manifest.name!r} keeps its parameters in float32: give a flat vector")
+        else:
+            check_vector(parameters, self.manifest.num_parameters)
+            if self._in_int8:
+                parameters = Int8Parameters(self.manifest.parameters, parameters)
         outputs: list[Array] = []
-        for part in self._plans.get(name, (name,)):
+        plan = self._plans.get(name, (name,))
+        self._make_room(plan)
+        for part in plan:
             bound, outputs = self._load(part)
             bound.run(parameters)
         return outputs
@@ -130,6 +169,10 @@ class GraphSession(ABC):
         """Copies of the metrics; what follows them are the gradients."""
         found = outputs[2 : 2 + len(self.manifest.metrics)]
         return {name: array.astype(np.float32) for name, array in zip(self.manifest.metrics, found, strict=True)}
+
+    def _make_room(self, plan: tuple[str, ...]) -> None:
+        if self._frugal and not self._bound.keys() <= set(plan):
+            self.release()
 
     def _load(self, name: str) -> tuple[BoundGraph, list[Array]]:
         if name not in self._bound:
@@ -184,13 +227,13 @@ def check_inputs(manifest: Manifest, graph: Graph, leaves: Mapping[str, TensorSp
     Raises:
         SessionError: the manifest contradicts itself.
     """
-    count = num_parameters(manifest, graph)
-    if len(graph.inputs) < count:
-        raise SessionError(f"{graph.file.file}: {len(graph.inputs)} inputs, but {count} parameters")
-    for entry, declared in zip(manifest.parameters[:count], graph.inputs, strict=False):
-        if declared.shape != entry.shape or declared.dtype != "float32":
-            raise SessionError(f"{graph.file.file}: input {declared.name!r} is not parameter {entry.name!r}")
-    for declared in graph.inputs[count:]:
+    specs = parameter_specs(manifest, graph)
+    if len(graph.inputs) < len(specs):
+        raise SessionError(f"{graph.file.file}: {len(graph.inputs)} inputs, but {len(specs)} parameters")
+    for (name, dtype, shape), declared in zip(specs, graph.inputs, strict=False):
+        if declared.shape != shape or declared.dtype != dtype:
+            raise SessionError(f"{graph.file.file}: input {declared.name!r} is not parameter {name!r}")
+    for declared in graph.inputs[len(specs) :]:
         if leaves.get(declared.name) != declared:
             raise SessionError(f"{graph.file.file}: input {declared.name!r} is no leaf of the batch")
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.runtimes.base import Batch, Session, StepResult, Vector
+from edgetrain.edge_client.runtimes.base import Batch, Parameters, Session, StepResult, Vector
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import TRUNK, num_parameters
 from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line, view
@@ -73,9 +73,11 @@ class TorchSession(GraphSession):
         """A session that trains on features, or None."""
         if TRUNK not in self._graphs:
             return None
-        return TorchSession(self.runtime, self.bundle, threads=self.threads, head=True, precision=self.precision)
+        head = TorchSession(self.runtime, self.bundle, threads=self.threads, head=True, precision=self.precision)
+        head._frugal = self._frugal
+        return head
 
-    def step(self, parameters: Vector, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
+    def step(self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
         """Loss and gradients of one micro-batch; with fp16, of scaled weights."""
         if self._scale is None:
             return super().step(parameters, batch, weights)
@@ -132,8 +134,9 @@ class _TorchGraph:
         self._bound: Vector | None = None
         self._parameters: list[torch.Tensor] = []
 
-    def run(self, parameters: Vector) -> None:
+    def run(self, parameters: Parameters) -> None:
         """One call; see `BoundGraph`."""
+        assert isinstance(parameters, np.ndarray), "refused when opened"
         import torch
 
         if parameters is not self._bound:

@@ -82,8 +82,8 @@ def _expand_late(graph: fx.Graph, expand: fx.Node) -> None:
     for user in list(expand.users):
         if user.target in _BY_A_NUMBER and not any(isinstance(other, fx.Node) for other in user.args[1:]):
             with graph.inserting_before(user):
-                early = graph.call_function(user.target, (small, *user.args[1:]), user.kwargs)  # type: ignore[arg-type]
-                early.meta["val"] = user.target(small.meta["val"], *user.args[1:], **user.kwargs)  # type: ignore[operator]
+                early = graph.call_function(user.target, (small, *user.args[1:]), user.kwargs)
+                early.meta["val"] = user.target(small.meta["val"], *user.args[1:], **user.kwargs)
                 late = graph.call_function(aten.expand.default, (early, expand.args[1]))
                 late.meta["val"] = user.meta["val"]
             user.replace_all_uses_with(late)
@@ -95,7 +95,8 @@ def _expand_late(graph: fx.Graph, expand: fx.Node) -> None:
 
 
 def _same_rank(small: fx.Node, large: fx.Node) -> bool:
-    return "val" in small.meta and "val" in large.meta and len(_shape(small)) == len(_shape(large))
+    shapes = _shape(small), _shape(large)
+    return shapes[0] is not None and shapes[1] is not None and len(shapes[0]) == len(shapes[1])
 
 
 def _shape(node: fx.Node) -> torch.Size | None:

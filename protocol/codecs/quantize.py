@@ -91,4 +91,7 @@ def from_bfloat16(scales: Scales) -> Vector:
 
 
 def _spread(scales: Vector, starts: Indices, count: int) -> Vector:
-    return np.repeat(scales, np.diff(starts, append=count))
+    lengths = np.empty_like(starts)
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+    lengths[-1:] = count - starts[-1:]
+    return np.repeat(scales, lengths)

@@ -11,6 +11,7 @@ never gives away both kinds of share of the same peer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
@@ -173,6 +174,12 @@ def share(
             raise SecureAggregationError(
                 f"{degree} neighbours with a threshold of {threshold} are too few for {size} clients"
             )
+    honest = settings.minimum - math.floor(max(settings.colluding, colluding) * size)
+    if settings.noise_multiplier and settings.noise_shares > honest:
+        raise SecureAggregationError(
+            f"the noise is made of {settings.noise_shares} shares, and a sum may hold those of {honest} honest clients "
+            "only"
+        )
     for neighbour in cast.graph.neighbours(own):
         _check_peer(member.session, peers[neighbour], is_enrolled)
     holders = cast.graph.holders(own)

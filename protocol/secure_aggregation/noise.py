@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.privacy.distributed import DistributedNoise, distributed_noise
 from edgetrain.protocol.privacy.randomness import RandomBytes
 from edgetrain.protocol.secure_aggregation.arithmetic import Integers, Noise
@@ -47,11 +48,14 @@ def share_of(settings: Settings, random_bytes: RandomBytes) -> Noise | None:
 
     Raises:
         PrivacyError: see `noise_of`.
+        SecureAggregationError: the round has no room for it, so there would be less noise than it says.
     """
     noise = noise_of(settings)
     if noise is None:
         return None
     draw, bound = noise.share, settings.quantizer.noise_bound
+    if bound < noise_bound(noise):
+        raise SecureAggregationError(f"noise of up to {noise_bound(noise)} steps would be cut to {bound}")
 
     def share(count: int) -> Integers:
         return np.clip(draw(random_bytes, count), -bound, bound)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -29,7 +30,14 @@ class Received:
     payload: bytes
 
 
-Event = Connected | Disconnected | Received
+@dataclass(frozen=True, slots=True)
+class Noticed:
+    """Another thread of this process has something to say, see `Transport.deliver`."""
+
+    notice: object
+
+
+Event = Connected | Disconnected | Received | Noticed
 
 
 class Transport(Protocol):
@@ -76,6 +84,10 @@ class Transport(Protocol):
         """
         ...
 
+    def together(self) -> AbstractContextManager[None]:
+        """In its body, messages that are published may wait for each other. For the thread that receives."""
+        ...
+
     def send_blob(
         self,
         topic: str,
@@ -106,6 +118,10 @@ class Transport(Protocol):
 
     def receive(self, timeout: float) -> Event | None:
         """The next event, or None after `timeout` seconds (0: only what is there now)."""
+        ...
+
+    def deliver(self, event: Event) -> None:
+        """Puts an event into the queue of `receive`, from any thread: whoever waits there hears of it at once."""
         ...
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,8 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edgetrain.protocol.transport.outgoing import Control, Piece
+from edgetrain.protocol.transport.packets import Publish, encode_puback, encode_publish
+from edgetrain.protocol.transport.paho_client import PahoClient
 
 # How long the broker keeps a session (and its queue) of somebody who is away.
 SESSION_EXPIRY_SECONDS = 3600
@@ -38,63 +39,12 @@ PACKET_OVERHEAD_BYTES = 256
 _TICK_SECONDS = 1.0
 
 
-class PahoClient(paho.Client):
-    """paho's client, that closes what it opens."""
-
-    raw: socket.socket | None = None
-    # What TLS said when it gave up: an alert of the broker's, e.g. that our certificate was revoked.
-    alert = ""
-
-    def _create_socket_connection(self) -> socket.socket:
-        self.raw = super()._create_socket_connection()
-        with contextlib.suppress(OSError):
-            # A control message does not wait for a full packet.
-            self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self.raw
-
-    def _ssl_wrap_socket(self, tcp_sock: socket.socket) -> ssl.SSLSocket:
-        # A handshake that fails leaves the wrapped socket nowhere else.
-        assert self._ssl_context, "set by tls_set"
-        wrapped = self._ssl_context.wrap_socket(tcp_sock, server_hostname=self._host, do_handshake_on_connect=False)
-        self.raw = wrapped
-        wrapped.settimeout(self._connect_timeout)
-        wrapped.do_handshake()
-        return wrapped
-
-    def _sock_recv(self, bufsize: int) -> bytes:
-        try:
-            return super()._sock_recv(bufsize)
-        except ssl.SSLError as error:
-            self.alert = str(error)
-            raise
-
-    def _sock_send(self, buf: bytes | bytearray) -> int:
-        sent = super()._sock_send(buf)
-        if not sent and buf:
-            # A WebSocket frame that left in part only: paho would drop its packet.
-            raise BlockingIOError
-        return sent
-
-    def release(self) -> None:
-        """Closes the sockets that paho would leave to the garbage collector."""
-        self._reset_sockets()
-        if self.raw is not None:
-            self.raw.close()
-            self.raw = None
-
-    def interrupt(self) -> None:
-        """Ends whatever waits for the network, from another thread."""
-        raw = self.raw
-        if raw is not None:
-            with contextlib.suppress(OSError):
-                raw.shutdown(socket.SHUT_RDWR)
-
-
 class Connection:
     """One connection.
 
     Args:
         client: configured, with its will, not yet connected.
+        lasting: whether the broker keeps our session while we are away.
         on_message: is called with every message.
         on_acknowledged: is called with the packet id of what the broker has taken.
         on_subscribed: is called with the packet id of a confirmed subscription.
@@ -104,11 +54,15 @@ class Connection:
         self,
         client: PahoClient,
         *,
-        on_message: Callable[[paho.MQTTMessage], None],
+        lasting: bool = True,
+        on_message: Callable[[Publish], None],
         on_acknowledged: Callable[[int, str | None], None],
         on_subscribed: Callable[[int], None],
     ) -> None:
         self.client = client
+        self._lasting = lasting
+        # An MQTT 5 broker says it if it does not.
+        self.shares_subscriptions = False
         # None until the broker has answered; then "" or why it refused.
         self._answer: str | None = None
         self._ended: str | None = None
@@ -120,30 +74,34 @@ class Connection:
         self._aliases: dict[str, int] = {}
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
-        client.on_message = lambda _c, _u, message: on_message(message)
-        client.on_publish = lambda _c, _u, mid, reason, _p: on_acknowledged(mid, _failure(reason))
+        client.prepare(on_publish=on_message, on_puback=lambda packet, code: on_acknowledged(packet, _failure(code)))
+        # There may be more packets than were handled.
+        self._unhandled = False
+        # What is to be sent with the next `flush`.
+        self._unsent: list[bytes] = []
         client.on_subscribe = lambda _c, _u, mid, _r, _p: on_subscribed(mid)
 
     @property
     def version_5(self) -> bool:
         """Whether this is MQTT 5."""
-        return bool(self.client.protocol == MQTTProtocolVersion.MQTTv5)
+        return self.client.version_5
 
     def open(self, host: str, port: int, *, keepalive: int, timeout: float) -> str | None:
         """Connects; None, or why not."""
         options: dict[str, Any] = {}
         if self.version_5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-            properties.SessionExpiryInterval = SESSION_EXPIRY_SECONDS
+            properties.SessionExpiryInterval = SESSION_EXPIRY_SECONDS if self._lasting else 0
             properties.ReceiveMaximum = RECEIVE_MAXIMUM
             properties.MaximumPacketSize = MAX_PACKET_BYTES
-            options = {"clean_start": False, "properties": properties}
+            options = {"clean_start": not self._lasting, "properties": properties}
         deadline = time.monotonic() + timeout
         self.client.connect_timeout = timeout
         try:
             self.client.connect(host, port, keepalive, **options)
             while self._answer is None and self._ended is None and time.monotonic() < deadline:
-                self.pump(None, 0.05)
+                # What the broker says after its answer is for those who use the connection.
+                self.pump(None, 0.05, until=lambda: self._answer is not None)
         except (OSError, ValueError) as error:
             self.client.release()
             return str(error) or type(error).__name__
@@ -155,8 +113,10 @@ class Connection:
         self.client.release()
         return failure or "it does not answer as an MQTT broker"
 
-    def pump(self, wake: socket.socket | None, timeout: float) -> str | None:
-        """Waits for the network or for a byte on `wake`, and handles what there is.
+    def pump(
+        self, wake: socket.socket | None, timeout: float, *, until: Callable[[], bool] = lambda: False
+    ) -> str | None:
+        """Waits for the network or for a byte on `wake`, and handles what there is (or a part of it, `until`).
 
         Returns:
             None; or why the connection has ended.
@@ -168,7 +128,7 @@ class Connection:
         poller.register(sock.fileno(), select.POLLIN | (select.POLLOUT if client.want_write() else 0))
         if wake is not None:
             poller.register(wake.fileno(), select.POLLIN)
-        pending = getattr(sock, "pending", lambda: 0)() > 0
+        pending = getattr(sock, "pending", lambda: 0)() > 0 or self._unhandled
         ready = dict(poller.poll(0 if pending else 1000 * min(timeout, _TICK_SECONDS)))
         if wake is not None and wake.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
@@ -177,7 +137,11 @@ class Connection:
         result = MQTTErrorCode.MQTT_ERR_SUCCESS
         if pending or seen & (select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL):
             self.heard_at = time.monotonic()
-            result = client.loop_read()
+            if not self._unhandled:
+                result = client.read()
+            if result == MQTTErrorCode.MQTT_ERR_SUCCESS:
+                result = client.handle(until)
+            self._unhandled = until()
         if result == MQTTErrorCode.MQTT_ERR_SUCCESS and seen & select.POLLOUT:
             result = client.loop_write()
         if result == MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -186,19 +150,36 @@ class Connection:
             self._ended = client.alert or self._ended or paho.error_string(result)
         return self._ended
 
-    def publish(self, what: Control | Piece) -> int | None:
-        """Hands a message to the network; its packet id, or None if the connection has ended."""
-        topic, properties = what.topic, None
-        if self.version_5:
-            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-            if isinstance(what, Piece):
-                properties.MessageExpiryInterval = CHUNK_EXPIRY_SECONDS
-                topic = self._alias(topic, properties)
-            elif not what.retain:
-                properties.MessageExpiryInterval = MESSAGE_EXPIRY_SECONDS
-        retain = isinstance(what, Control) and what.retain
-        info = self.client.publish(topic, what.payload, qos=1, retain=retain, properties=properties)
-        return info.mid if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS else None
+    def publish(self, what: Control | Piece) -> int:
+        """Queues a message; `flush` hands it to the network. Its packet id."""
+        packet, topic, alias = self.client.next_packet(), what.topic, 0
+        if isinstance(what, Piece):
+            topic, alias = self._aliased(topic)
+            expiry = CHUNK_EXPIRY_SECONDS
+        else:
+            expiry = 0 if what.retain else MESSAGE_EXPIRY_SECONDS
+        self._unsent.append(
+            encode_publish(
+                topic,
+                what.payload,
+                packet,
+                retain=isinstance(what, Control) and what.retain,
+                version_5=self.version_5,
+                expiry_seconds=expiry,
+                alias=alias,
+            )
+        )
+        return packet
+
+    def acknowledge(self, packet: int) -> None:
+        """Queues that a message has been dealt with."""
+        self._unsent.append(encode_puback(packet))
+
+    def flush(self) -> None:
+        """Hands what is queued to the network, by one call. If that fails, so does the next `pump`."""
+        if self._unsent:
+            packets, self._unsent = self._unsent, []
+            self.client.write(packets)
 
     def subscribe(self, topics: list[tuple[str, int]]) -> int | None:
         """Asks for topics; the packet id of the request, or None if the connection has ended."""
@@ -214,28 +195,29 @@ class Connection:
                 break
         self.client.release()
 
-    def _alias(self, topic: str, properties: Properties) -> str:
-        """The topic to write; an alias stands for it from the second time on."""
+    def _aliased(self, topic: str) -> tuple[str, int]:
+        """(topic, alias) to write; the alias stands for the topic from the second time on."""
         if (alias := self._aliases.get(topic)) is not None:
-            properties.TopicAlias = alias
-            return ""
-        if len(self._aliases) < self._alias_maximum:
-            self._aliases[topic] = properties.TopicAlias = len(self._aliases) + 1
-        return topic
+            return "", alias
+        if len(self._aliases) >= self._alias_maximum:
+            return topic, 0
+        self._aliases[topic] = len(self._aliases) + 1
+        return topic, self._aliases[topic]
 
     def _on_connect(self, _c: paho.Client, _u: Any, _f: Any, reason: ReasonCode, properties: Properties | None) -> None:
         self._answer = str(reason) if reason.is_failure else ""
         self.max_packet_bytes = getattr(properties, "MaximumPacketSize", 0)
         self.receive_maximum = min(SEND_MAXIMUM, getattr(properties, "ReceiveMaximum", SEND_MAXIMUM))
         self._alias_maximum = getattr(properties, "TopicAliasMaximum", 0)
+        self.shares_subscriptions = self.version_5 and bool(getattr(properties, "SharedSubscriptionAvailable", 1))
 
     def _on_disconnect(self, _c: paho.Client, _u: Any, _f: Any, reason: ReasonCode, _p: Any) -> None:
         self._ended = str(reason)
 
 
-def make_client(version: MQTTProtocolVersion, client_id: str, *, transport: str) -> PahoClient:
-    """A client whose session the broker keeps, and that acknowledges a message when it has been dealt with."""
-    extra: dict[str, Any] = {} if version == MQTTProtocolVersion.MQTTv5 else {"clean_session": False}
+def make_client(version: MQTTProtocolVersion, client_id: str, *, transport: str, lasting: bool = True) -> PahoClient:
+    """A client that acknowledges a message when it has been dealt with; if `lasting`, the broker keeps its session."""
+    extra: dict[str, Any] = {} if version == MQTTProtocolVersion.MQTTv5 else {"clean_session": not lasting}
     client = PahoClient(
         CallbackAPIVersion.VERSION2,
         client_id=client_id,
@@ -250,5 +232,5 @@ def make_client(version: MQTTProtocolVersion, client_id: str, *, transport: str)
     return client
 
 
-def _failure(reason: ReasonCode) -> str | None:
-    return str(reason) if reason.is_failure else None
+def _failure(code: int) -> str | None:
+    return f"reason code 0x{code:02x}" if code >= 0x80 else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from edgetrain.protocol.blob_readers import BlobReader
@@ -29,6 +31,8 @@ class MemoryBroker:
     def __init__(self) -> None:
         self._transports: list[MemoryTransport] = []
         self._retained: dict[str, bytes] = {}
+        # Messages so far of each shared subscription: its members take turns.
+        self._shared: dict[str, int] = {}
 
     def connect(self, *, will: tuple[str, bytes] | None = None) -> MemoryTransport:
         """A connected transport; `will` is published if it is dropped."""
@@ -46,6 +50,15 @@ class MemoryBroker:
         for transport in self._transports:
             if any(topic_matches(pattern, topic) for pattern in transport.subscriptions):
                 transport.deliver(Received(topic, payload))
+        for pattern, turn in self._shared.items():
+            members = [transport for transport in self._transports if pattern in transport.subscriptions]
+            if members and topic_matches(pattern.split("/", 2)[2], topic):
+                self._shared[pattern] = turn + 1
+                members[turn % len(members)].deliver(Received(topic, payload))
+
+    def share(self, pattern: str) -> None:
+        """Takes note of a shared subscription, `$share/GROUP/FILTER` (MQTT 5, section 4.8.2)."""
+        self._shared.setdefault(pattern, 0)
 
     def replay_retained(self, transport: MemoryTransport, pattern: str) -> None:
         """What a new subscriber gets."""
@@ -84,7 +97,7 @@ class MemoryTransport:
         self.bytes_received = 0
 
     def deliver(self, event: Event) -> None:
-        """Called by the broker."""
+        """See `Transport`; the broker calls it, too."""
         if isinstance(event, Received):
             self.bytes_received += len(event.payload)
         self._events.put(event)
@@ -93,7 +106,10 @@ class MemoryTransport:
         """See `Transport`."""
         if topic not in self.subscriptions:
             self.subscriptions.add(topic)
-            self._broker.replay_retained(self, topic)
+            if topic.startswith("$share/"):
+                self._broker.share(topic)
+            else:
+                self._broker.replay_retained(self, topic)
 
     def unsubscribe(self, topic: str) -> None:
         """See `Transport`."""
@@ -103,6 +119,10 @@ class MemoryTransport:
         """See `Transport`."""
         self.bytes_sent += len(payload)
         self._broker.publish(topic, payload, retain=retain)
+
+    def together(self) -> AbstractContextManager[None]:
+        """See `Transport`. Nothing waits here."""
+        return contextlib.nullcontext()
 
     def send_blob(
         self,

@@ -12,12 +12,11 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from random import Random, SystemRandom
 from typing import Annotated, Literal
 
 import msgspec
-import paho.mqtt.client as paho
 from msgspec import Meta
 from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
@@ -28,9 +27,10 @@ from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, HEADER_BYTES, MIN_CHUN
 from edgetrain.protocol.errors import TransportError
 from edgetrain.protocol.transport.address import parse_broker
 from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Received
-from edgetrain.protocol.transport.connection import PACKET_OVERHEAD_BYTES, Connection, make_client
+from edgetrain.protocol.transport.connection import PACKET_OVERHEAD_BYTES, RECEIVE_MAXIMUM, Connection, make_client
 from edgetrain.protocol.transport.outgoing import Control, Outgoing, Piece
 from edgetrain.protocol.transport.pacing import Backoff
+from edgetrain.protocol.transport.packets import Publish
 from edgetrain.protocol.transport.tls import tls_context
 
 __all__ = ["BrokerConfig", "MqttTransport", "parse_broker"]
@@ -42,6 +42,8 @@ CONNACK_SECONDS = 5.0
 # How long a close waits for the broker to take what is queued.
 FLUSH_SECONDS = 5.0
 _GOODBYE_SECONDS = 1.0
+# A part of the messages that the broker sends ahead of their acknowledgements, so that it need not wait for them.
+_ACKNOWLEDGED_AT_ONCE = RECEIVE_MAXIMUM // 4
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -95,6 +97,7 @@ class MqttTransport:
         client_id: MQTT client id; the broker keeps one session per id.
         will: (topic, payload) that the broker publishes if the connection is lost.
         random: jitters the attempts to reconnect.
+        lasting: whether the broker keeps our session while we are away.
 
     Raises:
         TransportError: no broker there within the timeout, or it refused us.
@@ -107,14 +110,16 @@ class MqttTransport:
         client_id: str,
         will: tuple[str, bytes] | None = None,
         random: Random | None = None,
+        lasting: bool = True,
     ) -> None:
+        self._lasting = lasting
         self.bytes_sent = 0
         self.bytes_received = 0
         self._config = config
         self._client_id = client_id
         self._will = will
-        # With each message, what acknowledges it: (connection, packet id, QoS).
-        self._events: queue.SimpleQueue[tuple[Event, tuple[Connection, int, int] | None]] = queue.SimpleQueue()
+        # With each message, what acknowledges it: (connection, packet id).
+        self._events: queue.SimpleQueue[tuple[Event, tuple[Connection, int] | None]] = queue.SimpleQueue()
         # Guards all that follows but the connection, which belongs to the network's thread.
         self._lock = threading.RLock()
         self._outgoing = Outgoing(rate=config.upload_kbit * 125)
@@ -122,7 +127,7 @@ class MqttTransport:
         # (topic, QoS or None to unsubscribe, what waits for the confirmation).
         self._requests: deque[tuple[str, int | None, threading.Event]] = deque()
         self._confirmations: dict[int, threading.Event] = {}
-        self._acknowledgements: deque[tuple[Connection, int, int]] = deque()
+        self._acknowledgements: deque[tuple[Connection, int]] = deque()
         # The request that renews the subscriptions after a reconnect, until it is confirmed.
         self._renewal: int | None = None
         self._online = True
@@ -132,6 +137,8 @@ class MqttTransport:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._woken = False
+        # Messages are published that can go by one call into the network.
+        self._together = False
         self._wake_write.setblocking(False)
         self._events.put((Connected(), None))
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
@@ -141,6 +148,11 @@ class MqttTransport:
     def version(self) -> str:
         """The MQTT version in use, "5" or "3.1.1"."""
         return "5" if self._connection.version_5 else "3.1.1"
+
+    @property
+    def shares_subscriptions(self) -> bool:
+        """Whether the broker spreads the messages of a `$share/…` topic over its subscribers."""
+        return self._connection.shares_subscriptions
 
     def subscribe(self, topic: str, *, qos: Literal[0, 1] = 1) -> None:
         """See `Transport`."""
@@ -169,7 +181,18 @@ class MqttTransport:
                 return
             self.bytes_sent += len(payload)
             self._outgoing.put(Control(topic, payload, retain, transient))
-        self._wake()
+        if not self._together:
+            self._wake()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """See `Transport`."""
+        self._together = True
+        try:
+            yield
+        finally:
+            self._together = False
+            self._wake()
 
     def send_blob(
         self,
@@ -199,8 +222,14 @@ class MqttTransport:
         if acknowledgement is not None:
             # The broker sends no more than a few messages ahead of this: what waits here is bounded.
             self._acknowledgements.append(acknowledgement)
-            self._wake()
+            # Some at a time, while there is more to do here; the last of them at once.
+            if len(self._acknowledgements) >= _ACKNOWLEDGED_AT_ONCE or self._events.empty():
+                self._wake()
         return event
+
+    def deliver(self, event: Event) -> None:
+        """See `Transport`."""
+        self._events.put((event, None))
 
     def close(self) -> None:
         """See `Transport`."""
@@ -253,7 +282,7 @@ class MqttTransport:
     def _try(self, version: MQTTProtocolVersion) -> Connection | str:
         """One attempt: a connection that stands, or why not."""
         config = self._config
-        client = make_client(version, self._client_id, transport=config.transport)
+        client = make_client(version, self._client_id, transport=config.transport, lasting=self._lasting)
         client.ws_set_options(path=config.path)
         if config.username:
             client.username_pw_set(config.username, config.password or None)
@@ -264,6 +293,7 @@ class MqttTransport:
             client.will_set(*self._will, qos=1, properties=self._will_properties(version))
         connection = Connection(
             client,
+            lasting=self._lasting,
             on_message=lambda message: self._on_message(connection, message),
             on_acknowledged=self._on_acknowledged,
             on_subscribed=self._on_subscribed,
@@ -355,17 +385,14 @@ class MqttTransport:
             elif (mid := connection.subscribe([(topic, qos)])) is not None:
                 self._confirmations[mid] = done
         while self._acknowledgements:
-            of, mid, qos = self._acknowledgements.popleft()
+            of, packet = self._acknowledgements.popleft()
             if of is connection:
-                connection.client.ack(mid, qos)
+                connection.acknowledge(packet)
         while (what := self._outgoing.next(now)) is not None:
             if isinstance(what, Piece):
                 self.bytes_sent += len(what.payload)
-            packet = connection.publish(what)
-            # Without a packet id it goes again, as everything that was on the way.
-            self._outgoing.sent(-1 if packet is None else packet, what, now)
-            if packet is None:
-                return
+            self._outgoing.sent(connection.publish(what), what, now)
+        connection.flush()
 
     def _lost(self, reason: str) -> None:
         self._connection.client.release()
@@ -388,11 +415,10 @@ class MqttTransport:
             if self._renewal is None:
                 self._events.put((Connected(), None))
 
-    def _on_message(self, connection: Connection, message: paho.MQTTMessage) -> None:
+    def _on_message(self, connection: Connection, message: Publish) -> None:
         self.bytes_received += len(message.payload)
-        acknowledgement = (connection, message.mid, message.qos) if message.qos else None
-        with contextlib.suppress(UnicodeDecodeError):
-            self._events.put((Received(message.topic, bytes(message.payload)), acknowledgement))
+        acknowledgement = (connection, message.packet) if message.qos else None
+        self._events.put((Received(message.topic, message.payload), acknowledgement))
 
     def _on_acknowledged(self, mid: int, failure: str | None) -> None:
         if failure is not None:

@@ -195,6 +195,7 @@ def test_the_coordinators_flags(cli, federation):
     refused(cli("coordinator", "--config", "none.toml"), "no such configuration file")
     refused(cli("coordinator", "--config", federation(), "--set", "rounds.total"), "write KEY=VALUE", status=2)
     refused(cli("coordinator", "--config", federation(), "--set", "rounds.total=many"), "`rounds.total`")
+    refused(cli("coordinator", "--config", federation(), "--workers", "many"), "write processes:N or ray:N")
     refused(cli("coordinator", "--config", federation(), "--set", "federation.x=1"), "federation is a value")
     refused(cli("coordinator", "--config", federation(), "--broker", "x:y"), "HOST or HOST:PORT")
 

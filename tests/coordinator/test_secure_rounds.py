@@ -25,11 +25,12 @@ from edgetrain.coordinator.secure.secure_round import SecureRound
 from edgetrain.coordinator.secure.secure_settings import round_settings
 from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.edge_client.config import ClientConfig
+from edgetrain.edge_client.config import SecureAggregationConfig as Demands
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.enrolment import Authority, authority_key, prove_enrolment
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
 from edgetrain.protocol.messages import BlobRef, Plan
-from edgetrain.protocol.privacy import spent
+from edgetrain.protocol.privacy import PrivacyError, Release, spent
 from edgetrain.protocol.privacy.ledger_file import read_ledger, releases_with
 from edgetrain.protocol.secure_aggregation import member as members
 from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer, make_layout
@@ -332,6 +333,43 @@ def test_chance_and_a_sum_that_is_private_from_the_coordinator(federate, samplin
     assert spent(releases_with(ledger, name), 1e-5) == spent([known], 1e-5)
 
 
+def test_devices_count_for_themselves(federate):
+    """The coordinator's budget would do for many rounds; that of a device is spent after two, whatever it says. And it
+    outlives the process."""
+    step = 0.25 / 127
+    one = Release(
+        mechanism="discrete-gaussian", noise_multiplier=1.0, l2_sensitivity=0.5 / step, dimension=33, shares=3
+    )
+    twice = spent([msgspec.structs.replace(one, steps=2)], 1e-5).epsilon
+    federation = federate(secure_aggregation=Demands(epsilon=1.001 * twice, delta=1e-5))
+    federation.start()
+    generous = PrivacyConfig(epsilon=500.0, delta=1e-5)
+    with pytest.raises(RoundFailed, match=r"round 3.*the privacy budget does not allow it"):
+        federation.secure_coordinator(secure=PRIVATE, rounds={"total": 9, "max_failures": 1}, privacy=generous).run()
+    federation.finish()
+    for name in federation.clients:
+        ledger = read_ledger(federation.directory / name / "privacy-sums.json")
+        assert ledger.releases == (msgspec.structs.replace(one, steps=2),)
+    federation.reopen()
+    federation.start()
+    with pytest.raises(RoundFailed, match="the privacy budget does not allow it"):
+        federation.secure_coordinator(secure=PRIVATE, rounds={"total": 9, "max_failures": 1}, privacy=generous).run()
+    federation.finish()
+    assert read_ledger(federation.directory / "client-0/privacy-sums.json").releases[0].steps == 2
+    # Nor without noise, nor without secure aggregation.
+    federation.reopen()
+    secure = federation.clients["client-0"]._secure
+    plan = Plan(run=bytes(16), round=1, nonce=bytes(16), bundle=bytes(32), vector=bytes(32),
+                parameters=BlobRef(digest=bytes(32), size=1), deadline_seconds=1)  # fmt: skip
+    with pytest.raises(SecureAggregationError, match="in secure aggregation only"):
+        secure.check(plan)
+    bare = encode(Settings(minimum=3, count=7, seed=1, quantizer=Quantizer(range=0.5)))
+    with pytest.raises(PrivacyError, match="the plan has none of their noise"):
+        secure.check(msgspec.structs.replace(plan, secure=bare))
+    for client in federation.clients.values():
+        client._secure.close()
+
+
 def test_devices_take_part_with_those_alone_whom_the_ca_has_enrolled(federate):
     """A coordinator that lets one in on its own word gets no sum, and hears why."""
     ca = ec.generate_private_key(ec.SECP256R1())
@@ -492,6 +530,13 @@ def test_what_a_client_asks_for(tmp_path, federate):
     secure.check(plan)
     with pytest.raises(SecureAggregationError, match="sums of 2 clients: this client asks for 3"):
         secure.check(msgspec.structs.replace(plan, secure=encode(msgspec.structs.replace(good, minimum=2))))
+    secure._config = ClientConfig(name="c", federation="f", data="d",
+                                  secure_aggregation=Demands(least_noise=0.5))  # fmt: skip
+    with pytest.raises(SecureAggregationError, match=r"a noise multiplier of 0: this client asks for 0\.5"):
+        secure.check(plan)
+    secure.check(msgspec.structs.replace(
+        plan, secure=encode(msgspec.structs.replace(good, noise_multiplier=0.5, max_norm=1.0))
+    ))  # fmt: skip
     with pytest.raises(SecureAggregationError, match="in the clear"):
         secure.check(msgspec.structs.replace(plan, control=plan.parameters))
     plain = msgspec.structs.replace(plan, secure=b"")
@@ -501,6 +546,7 @@ def test_what_a_client_asks_for(tmp_path, federate):
     secure._config = msgspec.convert(msgspec.to_builtins(secure._config), ClientConfig)
     with pytest.raises(SecureAggregationError, match="in secure aggregation only"):
         secure.check(plain)
+    secure.close()
     path = tmp_path / "enrolled"
     path.write_text(f"# ours\nc {'ab' * 32}\n\n")
     is_enrolled = participation.read_enrolled(path)

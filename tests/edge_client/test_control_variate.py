@@ -77,11 +77,19 @@ def test_personal_parameters_are_kept_and_laid_over(tmp_path):
     mine = personal(tmp_path)
     received = np.array([1, 2, 3, 4], np.float32)
     assert mine.overlay(received).tolist() == [1, 2, 3, 4]
-    mine.keep(np.array([9, 8, 7, 6], np.float32))
+    mine.keep(np.array([9, 8, 7, 6], np.float32), training=(b"run", 1))
     assert mine.overlay(received).tolist() == [1, 8, 3, 6]
     assert personal(tmp_path).overlay(received).tolist() == [1, 8, 3, 6]
     assert personal(tmp_path, bundle=b"y" * 32).overlay(received).tolist() == [1, 2, 3, 4]
     assert personal(tmp_path, patterns=("other",)).overlay(received).tolist() == [1, 2, 3, 4]
+    # The same round once more begins where it began before; without training, they are what they are.
+    again = personal(tmp_path)
+    assert again.overlay(received, training=(b"run", 1)).tolist() == [1, 2, 3, 4]
+    assert again.overlay(received, training=(b"run", 2)).tolist() == [1, 8, 3, 6]
+    again.keep(np.array([9, 80, 7, 60], np.float32), training=(b"run", 2))
+    again.keep(np.array([9, 81, 7, 61], np.float32), training=(b"run", 2))
+    assert personal(tmp_path).overlay(received, training=(b"run", 2)).tolist() == [1, 8, 3, 6]
+    assert personal(tmp_path).overlay(received, training=(b"other", 2)).tolist() == [1, 81, 3, 61]
     data = (tmp_path / "personal.bin").read_bytes()
     (tmp_path / "personal.bin").write_bytes(data[:-1])
     assert personal(tmp_path).overlay(received).tolist() == [1, 2, 3, 4]

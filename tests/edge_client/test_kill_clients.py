@@ -1,4 +1,4 @@
-"""kill -9 of clients in any phase: no residual and no control variate is lost or doubled."""
+"""kill -9 of clients in any phase: no residual, control variate or personal parameter is lost or counted twice."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.numpy
 
 from support import kill_clients
+from support.tiny_bundle import SHAPES
+
+PERSONAL = sum(int(np.prod(shape)) for name, shape in SHAPES.items() if name.startswith("second."))
 
 
 @pytest.mark.parametrize(("seed", "kills"), [(1, 12), pytest.param(2, 200, marks=pytest.mark.slow)])
@@ -35,9 +39,16 @@ def test_killed_at_random_moments(tiny_bundle, ram_path, seed, kills):
 
 
 def final(place):
-    """The parameters and the coordinator's control variate: both are sums over everything that every client kept."""
+    """The parameters and the coordinator's control variate, sums over everything that every client kept; and what each
+    keeps for itself."""
     run = place / "run"
     arrays = safetensors.numpy.load_file(run / "parameters.safetensors")
     for path in (run / "strategy").iterdir():
         arrays |= {f"strategy/{name}": array for name, array in safetensors.numpy.load_file(path).items()}
+    for number in range(len(kill_clients.SIZES)):
+        data = (place / f"client-{number}/personal.bin").read_bytes()
+        header_bytes = int.from_bytes(data[4:8], "little")
+        # Of now and of the round before; the header names the run, which is another every time.
+        arrays[f"personal/{number}"] = np.frombuffer(data[12 + header_bytes :], "<f4")
+        assert len(arrays[f"personal/{number}"]) == 2 * PERSONAL
     return arrays

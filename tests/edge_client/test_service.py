@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import contextlib
 import csv
 import resource
 import socket
@@ -14,6 +15,7 @@ import pytest
 from edgetrain.coordinator.broker import find_mosquitto
 from edgetrain.edge_client.service import LivingTransport, Service
 from edgetrain.protocol.transport import MemoryBroker
+from support.cgroup import memory_group
 from support.federation import ENVIRONMENT, Federation
 
 UNIT = Path(__file__).parents[2] / "examples/edgetrain-client.service"
@@ -98,8 +100,11 @@ def test_the_unit_file_says_what_is_tested_here():
 
 
 @pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed")
-def test_a_client_under_its_memory_limit_says_that_it_is_ready_and_alive(processes, digits_bundle, tmp_path, manager):
-    """The real command with the unit's limit on private memory; it trains a small CNN."""
+@pytest.mark.parametrize("limit", ["private memory", "cgroup"])
+def test_a_client_under_its_memory_limit_says_that_it_is_ready_and_alive(
+    processes, digits_bundle, tmp_path, manager, limit
+):
+    """The real command with the unit's limit; it trains a small CNN."""
     pytest.importorskip("sklearn")
     from edgetrain.models.data import digits
 
@@ -109,18 +114,25 @@ def test_a_client_under_its_memory_limit_says_that_it_is_ready_and_alive(process
         test=(test.inputs, test.targets),
         rounds={"total": 3, "goal": 1, "minimum": 1},
     )  # fmt: skip
-    try:
+    with contextlib.ExitStack() as stack:
+        enter = lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_MB << 20, LIMIT_MB << 20))
+        group = None
+        if limit == "cgroup":
+            group = stack.enter_context(memory_group(LIMIT_MB << 20))
+            if group is None:
+                pytest.skip("no cgroup with a memory limit can be made here")
+            enter = group.enter
+        stack.callback(federation.stop_broker)
+        stack.callback(processes.end_all)
         client = processes.edgetrain(
             "client", "--config", tmp_path / "client-1.toml", log=tmp_path / "client-1.log",
             env=ENVIRONMENT | {"NOTIFY_SOCKET": str(manager.path), "WATCHDOG_USEC": "600000"},
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (LIMIT_MB << 20, LIMIT_MB << 20)),
+            preexec_fn=enter,
         )  # fmt: skip
         coordinator = federation.start_coordinator()
         assert coordinator.wait() == 0, coordinator.output
         assert client.wait() == 0, client.output
-    finally:
-        processes.end_all()
-        federation.stop_broker()
+        assert group is None or group.kills == 0
     heard = manager.heard()
     assert heard[0] == "READY=1"
     assert heard.count("WATCHDOG=1") >= 3

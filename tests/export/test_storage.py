@@ -37,7 +37,7 @@ def test_int8_rounds_each_row_to_127_steps_of_its_own():
     assert bool(((rounded - weight).abs() <= 0.501 * step).all())
     for row, one in zip(rounded, step.flatten(), strict=True):
         assert len(row.unique()) <= 255
-        assert float(row.abs().max()) == pytest.approx(127 * float(one), rel=2**-15)
+        assert float(row.abs().max()) == pytest.approx(127 * float(one), rel=2**-10)
     assert torch.equal(round_weight(rounded, "int8"), rounded)
 
 

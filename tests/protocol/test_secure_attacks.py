@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.secure_aggregation import keys
 from edgetrain.protocol.secure_aggregation import member as members
 from edgetrain.protocol.secure_aggregation import server as servers
-from edgetrain.protocol.secure_aggregation.arithmetic import unpack
+from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer, unpack
 from edgetrain.protocol.secure_aggregation.masks import Masker
 from edgetrain.protocol.secure_aggregation.messages import (
     BOX_BYTES,
@@ -38,6 +39,7 @@ from edgetrain.protocol.secure_aggregation.messages import (
     session_digest,
     work_digest,
 )
+from edgetrain.protocol.secure_aggregation.noise import noise_bound, noise_of, share_of
 from edgetrain.protocol.secure_aggregation.shamir import SHARE_BYTES, combine
 from edgetrain.protocol.secure_aggregation.unmasking import recover, unmask
 from edgetrain.protocol.training import TrainingConfig
@@ -285,6 +287,29 @@ def test_a_client_that_is_not_enrolled():
             random=session.randoms[0],
             is_enrolled=lambda name, key, _proof: known.get(name) == key,
         )
+
+
+def test_noise_that_would_not_be_there():
+    """Shares so small that a sum holds less than the plan says, or with no room for them, are refused by clients."""
+    fields = {"minimum": 4, "noise_multiplier": 1.0, "max_norm": 1.0, "noise_shares": 4}
+    session = Session(5, settings_of(6, **fields), neighbours=4, threshold=4)
+    session.advertise(range(5))
+    take = lambda session, **asked: members.share(
+        session.members[0], session.server.roster, random=session.randoms[0], **asked
+    )
+    take(session)
+    with pytest.raises(SecureAggregationError, match="made of 4 shares, and a sum may hold those of 3 honest clients"):
+        take(session, colluding=0.2)
+    session = Session(5, settings_of(6, **fields | {"noise_shares": 10_000}))
+    session.advertise(range(5))
+    with pytest.raises(SecureAggregationError, match="made of 10000 shares"):
+        take(session)
+    settings = settings_of(6, **fields)
+    with pytest.raises(SecureAggregationError, match=r"noise of up to \d+ steps would be cut to 0"):
+        share_of(settings, os.urandom)
+    room = noise_bound(noise_of(settings))
+    wide = msgspec.structs.replace(settings, quantizer=Quantizer(range=1.0, noise_bound=room))
+    assert share_of(wide, os.urandom)(6).shape == (6,)
 
 
 WORK = {"bundle": b"b" * 32, "vector": b"v" * 32, "training": TrainingConfig(learning_rate=0.1), "personal": ()}

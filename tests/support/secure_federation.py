@@ -25,8 +25,8 @@ class Crash(BaseException):
 class SecureFederation(Federation):
     """Clients in threads. What each of them quantized is noted, by round."""
 
-    def __init__(self, directory: Path, bundle: Path, monkeypatch, clients: int = 3) -> None:
-        super().__init__(directory, bundle, shards(SIZES[:clients]))
+    def __init__(self, directory: Path, bundle: Path, monkeypatch, clients: int = 3, **client_settings) -> None:
+        super().__init__(directory, bundle, shards(SIZES[:clients]), **client_settings)
         self.monkeypatch = monkeypatch
         self.quantized: dict[str, list] = {}
         self.crashed = threading.Event()

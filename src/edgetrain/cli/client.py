@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 def command(config: str | None, broker: str | None, **given: Any) -> None:
     """Take part in a federation: train the coordinator's bundle on local data, send compressed updates."""
     from edgetrain.edge_client.client import Client, connection_will, new_connection
+    from edgetrain.edge_client.memory import return_what_is_freed
     from edgetrain.edge_client.service import LivingTransport, Service
     from edgetrain.edge_client.state import ClientState
     from edgetrain.protocol.names import check_name
@@ -34,6 +35,7 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
     from edgetrain.protocol.transport.address import parse_address
     from edgetrain.protocol.transport.mqtt import MqttTransport
 
+    return_what_is_freed()
     if broker:
         for name, value in parse_address(broker).settings():
             given[setting(f"broker.{name}")] = value

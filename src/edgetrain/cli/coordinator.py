@@ -19,8 +19,17 @@ from edgetrain.protocol.config import convert, read_toml, set_dotted
     default=None,
     help="See sums of updates only, never a single one; the rest as --set secure_aggregation.KEY=VALUE.",
 )
+@click.option(
+    "--workers", metavar="ray:N|processes:N", help="Let N other processes take the updates, on Ray or on this machine."
+)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a setting, as rounds.total=5.")
-def command(config: str, broker: str | None, secure_aggregation: bool | None, assignments: tuple[str, ...]) -> None:
+def command(
+    config: str,
+    broker: str | None,
+    secure_aggregation: bool | None,
+    workers: str | None,
+    assignments: tuple[str, ...],
+) -> None:
     """Run a federation: invite clients, aggregate their updates, evaluate, until a stop condition holds.
 
     A run that was interrupted goes on where it was when the same command is given again.
@@ -37,6 +46,8 @@ def command(config: str, broker: str | None, secure_aggregation: bool | None, as
         set_dotted(tables, key, _toml_value(value))
     if secure_aggregation is not None:
         set_dotted(tables, "secure_aggregation.enabled", secure_aggregation)
+    if workers is not None:
+        set_dotted(tables, "workers", workers)
     if broker in {"mosquitto", "embedded"}:
         tables["start_broker"] = broker
         set_dotted(tables, "broker.host", "127.0.0.1")

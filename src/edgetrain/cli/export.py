@@ -36,6 +36,13 @@ from edgetrain.cli.options import factory_options
     help="How frozen weights are stored (docs/small-and-fast.md).",
 )
 @click.option(
+    "--trainable-storage",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="How weights that learn are kept, in the bundle and on the device (docs/small-and-fast.md).",
+)
+@click.option(
     "--calibration",
     help="Data to measure int8 ranges and the loss change on: an .npz, a .csv, or file.py:callable. "
     "[default: the example batch]",
@@ -73,6 +80,7 @@ def command(
     per_sample_clipping: bool,
     split: bool,
     frozen: str,
+    trainable_storage: str,
     calibration: str | None,
     max_loss_change: float,
     executorch_style: str,
@@ -91,8 +99,10 @@ def command(
     from edgetrain.protocol.bundle import Bundle
 
     # Before any work: whether it can be done at all.
-    storage = Storage(kind=frozen, max_loss_change=max_loss_change)
+    storage = Storage(kind=frozen, trainable=trainable_storage, max_loss_change=max_loss_change)
     storage.check(runtimes or ("onnxruntime",))
+    if per_sample_clipping:
+        storage.check_clipping()
     source = load_source(model, task=task, options=factory_options(options))
     if calibration is not None:
         samples = load_samples(calibration, batch_spec(source.example_batch))
@@ -119,6 +129,11 @@ def command(
         click.echo(
             f"frozen weights as {report.kind}: {report.bytes_before:,} -> {report.bytes_after:,} bytes, mean loss "
             f"{report.loss_before:.5g} -> {report.loss_after:.5g} on {report.calibration_samples} samples"
+        )
+    if kept := manifest.trainable_storage:
+        click.echo(
+            f"trainable weights as {kept.kind}: {kept.bytes_before:,} -> {kept.bytes_after:,} bytes, mean loss "
+            f"{kept.loss_before:.5g} -> {kept.loss_after:.5g} on {kept.calibration_samples} samples"
         )
     click.echo(
         f"{path}: {manifest.num_parameters:,} trainable parameters in {len(manifest.parameters)} tensors, "

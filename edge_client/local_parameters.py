@@ -1,0 +1,140 @@
+"""The parameters of one local training between its steps: a float32 vector, or weights in int8."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from edgetrain.edge_client.optimizers import Optimizer, OptimizerState
+from edgetrain.edge_client.runtimes.base import Parameters, Vector
+from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
+from edgetrain.protocol.manifest import Manifest
+
+# Of the generator that rounds, beside the seed.
+_STREAM = 2
+# Elements that the optimizer works on at a time.
+_BLOCK = 1 << 16
+
+
+class LocalParameters(Protocol):
+    """What the loop needs of them."""
+
+    @property
+    def given(self) -> Parameters:
+        """What a session takes."""
+        ...
+
+    def vector(self) -> Vector:
+        """As float32 [num_parameters]; not to be changed."""
+        ...
+
+    def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
+        """One step of the optimizer, which treats every element for itself."""
+        ...
+
+    def trained(self, received: Vector) -> Vector:
+        """Where the training has led from there, float32 [num_parameters]."""
+        ...
+
+
+def local_parameters(manifest: Manifest, received: Vector, seed: int) -> LocalParameters:
+    """Where a local training starts.
+
+    Args:
+        manifest: whether the bundle keeps weights in int8.
+        received: float32 [num_parameters]; left as it is.
+        seed: of the rounding.
+    """
+    if any(entry.dtype == "int8" for entry in manifest.parameters):
+        return RoundedParameters(manifest, received, np.random.Generator(np.random.PCG64([seed, _STREAM])))
+    return FloatParameters(received)
+
+
+class _Steps:
+    """One step of an optimizer on pieces of a vector."""
+
+    def __init__(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> None:
+        self._optimizer = optimizer
+        self._gradient = gradient
+        self._before = state.velocity
+        self._rate = rate
+        self._after = state.velocity
+
+    def __call__(self, part: slice, old: Vector) -> Vector:
+        """The new piece there."""
+        before = OptimizerState(None if self._before is None else self._before[part])
+        new, after = self._optimizer.apply(old, self._gradient[part], before, self._rate)
+        if after.velocity is not None:
+            if self._after is None:
+                self._after = np.empty_like(self._gradient)
+            self._after[part] = after.velocity
+        return new
+
+    @property
+    def state(self) -> OptimizerState:
+        """After all pieces."""
+        return OptimizerState(self._after)
+
+
+class FloatParameters:
+    """A flat vector, changed in place, so that a session need not be told of another one in every step."""
+
+    def __init__(self, received: Vector) -> None:
+        self._received = received
+        self._vector = received
+
+    @property
+    def given(self) -> Parameters:
+        """The vector."""
+        return self._vector
+
+    def vector(self) -> Vector:
+        """The vector."""
+        return self._vector
+
+    def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
+        """One step, a piece of the vector at a time."""
+        if self._vector is self._received:
+            self._vector = self._received.copy()
+        steps = _Steps(optimizer, gradient, state, rate)
+        for first in range(0, len(gradient), _BLOCK):
+            part = slice(first, first + _BLOCK)
+            self._vector[part] = steps(part, self._vector[part])
+        return steps.state
+
+    def trained(self, received: Vector) -> Vector:
+        """The vector, wherever it began."""
+        return received.copy() if self._vector is self._received else self._vector
+
+
+class RoundedParameters:
+    """Weights in int8; see `runtimes.int8_parameters`."""
+
+    def __init__(self, manifest: Manifest, received: Vector, rng: np.random.Generator) -> None:
+        self._manifest = manifest
+        self._int8 = Int8Parameters(manifest.parameters, received)
+        self._rng = rng
+
+    @property
+    def given(self) -> Parameters:
+        """Whole numbers and scales."""
+        return self._int8
+
+    def vector(self) -> Vector:
+        """All of it widened."""
+        return self._int8.vector()
+
+    def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
+        """One step, a piece of the vector at a time, so that it is never widened whole."""
+        steps = _Steps(optimizer, gradient, state, rate)
+        self._int8.update(steps, self._rng)
+        return steps.state
+
+    def trained(self, received: Vector) -> Vector:
+        """The received vector and the way from its rounding, so that this rounding is nothing that was learnt."""
+        result = received.copy()
+        began = Int8Parameters(self._manifest.parameters, received)
+        for (part, start), (_, end) in zip(began.blocks(), self._int8.blocks(), strict=True):
+            result[part] += end - start
+        return result

@@ -1,0 +1,77 @@
+"""Memory that this process no longer needs, given back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import weakref
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+# Of glibc's malloc.h.
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+# Blocks of at least so many bytes go back to the system when they are freed.
+_LARGE = 1 << 18
+
+
+def return_what_is_freed() -> None:
+    """Has the C library keep little for later: for processes that load and drop programs. Call it before any thread."""
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return  # no glibc
+    set_option(_M_MMAP_THRESHOLD, _LARGE)
+    set_option(_M_ARENA_MAX, 1)
+
+
+def trim() -> None:
+    """Returns free pages, which the C library would keep for later."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return  # no glibc
+
+
+def give_back_memory() -> None:
+    """Collects garbage and returns what is free."""
+    gc.collect()
+    trim()
+
+
+class MappedRows(np.memmap):
+    """A memory-mapped array whose rows are read, not mapped: what a process reads by mapping counts as its memory.
+
+    Only the whole array knows its file; views of it are ordinary ones.
+    """
+
+    _descriptor: int | None = None
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
+        """The samples at `indices`, copied."""
+        part = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        if self._descriptor is None:
+            part[...] = self[indices]
+            return part
+        size = self.nbytes // max(1, len(self))
+        # Rows that follow one another are one piece of the file.
+        starts = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(indices)]
+        for first, last in pairwise(starts if len(indices) else []):
+            where = self.offset + int(indices[first]) * size
+            # A file that was cut short gives fewer bytes: a mapping would end the process there.
+            if os.preadv(self._descriptor, [part[first:last].data], where) != (last - first) * size:
+                raise OSError(f"{self.filename}: is shorter than it was")
+        return part
+
+
+def map_rows(path: Path, dtype: npt.DTypeLike, offset: int, shape: tuple[int, ...], order: str = "C") -> MappedRows:
+    """Maps a part of a file, for reading."""
+    with path.open("rb") as file:
+        array = np.memmap(file, dtype, "r", offset, shape, "F" if order == "F" else "C").view(MappedRows)
+        if order == "C" and array.dtype.kind in "fiub" and hasattr(os, "preadv"):
+            array._descriptor = os.dup(file.fileno())  # noqa: SLF001 - of this module
+            weakref.finalize(array, os.close, array._descriptor)  # noqa: SLF001
+    return array

@@ -1,0 +1,210 @@
+"""Trainable weights in int8: graphs that take whole numbers and scales, and widen them.
+
+The float32 graph is traced as ever. Then the input of each such parameter becomes two, int8 [O, ...] and float32
+scales [O, 1, ...], and the graph multiplies; its gradients stay those with respect to the product. So what eager torch
+computes at weights that int8 can hold is what the program must give, and the ordinary proof covers it: its points are
+rounded. How such weights learn is the device's affair (`edgetrain.edge_client.runtimes.int8_parameters`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, fx
+
+from edgetrain.export.calibration import Batch
+from edgetrain.export.decompositions import Decompositions
+from edgetrain.export.errors import ToleranceError, UnsupportedError
+from edgetrain.export.joint import Problem, TracedGraph
+from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering, Weights
+from edgetrain.export.prepare import plain_math
+from edgetrain.export.storage import Storage, is_weight
+from edgetrain.protocol.int8 import nearest
+from edgetrain.protocol.manifest import Graph, Program, TensorSpec, TrainableStorage
+
+aten = torch.ops.aten
+
+_PARAMETER, _SCALES = "parameters.", "scales."
+
+
+def in_int8(problem: Problem, storage: Storage, calibration: Sequence[Batch]) -> tuple[Problem, TrainableStorage]:
+    """The problem with its large weights rounded and named as kept in int8, and what that brings and costs.
+
+    Raises:
+        UnsupportedError: none of them is large enough to be worth it.
+        ToleranceError: rounding changes the loss on the calibration data by more than is allowed.
+    """
+    trainable = problem.prepared.trainable
+    names = frozenset(name for name, tensor in trainable.items() if is_weight(tensor))
+    if not names:
+        raise UnsupportedError(
+            "nothing that learns is worth int8: that takes matrices and kernels of 256 elements or more. Leave out "
+            "--trainable-storage, or let more learn"
+        )
+    named = replace(problem, int8=names)
+    values = dict(zip(trainable, named.representable(problem.parameters), strict=True))
+    rounded = replace(named, prepared=replace(problem.prepared, trainable=values))
+    before, after = _mean_loss(problem, calibration), _mean_loss(rounded, calibration)
+    change = abs(after - before) / max(abs(before), 1e-12)
+    if not change <= storage.max_loss_change:
+        raise ToleranceError(
+            f"trainable weights as int8 change the loss on the calibration data from {before:.5g} to {after:.5g}, by "
+            f"{change:.1%}; allowed are {storage.max_loss_change:.1%}. No bundle was written. Keep them in float32, or "
+            "allow more"
+        )
+    sizes = {name: (tensor.numel(), tensor.shape[0]) for name, tensor in trainable.items()}
+    return rounded, TrainableStorage(
+        kind="int8",
+        bytes_before=sum(4 * count for count, _ in sizes.values()),
+        bytes_after=sum(count + 4 * rows if name in names else 4 * count for name, (count, rows) in sizes.items()),
+        calibration_samples=len(calibration) * problem.example.micro_batch,
+        loss_before=before,
+        loss_after=after,
+    )
+
+
+def _mean_loss(problem: Problem, batches: Sequence[Batch]) -> float:
+    """Of eager torch at the initial parameters."""
+    losses = weights = 0.0
+    with plain_math(problem.prepared.module), torch.no_grad():
+        for batch in batches:
+            found = problem.evaluate(problem.parameters, batch.leaves, torch.ones_like(problem.weights))
+            losses += float((found.losses * found.weights).sum())
+            weights += float(found.weights.sum())
+    return losses / weights if weights else losses
+
+
+class Int8Lowering:
+    """A lowering whose graphs take some parameters in int8. See `edgetrain.export.lowering.base.Lowering`."""
+
+    def __init__(self, lowering: Lowering, names: Collection[str]) -> None:
+        self._lowering = lowering
+        self._names = names
+        self.runtime = lowering.runtime
+        self.minimum_version = lowering.minimum_version
+
+    def available(self) -> str | None:
+        """As the lowering inside."""
+        return self._lowering.available()
+
+    def decompositions(self) -> Decompositions:
+        """As the lowering inside."""
+        return self._lowering.decompositions()
+
+    def lower(self, graph: TracedGraph) -> LoweredGraph:
+        """One graph with other inputs."""
+        return self._lowering.lower(with_int8_inputs(graph, self._names))
+
+    def weights(self, kind: str) -> Weights:
+        """As the lowering inside."""
+        return self._storing.weights(kind)
+
+    def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:
+        """As the lowering inside."""
+        return self._storing.store(lowered, kind)
+
+    def quantize_trunk(
+        self, trunk: TracedGraph, lowered: LoweredGraph, kind: str, batches: Sequence[Sequence[Array]]
+    ) -> LoweredGraph:
+        """As the lowering inside: a trunk takes no parameters."""
+        return self._storing.quantize_trunk(trunk, lowered, kind, batches)
+
+    @property
+    def _storing(self) -> StoringLowering:
+        assert isinstance(self._lowering, StoringLowering), "only onnxruntime takes int8 parameters"
+        return self._lowering
+
+    def load(self, lowered: LoweredGraph) -> Run:
+        """Takes the float32 parameters of the traced graph, which int8 must be able to hold."""
+        run = self._lowering.load(lowered)
+        names = [value.name for value in onnx.load_from_string(lowered.data).graph.input]
+        scaled = {name.removeprefix(_SCALES) for name in names if name.startswith(_SCALES)}
+        parameters = [name.removeprefix(_PARAMETER) for name in names if name.startswith(_PARAMETER)]
+
+        def widened(arrays: Sequence[Array]) -> list[Array]:
+            given: list[Array] = list(arrays[: len(parameters)])
+            scales: list[Array] = []
+            for index, name in enumerate(parameters):
+                if name in scaled:
+                    given[index], scale = nearest(given[index].astype(np.float32))
+                    scales.append(scale)
+            return run([*given, *scales, *arrays[len(parameters) :]])
+
+        return widened
+
+
+def with_int8_inputs(graph: TracedGraph, names: Collection[str]) -> TracedGraph:
+    """A traced graph that takes these parameters as whole numbers and, behind all parameters, scales."""
+    module = fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph))
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    count = sum(spec.name.startswith(_PARAMETER) for spec in graph.inputs)
+    example: list[Tensor] = list(graph.example)
+    scales: list[Tensor] = []
+    last = nodes[count - 1]
+    widened: list[tuple[fx.Node, fx.Node]] = []
+    for index in range(count):
+        if graph.inputs[index].name.removeprefix(_PARAMETER) in names:
+            whole, scale = nearest(example[index].numpy())
+            example[index] = torch.from_numpy(whole)
+            scales.append(torch.from_numpy(scale))
+            with module.graph.inserting_after(last):
+                last = module.graph.placeholder(f"scales_{index}")
+            widened.append((nodes[index], last))
+    with module.graph.inserting_before(_first_operation(module.graph)):
+        for node, scale_node in widened:
+            _widen(module.graph, node, scale_node)
+    module.graph.lint()
+    module.recompile()
+    return replace(
+        graph,
+        module=module,
+        inputs=int8_inputs(graph.inputs, names),
+        example=(*example[:count], *scales, *example[count:]),
+    )
+
+
+def _first_operation(graph: fx.Graph) -> fx.Node:
+    found: fx.Node = next(node for node in graph.nodes if node.op != "placeholder")
+    return found
+
+
+def _widen(graph: fx.Graph, whole: fx.Node, scale: fx.Node) -> None:
+    users = list(whole.users)
+    wide = graph.call_function(aten._to_copy.default, (whole,), {"dtype": torch.float32})  # noqa: SLF001
+    weight = graph.call_function(aten.mul.Tensor, (wide, scale))
+    weight.meta = dict(whole.meta)
+    wide.meta = dict(whole.meta)
+    for user in users:
+        user.replace_input_with(whole, weight)
+
+
+def int8_inputs(inputs: Sequence[TensorSpec], names: Collection[str]) -> tuple[TensorSpec, ...]:
+    """The inputs of a float32 graph as they are with these parameters in int8."""
+    parameters, scales, rest = [], [], []
+    for spec in inputs:
+        name = spec.name.removeprefix(_PARAMETER)
+        if not spec.name.startswith(_PARAMETER):
+            rest.append(spec)
+        elif name in names:
+            parameters.append(msgspec.structs.replace(spec, dtype="int8"))
+            shape = (spec.shape[0], *[1] * (len(spec.shape) - 1))
+            scales.append(TensorSpec(name=_SCALES + name, dtype="float32", shape=shape))
+        else:
+            parameters.append(spec)
+    return (*parameters, *scales, *rest)
+
+
+def int8_program(program: Program, names: Collection[str]) -> Program:
+    """The description of a program whose graphs were lowered by `Int8Lowering`."""
+
+    def changed(graph: Graph) -> Graph:
+        return msgspec.structs.replace(graph, inputs=int8_inputs(graph.inputs, names))
+
+    graphs = {name: changed(graph) for name, graph in program.graphs.items()}
+    return msgspec.structs.replace(program, graphs=graphs)

@@ -1,0 +1,108 @@
+"""Less memory: rows that are read and not mapped, samples that are chosen and not copied, one graph at a time."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import numpy as np
+import pytest
+
+from edgetrain.edge_client import open_session
+from edgetrain.edge_client.data import load_dataset
+from edgetrain.edge_client.dataset import Dataset
+from edgetrain.edge_client.errors import DataError
+from edgetrain.edge_client.memory import MappedRows, map_rows, return_what_is_freed, trim
+from edgetrain.edge_client.selftest import read_self_test
+from edgetrain.protocol.bundle import Bundle
+from support.tiny_bundle import make_data, write_tiny_bundle
+
+ARRAY = np.arange(7 * 3 * 2, dtype=np.float32).reshape(7, 3, 2)
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    path = tmp_path / "rows"
+    path.write_bytes(bytes(12) + ARRAY.tobytes() + b"behind")
+    return map_rows(path, np.float32, 12, ARRAY.shape)
+
+
+@pytest.mark.parametrize("indices", [[], [0], [6], [2, 3, 4], [5, 5, 0, 1, 6], range(7)])
+def test_rows_are_those_of_the_array(mapped, indices):
+    indices = np.array(indices, np.int64)
+    np.testing.assert_array_equal(mapped.rows(indices), ARRAY[indices])
+    assert type(mapped.rows(indices)) is np.ndarray
+
+
+def test_columns_first_and_views_are_right_too(tmp_path, mapped):
+    path = tmp_path / "columns"
+    path.write_bytes(ARRAY.tobytes("F"))
+    turned = map_rows(path, np.float32, 0, ARRAY.shape, "F")
+    np.testing.assert_array_equal(turned.rows(np.array([4, 1])), ARRAY[[4, 1]])
+    part = mapped[2:5]
+    assert isinstance(part, MappedRows)
+    np.testing.assert_array_equal(part.rows(np.array([1])), ARRAY[3:4])
+
+
+def test_the_file_is_open_as_long_as_the_array(tmp_path):
+    path = tmp_path / "some"
+    path.write_bytes(ARRAY.tobytes())
+    array = map_rows(path, np.float32, 0, ARRAY.shape)
+    descriptor = array._descriptor
+    assert os.path.sameopenfile(descriptor, descriptor)
+    del array
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_data_that_is_cut_short_is_an_error_and_not_the_end_of_the_process(tmp_path):
+    bundle = Bundle(write_tiny_bundle(tmp_path / "tiny"))
+    x, y = make_data(200)
+    np.savez(tmp_path / "data.npz", inputs=x, targets=y)
+    dataset = load_dataset(tmp_path / "data.npz", bundle.manifest)
+    np.testing.assert_array_equal(dataset.take(np.array([199, 3]))[0][0], x[[199, 3]])
+    os.truncate(tmp_path / "data.npz", 500)
+    with pytest.raises(DataError, match="can no longer be read: .*is shorter than it was"):
+        dataset.take(np.array([199]))
+
+
+def test_chosen_samples_are_those_of_a_copy():
+    whole = Dataset(np.arange(10.0), np.arange(10), np.linspace(1, 2, 10))
+    chosen, copied = whole.select(np.array([7, 1, 4])), whole.subset(np.array([7, 1, 4]))
+    assert len(chosen) == len(copied) == 3
+    assert chosen.inputs is whole.inputs
+    for one, other in ((chosen, copied), (chosen.select(np.array([2, 0])), copied.subset(np.array([2, 0])))):
+        everything = np.arange(len(other))
+        (inputs, targets), weights = one.take(everything)
+        (expected, expected_targets), expected_weights = other.take(everything)
+        np.testing.assert_array_equal(inputs, expected)
+        np.testing.assert_array_equal(targets, expected_targets)
+        np.testing.assert_array_equal(weights, expected_weights)
+    noisy = Dataset(np.zeros(10), np.arange(10), augment=lambda x, rng: x + rng.normal(size=x.shape))
+    (inputs, targets), _ = noisy.select(np.array([7, 1])).augmented(np.random.default_rng(0)).take(np.array([1]))
+    assert targets.tolist() == [1]
+    assert inputs[0] != 0
+
+
+def test_a_session_that_saves_memory_gives_the_same_and_holds_one_graph(tmp_path):
+    bundle = Bundle(write_tiny_bundle(tmp_path / "tiny"))
+    plain, saving = open_session(bundle), open_session(bundle)
+    saving.save_memory(in_parts=True)
+    batch, weights = read_self_test(bundle)
+    start = bundle.initial_parameters()
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            saving.step(start, batch, weights).gradients, plain.step(start, batch, weights).gradients
+        )
+        assert saving._bound.keys() == {"step"}
+        assert saving.evaluate(start, batch, weights) == plain.evaluate(start, batch, weights)
+        assert saving._bound.keys() == {"eval"}
+    saving.release()
+    assert not saving._bound
+    assert saving.step(start, batch, weights).loss_sum == plain.step(start, batch, weights).loss_sum
+
+
+def test_the_c_library_takes_the_settings():
+    return_what_is_freed()
+    trim()

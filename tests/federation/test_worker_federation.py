@@ -1,0 +1,46 @@
+"""Real clients, a real broker, and a coordinator whose workers are killed one after the other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from edgetrain.coordinator.broker import find_mosquitto
+from support.federation import Federation
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
+]
+
+
+def test_workers_are_killed_all_the_time_and_nothing_is_lost(processes, tiny_bundle, tmp_path):
+    federation = Federation(
+        processes, tmp_path, tiny_bundle, clients=4, workers="processes:2", rounds={"total": 30, "goal": 4}
+    )
+    try:
+        clients = federation.start_clients()
+        coordinator = federation.start_coordinator()
+        federation.wait_for_rounds(1, coordinator)
+        killed = 0
+        while federation.rounds_done() < 20 and coordinator.running():
+            for child in psutil.Process(coordinator.pid).children():
+                # The other child is multiprocessing's own.
+                if "spawn_main" in " ".join(child.cmdline()):
+                    os.kill(child.pid, signal.SIGKILL)
+                    killed += 1
+                    break
+            time.sleep(1.0)
+        assert coordinator.wait() == 0, coordinator.output
+        for client in clients.values():
+            assert client.wait() == 0, client.output
+    finally:
+        processes.end_all()
+        federation.stop_broker()
+    assert killed >= 3
+    assert coordinator.output.count("has died") >= killed - 1
+    federation.check_nothing_lost_or_doubled(30)
