@@ -7,11 +7,16 @@ Contenders, each in a process of its own, on one thread, taking turns step by st
 
 - eager torch
 - stock: `_export_forward_backward` with ExecuTorch's portable kernels and its bindings, as its examples train
+- training module: our program for ExecuTorch's TrainingModule, with its bindings
 - bindings: our program with ExecuTorch's own bindings, which need torch
 - executorch: our program with our session, without torch
+- executorch, head: the head alone on kept features, where something is frozen
 - onnxruntime: the same step as plain ONNX
 
-Memory is the peak resident set of a fresh process that only runs the session.
+Each time is the quickest of its turns, since what else the machine does can only add. Memory is the peak resident set
+of a fresh process that only runs the session.
+
+    python benchmarks/executorch.py --arena         # planned bytes of every graph, at batch 8 and 1; no times
 """
 
 from __future__ import annotations
@@ -19,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,9 +49,18 @@ SUITE = {
     "ds-cnn-full": ("ds-cnn", "all"),
     "resnet-8-full": ("resnet-8", "all"),
 }
-EAGER, STOCK, BINDINGS, OURS, ONNX = "eager torch", "stock", "bindings", "executorch", "onnxruntime"
-CONTENDERS = (EAGER, STOCK, BINDINGS, OURS, ONNX)
-WARM_UP = 2
+# What `--arena` adds. The selection is MCUNet's way: biases of the last blocks, a quarter of the input channels of some
+# of their first pointwise convolutions, and the classifier; the network has 20 million multiplications an image.
+SPARSE = (
+    r"^features\.1[3-7]\.layers\.\d+\.bias;sparse:fraction=0.25,dim=in,target=^features\.1[4-6]\.layers\.0$"
+    ";head"
+)
+ARENAS = (*((entry, *SUITE[entry]) for entry in SUITE), ("mcunet-sized sparse", "mobilenet-v2", SPARSE))
+# Entries that are measured with TrainingModule too; lowering takes long.
+TRAINED = ("char-lm-last", "resnet-8-full")
+EAGER, STOCK, TRAINING, BINDINGS = "eager torch", "stock", "training module", "bindings"
+OURS, HEAD, ONNX = "executorch", "executorch, head", "onnxruntime"
+CONTENDERS = (EAGER, STOCK, TRAINING, BINDINGS, OURS, HEAD, ONNX)
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("entries", nargs="*", default=list(SUITE), help=", ".join(SUITE))
     parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=15, help="of each contender")
+    parser.add_argument("--steps", type=int, default=20, help="of each contender")
+    parser.add_argument("--arena", action="store_true", help="planned bytes only")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -75,13 +89,37 @@ def main() -> None:
     if arguments.contender:
         contend(arguments.contender, arguments.folder, arguments.entries[0])
         return
-    measurements = []
+    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if arguments.arena:
+        record["arenas"] = [row for micro_batch in (8, 1) for entry in ARENAS for row in arenas(*entry, micro_batch)]
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        return
+    measurements: list[Measurement] = []
     for entry in arguments.entries:
         measurements += measure(entry, arguments.micro_batch, arguments.steps)
         print_table(measurements)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"machine": machine(), "measurements": [asdict(found) for found in measurements]}
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        old = [found for found in record.get("measurements", []) if found["entry"] not in arguments.entries]
+        written = record | {"machine": machine(), "measurements": old + [asdict(found) for found in measurements]}
+        arguments.out.write_text(json.dumps(written, indent=2) + "\n")
+
+
+def arenas(name: str, model: str, trainable: str, micro_batch: int) -> list[dict[str, object]]:
+    """Planned bytes of each graph of an executorch bundle."""
+    from edgetrain.export import export_bundle
+    from edgetrain.models import get_model
+    from edgetrain.protocol.bundle import Bundle
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = get_model(model, batch_size=micro_batch)
+        path = export_bundle(*source, trainable=trainable, runtimes=(OURS,), out=Path(folder) / "bundle", name=model)
+        manifest = Bundle(path).manifest
+    rows = []
+    for graph, found in manifest.program(OURS).graphs.items():
+        row = {"entry": name, "micro_batch": micro_batch, "graph": graph, "planned_bytes": found.planned_memory}
+        print(row, manifest.num_parameters, flush=True)
+        rows.append(row | {"parameters": manifest.num_parameters})
+    return rows
 
 
 def measure(entry: str, micro_batch: int, steps: int) -> list[Measurement]:
@@ -94,9 +132,20 @@ def measure(entry: str, micro_batch: int, steps: int) -> list[Measurement]:
         folder = Path(name)
         print(f"exporting {entry} …", file=sys.stderr)
         source = get_model(model, batch_size=micro_batch)
-        path = export_bundle(*source, trainable=trainable, runtimes=(OURS, ONNX), out=folder / "bundle", name=model)
+        path = export_bundle(
+            *source,
+            trainable=trainable,
+            runtimes=(OURS, ONNX),
+            executorch_style="training-module" if entry in TRAINED else "functional",
+            out=folder / "bundle",
+            name=model,
+        )
         manifest = Bundle(path).manifest
+        graphs = manifest.program(OURS).graphs
         found = list(CONTENDERS)
+        for contender, needed in ((HEAD, "head_step"), (TRAINING, "training_module")):
+            if needed not in graphs:
+                found.remove(contender)
         try:
             names = {parameter.name for parameter in manifest.parameters}
             (folder / "stock.pte").write_bytes(stock_program(source, names))
@@ -119,18 +168,24 @@ def measure(entry: str, micro_batch: int, steps: int) -> list[Measurement]:
         for process in processes.values():
             process.communicate("stop\n")
         stock_bytes = (folder / "stock.pte").stat().st_size if STOCK in found else 0
-    medians = {contender: statistics.median(t[WARM_UP:]) for contender, t in times.items()}
+    best = {contender: min(t) for contender, t in times.items()}
+    programs = {
+        BINDINGS: graphs["step"],
+        OURS: graphs["step"],
+        HEAD: graphs.get("head_step"),
+        TRAINING: graphs.get("training_module"),
+        ONNX: manifest.program(ONNX).graphs["step"],
+    }
     rows = []
-    for contender, median in medians.items():
-        runtime = {BINDINGS: OURS, OURS: OURS, ONNX: ONNX}.get(contender)
-        graph = manifest.program(runtime).graphs["step"] if runtime else None
+    for contender, seconds in best.items():
+        graph = programs.get(contender)
         rows.append(
             Measurement(
                 entry=entry,
                 contender=contender,
-                milliseconds=round(1000 * median, 3),
-                times_stock=round(medians[STOCK] / median, 2) if STOCK in medians else None,
-                times_eager=round(medians[EAGER] / median, 3),
+                milliseconds=round(1000 * seconds, 3),
+                times_stock=round(best[STOCK] / seconds, 2) if STOCK in best else None,
+                times_eager=round(best[EAGER] / seconds, 3),
                 peak_mb=round(peaks[contender], 1),
                 program_bytes=graph.file.size if graph else (stock_bytes if contender == STOCK else 0),
                 planned_bytes=(graph.planned_memory or 0) if graph else 0,
@@ -205,8 +260,12 @@ def prepare(contender: str, folder: Path, model: str) -> Callable[[], object]:
         return step
     if contender == STOCK:
         return stock_step(folder)
+    if contender == TRAINING:
+        return training_step(folder / "bundle")
     if contender == BINDINGS:
         return bindings_step(folder / "bundle")
+    if contender == HEAD:
+        return head_step(folder / "bundle")
     return session_step(folder / "bundle", contender)
 
 
@@ -236,6 +295,36 @@ def stock_step(folder: Path) -> Callable[[], object]:
     module = _load_for_executorch_for_training_from_buffer(data)
     reset_peak()
     return lambda: (data, module.forward_backward("forward", leaves))
+
+
+def training_step(path: Path) -> Callable[[], object]:
+    from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+    from executorch.extension.training import TrainingModule
+
+    from edgetrain.protocol.bundle import Bundle
+
+    bundle = Bundle(path)
+    leaves, weights, _ = tensors(path)
+    graph = bundle.manifest.program(OURS).graphs["training_module"]
+    data, values = bundle.read(graph.file), bundle.read(graph.extra_files[0])
+    batch = bundle.manifest.batch
+    known = dict(zip([leaf.name for leaf in (*batch.inputs.leaves, *batch.targets.leaves)], leaves, strict=True))
+    arguments = [known.get(spec.name, weights) for spec in graph.inputs]
+    module = TrainingModule(_load_for_executorch_from_buffer(data, values))
+    return lambda: (data, values, module.forward_backward("forward", arguments))
+
+
+def head_step(path: Path) -> Callable[[], object]:
+    from edgetrain.edge_client import open_session
+    from edgetrain.edge_client.selftest import on_features, read_self_test
+    from edgetrain.protocol.bundle import Bundle
+
+    bundle = Bundle(path)
+    batch, weights = read_self_test(bundle)
+    head, batch = on_features(open_session(bundle, OURS), batch)
+    reset_peak()
+    parameters = bundle.initial_parameters()
+    return lambda: head.step(parameters.copy(), batch, weights)
 
 
 def bindings_step(path: Path) -> Callable[[], object]:

@@ -26,20 +26,21 @@ COMPOSITES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.batch_norm.default: torch.batch_norm,
     aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
 }
-"""Entries of a table of decompositions by which a lowering asks for both."""
+"""Entries of a table of decompositions; a lowering asks for either form by having it in its own."""
 
 _ATTENTION = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 def wanted(decompositions: Container[Any]) -> bool:
-    """Whether a lowering with these decompositions asks for the other forms."""
-    return all(op in decompositions for op in COMPOSITES)
+    """Whether a lowering with these decompositions asks for another form."""
+    return any(op in decompositions for op in COMPOSITES)
 
 
 def before_autograd(decompositions: Container[Any]) -> AbstractContextManager[object]:
     """The mode to run a module in, for a lowering with these decompositions."""
-    return BeforeAutograd() if wanted(decompositions) else nullcontext()
+    asked = frozenset(op for op in COMPOSITES if op in decompositions)
+    return BeforeAutograd(asked) if asked else nullcontext()
 
 
 def standard(decompositions: Mapping[torch._ops.OpOverload, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
@@ -68,8 +69,10 @@ class BeforeAutograd(TorchFunctionMode):
     is trained is replaced by the trace's own tensors), stay as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, asked: Container[Any] = frozenset(COMPOSITES)) -> None:
         super().__init__()
+        self._folds = aten.batch_norm.default in asked
+        self._attends = aten.scaled_dot_product_attention.default in asked
         # By identity; the tensors are kept so that no other takes their place.
         self._made: dict[int, _Made] = {}
 
@@ -79,10 +82,10 @@ class BeforeAutograd(TorchFunctionMode):
         """Called for every function of torch."""
         del types
         kwargs = kwargs or {}
-        if func is F.batch_norm:
+        if func is F.batch_norm and self._folds:
             fused = self._fuse(*args, **kwargs)
             return func(*args, **kwargs) if fused is None else fused
-        if func in _ATTENTION:
+        if func in _ATTENTION and self._attends:
             attended = attention(*args, **kwargs)
             return func(*args, **kwargs) if attended is None else attended
         result = func(*args, **kwargs)

@@ -21,10 +21,11 @@ from edgetrain.export.errors import BatchError, SelectionError, UnsupportedError
 from edgetrain.export.joint import Problem
 from edgetrain.export.lowering import get_lowering
 from edgetrain.export.lowering.base import Lowering
+from edgetrain.export.lowering.executorch import ExecutorchLowering
 from edgetrain.export.metrics import Metric, check_metrics, default_metrics
 from edgetrain.export.prepare import Prepared, plain_math, prepare
 from edgetrain.export.program import make_program
-from edgetrain.export.storage import Storage, quantized_names
+from edgetrain.export.storage import Storage
 from edgetrain.export.stored_program import make_stored_program
 from edgetrain.export.trainable_storage import Int8Lowering, in_int8, int8_program
 from edgetrain.export.user_code import user_code
@@ -61,6 +62,7 @@ def export_bundle(
     per_sample_clipping: bool = False,
     split: bool = True,
     storage: Storage = FLOAT32,
+    executorch_style: str = "functional",
 ) -> Path:
     """Exports a module with its training step, proves the gradients, and writes a bundle.
 
@@ -80,8 +82,9 @@ def export_bundle(
             for its own if this is None. Needs integer targets in the shape of the losses.
         per_sample_clipping: adds the graph `step_per_sample_clipped`, for differential privacy.
         split: adds `trunk` and `head_step` where a frozen part is worth it, so that its outputs can be kept.
-        storage: in how many bytes frozen weights are stored, and trainable ones kept; anything but float32 is for
-            onnxruntime alone.
+        storage: in how many bytes frozen weights are stored, for one runtime alone if not in float32; trainable ones
+            kept, in int8 for onnxruntime alone.
+        executorch_style: "functional"; "training-module" adds a program for ExecuTorch's own TrainingModule.
 
     Returns:
         `out`.
@@ -94,8 +97,13 @@ def export_bundle(
         ParityError: the exported numbers are not eager torch's. Nothing is written.
         BundleError: `out` cannot be written.
     """
-    lowerings = _lowerings(runtimes)
+    lowerings = _lowerings(runtimes, executorch_style)
     storage.check(tuple(lowering.runtime for lowering in lowerings))
+    if storage.kind != "float32" and executorch_style != "functional":
+        raise UnsupportedError(
+            f"ExecuTorch's TrainingModule runs the whole step, a bundle with {storage.kind} has only its parts: leave "
+            "out one of them"
+        )
     if per_sample_clipping:
         storage.check_clipping()
     example = read_example(example_batch, micro_batch)
@@ -112,11 +120,13 @@ def export_bundle(
     notes = (*prepared.notes, *calibration.notes, *_unused(prepared, expected.initial))
     files: dict[str, bytes] = {}
     found = expected.initial
+    quantized: dict[str, str] = {}
     if storage.kind == "float32":
         programs = tuple(make_program(lowering, problem, expected, files, split=split) for lowering in lowerings)
     else:
         stored = make_stored_program(lowerings[0], problem, expected, files, storage, calibration.batches)
         programs, found, notes = (stored.program,), stored.expected, (*notes, *stored.notes)
+        quantized = stored.quantized
     programs = tuple(int8_program(program, problem.int8) for program in programs)
     table = _table(problem)
     parameters_file = "parameters.i8" if problem.int8 else "parameters.f32"
@@ -132,7 +142,7 @@ def export_bundle(
         loss=_qualified_name(loss),
         metrics=tuple(problem.metrics),
         trainable=trainable,
-        frozen=_frozen_summary(prepared, storage),
+        frozen=_frozen_summary(prepared, quantized),
         trainable_storage=report,
         notes=notes,
         programs=programs,
@@ -143,10 +153,14 @@ def export_bundle(
     return write_bundle(out, manifest, files)
 
 
-def _lowerings(runtimes: Sequence[str]) -> list[Lowering]:
+def _lowerings(runtimes: Sequence[str], executorch_style: str) -> list[Lowering]:
     if isinstance(runtimes, str) or not runtimes:
         raise UnsupportedError("runtimes must be a list of at least one name, e.g. ('onnxruntime',)")
     found = [get_lowering(runtime) for runtime in dict.fromkeys(runtimes)]
+    if executorch_style != "functional":
+        if "executorch" not in runtimes:
+            raise UnsupportedError(f"the executorch style {executorch_style!r} needs the runtime executorch")
+        found = [ExecutorchLowering(executorch_style) if one.runtime == "executorch" else one for one in found]
     for lowering in found:
         if reason := lowering.available():
             raise UnsupportedError(f"runtime {lowering.runtime!r}: {reason}")
@@ -230,12 +244,12 @@ def _table(problem: Problem) -> tuple[ParameterEntry, ...]:
     return tuple(entries)
 
 
-def _frozen_summary(prepared: Prepared, storage: Storage) -> FrozenSummary:
+def _frozen_summary(prepared: Prepared, quantized: dict[str, str]) -> FrozenSummary:
     tensors = prepared.frozen.values()
     return FrozenSummary(
         sparse=prepared.adapters.sparse,
         elements=sum(tensor.numel() for tensor in tensors),
-        quantized=quantized_names(prepared.frozen, storage),
+        quantized=quantized,
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     )
 

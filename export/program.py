@@ -9,7 +9,7 @@ from edgetrain.export import before_autograd, joint, locate, parity
 from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.functional import functional_problem
 from edgetrain.export.joint import Decompositions, Problem, TracedGraph
-from edgetrain.export.lowering.base import LoweredGraph, Lowering, Run
+from edgetrain.export.lowering.base import FurtherGraphs, LoweredGraph, Lowering, Run
 from edgetrain.export.narrow import narrowed_problem
 from edgetrain.export.partition import Split, split_step, with_features
 from edgetrain.protocol.bundle import file_entry
@@ -18,7 +18,7 @@ from edgetrain.protocol.manifest import Graph, Program
 logger = logging.getLogger(__name__)
 
 # Which runtimes' sessions can run a step in two parts.
-SPLIT_RUNTIMES = frozenset({"onnxruntime", "torch"})
+SPLIT_RUNTIMES = frozenset({"onnxruntime", "torch", "executorch"})
 
 Trace = Callable[[Problem, Decompositions], TracedGraph]
 
@@ -57,6 +57,8 @@ def make_program(
         )
 
     whole = add(joint.trace_step, step)
+    for graph in lowering.further_graphs(whole) if isinstance(lowering, FurtherGraphs) else ():
+        write(graph, lowering.lower(graph), step)
     add(joint.trace_eval, evaluation)
     if parts := split_problem(whole, problem) if split and lowering.runtime in SPLIT_RUNTIMES else None:
         trunk = lowering.lower(parts.trunk)
@@ -151,7 +153,7 @@ def graph_entry(runtime: str, graph: TracedGraph, lowered: LoweredGraph, files: 
     entries = [file_entry(file, data) for file, data in new.items()]
     return Graph(
         file=entries[0],
-        inputs=graph.inputs,
+        inputs=graph.inputs if lowered.inputs is None else lowered.inputs,
         outputs=graph.outputs,
         extra_files=tuple(entries[1:]),
         planned_memory=lowered.planned_memory,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from edgetrain.export.slim import slim
 from edgetrain.protocol.int8 import row_scales
 
 KINDS = ("float32", "float16", "int8", "int8-static", "int8-dynamic")
+RUNTIME_KINDS: Mapping[str, tuple[str, ...]] = {"onnxruntime": KINDS[1:], "executorch": ("int8-static",)}
 TRAINABLE_KINDS = ("float32", "int8")
 # Below this, a scale and another node cost more than they save; for half precision, another node, or another name.
 MIN_ELEMENTS = 256
@@ -66,15 +66,29 @@ class Storage:
                 f"trainable weights cannot be stored as {self.trainable!r}, only as: {', '.join(TRAINABLE_KINDS)}"
             )
         others = ", ".join(name for name in runtimes if name != "onnxruntime")
-        if self.kind != "float32" and others:
-            raise UnsupportedError(
-                f"frozen weights as {self.kind} are for onnxruntime only, not for {others}, and the "
-                "self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
-            )
+        if self.kind != "float32":
+            self._check_frozen(tuple(dict.fromkeys(runtimes)))
         if self.trainable != "float32" and others:
             raise UnsupportedError(
                 f"trainable weights as {self.trainable} are for onnxruntime only, not for {others}: no other session "
                 "binds whole numbers and scales. Export a bundle of its own for each"
+            )
+
+    def _check_frozen(self, runtimes: tuple[str, ...]) -> None:
+        if others := ", ".join(name for name in runtimes if name not in RUNTIME_KINDS):
+            raise UnsupportedError(
+                f"frozen weights as {self.kind} are for onnxruntime and executorch, not for {others}, and the "
+                "self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
+            )
+        if len(runtimes) > 1:
+            raise UnsupportedError(
+                f"frozen weights as {self.kind} are rounded otherwise for {' than for '.join(runtimes)}, and the "
+                "self-test of a bundle holds for all of its runtimes: export a bundle of its own for each"
+            )
+        if self.kind not in RUNTIME_KINDS[runtimes[0]]:
+            raise UnsupportedError(
+                f"frozen weights as {self.kind} are not for executorch: XNNPACK multiplies float32 activations with "
+                "float32 weights only, and its integers want ranges known beforehand: use int8-static"
             )
 
     def check_clipping(self) -> None:
@@ -96,19 +110,10 @@ class Storage:
         """Of the self-test on other machines."""
         return 2e-2 if self.kind in ("int8-static", "int8-dynamic") else 1e-3
 
-    @property
-    def weights(self) -> Literal["float32", "float16", "int8"]:
-        """Of weights that the trunk does not hold, or that it only reads."""
-        if self.kind == "float16":
-            return "float16"
-        return "float32" if self.kind == "float32" else "int8"
 
-
-def quantized_names(frozen: Mapping[str, Tensor], storage: Storage) -> dict[str, str]:
-    """The frozen tensors that are rounded, with the dtype that they are stored in."""
-    if storage.weights == "float32":
-        return {}
-    return {name: storage.weights for name, tensor in frozen.items() if is_weight(tensor)}
+def quantized_names(frozen: Mapping[str, Tensor], kind: str) -> dict[str, str]:
+    """The frozen tensors that are rounded one by one, with the dtype that they are stored in."""
+    return {} if kind == "float32" else {name: kind for name, tensor in frozen.items() if is_weight(tensor)}
 
 
 def rounded(graph: TracedGraph, kind: str) -> TracedGraph:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,16 +18,18 @@ from edgetrain.export import joint, parity
 from edgetrain.export.calibration import Batch
 from edgetrain.export.errors import ToleranceError, UnsupportedError
 from edgetrain.export.joint import Problem, TracedGraph
-from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run
+from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering
 from edgetrain.export.parity import Expected, Reference
 from edgetrain.export.partition import FEATURES, Split, with_features
 from edgetrain.export.program import Translator, graph_entry, split_problem
-from edgetrain.export.quantize_trunk import quantize_trunk
-from edgetrain.export.storage import Storage, rounded, store
+from edgetrain.export.storage import Storage, is_weight, quantized_names, rounded
 from edgetrain.protocol.manifest import Graph, Program, StorageReport
 
 logger = logging.getLogger(__name__)
 
+# Kinds in which the trunk computes with integers.
+TRUNK_KINDS = ("int8-static", "int8-dynamic")
+_LOOKED_UP = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.add.Tensor)
 # The features of the example batch may be off by this share, or so many times as much as those of the calibration data,
 # before it is said.
 _OFF, _UNLIKE = 0.05, 2.0
@@ -41,6 +43,8 @@ class StoredProgram:
     # What torch computes for the rounded graphs at the initial parameters.
     expected: Reference
     notes: tuple[str, ...]
+    # Frozen tensors that are stored in fewer bytes, and as what.
+    quantized: dict[str, str]
 
 
 def make_stored_program(
@@ -58,12 +62,16 @@ def make_stored_program(
         ToleranceError: rounding changes the loss by more than is allowed.
         ParityError: a graph computes other numbers than torch.
     """
+    if not isinstance(lowering, StoringLowering):
+        raise UnsupportedError(
+            f"runtime {lowering.runtime!r} stores frozen weights as float32 only, not {storage.kind}"
+        )
     maker = _Maker(lowering, problem, storage, files)
     translator = Translator(lowering, problem)
     step = translator.trace(joint.trace_step)
     parity.prove_step(f"{lowering.runtime} (before rounding)", problem, step, torch_run(step), expected)
     parts = split_problem(step, problem)
-    if parts is None and storage.kind in ("int8-static", "int8-dynamic"):
+    if parts is None and storage.kind in TRUNK_KINDS:
         raise UnsupportedError(
             f"{storage.kind} quantizes the trunk, but nothing worth a trunk is frozen: use int8, which stores weights"
         )
@@ -74,8 +82,9 @@ def make_stored_program(
         evaluation = maker.write(whole, expected)
         after = _mean_loss(problem, calibration, evaluation, whole, None)
         unlike: tuple[str, ...] = ()
+        error = None
     else:
-        before, after, unlike = maker.write_parts(parts, expected, calibration)
+        before, after, error, unlike = maker.write_parts(parts, expected, calibration)
     maker.write(translator.trace(joint.trace_infer), expected)
     change = abs(after - before) / max(abs(before), 1e-12)
     report = StorageReport(
@@ -87,6 +96,7 @@ def make_stored_program(
         calibration_samples=len(calibration) * problem.example.micro_batch,
         loss_before=before,
         loss_after=after,
+        feature_error=error if storage.kind in TRUNK_KINDS else None,
     )
     if not change <= storage.max_loss_change:
         raise ToleranceError(
@@ -104,13 +114,27 @@ def make_stored_program(
         graphs=maker.graphs,
         storage=report,
     )
-    return StoredProgram(program, maker.reference, unlike)
+    return StoredProgram(program, maker.reference, unlike, _quantized(problem, lowering, parts, storage.kind))
+
+
+def _quantized(problem: Problem, lowering: StoringLowering, parts: Split | None, kind: str) -> dict[str, str]:
+    """Names of the frozen tensors that are stored in fewer bytes, with how."""
+    frozen = problem.prepared.frozen
+    if (weights := lowering.weights(kind)) != "float32" or parts is None:
+        return quantized_names(frozen, weights)
+    # Only layers that the head does not read: what the trunk looks up, or computes with otherwise, stays float32.
+    float32 = {str(node.target) for node in parts.head_step.module.graph.nodes if node.op == "get_attr"}
+    for node in parts.trunk.module.graph.nodes:
+        if node.op == "get_attr" and any(user.target in _LOOKED_UP for user in node.users):
+            float32.add(str(node.target))
+    names = {name: f"frozen_{name.replace('.', '_')}" for name, tensor in frozen.items() if is_weight(tensor)}
+    return {name: "int8" for name, attribute in names.items() if attribute not in float32}
 
 
 class _Maker:
     """Rounds, lowers, stores and proves graph by graph, and counts bytes."""
 
-    def __init__(self, lowering: Lowering, problem: Problem, storage: Storage, files: dict[str, bytes]) -> None:
+    def __init__(self, lowering: StoringLowering, problem: Problem, storage: Storage, files: dict[str, bytes]) -> None:
         self._lowering = lowering
         self._problem = problem
         self._storage = storage
@@ -122,9 +146,11 @@ class _Maker:
 
     def write(self, graph: TracedGraph, expected: Expected) -> Run:
         """One graph that is not the trunk, proven against itself in torch."""
-        graph = rounded(graph, self._storage.weights)
+        weights = self._lowering.weights(self._storage.kind)
+        if weights != "float32":
+            graph = rounded(graph, weights)
         lowered = self._lower(graph)
-        stored = replace(lowered, data=store(lowered.data, self._storage.weights))
+        stored = self._lowering.store(lowered, weights)
         run = self._lowering.load(stored)
         points = (expected.initial, expected.neighbour)
         initial, near = (parity.observe(self._problem, graph, torch_run(graph), point) for point in points)
@@ -141,8 +167,8 @@ class _Maker:
 
     def write_parts(
         self, parts: Split, expected: Expected, calibration: Sequence[Batch]
-    ) -> tuple[float, float, tuple[str, ...]]:
-        """Trunk and head. Returns the mean loss on the calibration data before and after, and notes."""
+    ) -> tuple[float, float, float, tuple[str, ...]]:
+        """Trunk and head. Returns the calibration data's mean loss before and after, the features' error, and notes."""
         problem, plain = self._problem, torch_run(parts.trunk)
         trunk = self._write_trunk(parts.trunk, calibration)
         features = trunk([tensor.numpy() for tensor in parts.trunk.example])
@@ -153,17 +179,17 @@ class _Maker:
         after = _mean_loss(problem, calibration, evaluate, parts.head_eval, (parts.trunk, trunk))
         example = (Batch(problem.example.leaves),)
         errors = [_feature_error(problem, batches, parts.trunk, plain, trunk) for batches in (calibration, example)]
-        return before, after, _unlike(*errors)
+        return before, after, errors[0], _unlike(*errors)
 
     def _write_trunk(self, trunk: TracedGraph, calibration: Sequence[Batch]) -> Run:
         kind = self._storage.kind
-        if kind in ("int8-static", "int8-dynamic"):
+        if kind in TRUNK_KINDS:
             lowered = self._lower(trunk)
             batches = [_leaves(self._problem, trunk, batch) for batch in calibration]
-            stored = replace(lowered, data=quantize_trunk(lowered.data, kind, batches))
+            stored = self._lowering.quantize_trunk(trunk, lowered, kind, batches)
         else:
             lowered = self._lower(rounded(trunk, kind))
-            stored = replace(lowered, data=store(lowered.data, kind))
+            stored = self._lowering.store(lowered, kind)
         self.trunk_bytes = len(lowered.data), len(stored.data)
         self._add(trunk, stored, len(lowered.data))
         return self._lowering.load(stored)

@@ -22,7 +22,7 @@ from edgetrain.export.calibration import Batch
 from edgetrain.export.decompositions import Decompositions
 from edgetrain.export.errors import ToleranceError, UnsupportedError
 from edgetrain.export.joint import Problem, TracedGraph
-from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run
+from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering, Weights
 from edgetrain.export.prepare import plain_math
 from edgetrain.export.storage import Storage, is_weight
 from edgetrain.protocol.int8 import nearest
@@ -99,6 +99,25 @@ class Int8Lowering:
         """One graph with other inputs."""
         lowered = self._lowering.lower(graph)
         return replace(lowered, data=_with_int8_inputs(lowered.data, self._names))
+
+    def weights(self, kind: str) -> Weights:
+        """As the lowering inside."""
+        return self._storing.weights(kind)
+
+    def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:
+        """As the lowering inside."""
+        return self._storing.store(lowered, kind)
+
+    def quantize_trunk(
+        self, trunk: TracedGraph, lowered: LoweredGraph, kind: str, batches: Sequence[Sequence[Array]]
+    ) -> LoweredGraph:
+        """As the lowering inside: a trunk takes no parameters."""
+        return self._storing.quantize_trunk(trunk, lowered, kind, batches)
+
+    @property
+    def _storing(self) -> StoringLowering:
+        assert isinstance(self._lowering, StoringLowering), "only onnxruntime takes int8 parameters"
+        return self._lowering
 
     def load(self, lowered: LoweredGraph) -> Run:
         """Takes the float32 parameters of the traced graph, which int8 must be able to hold."""

@@ -11,7 +11,7 @@ A bundle is a directory, or the same as one uncompressed zip (`.edge`). `manifes
 Versions: a reader refuses another major version and ignores fields that it does not know.
 
 Graph names: `step`, `eval`, `infer`, and, when parts are frozen or privacy is asked for, `trunk`, `head_step`,
-`head_eval`, `step_per_sample_clipped`.
+`head_eval`, `step_per_sample_clipped`, `training_module`.
 
 Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
 
@@ -24,6 +24,8 @@ Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
 - `head_step`: the parameters and scales, the features, further batch leaves, `weights` -> the outputs of `step`.
 - `head_eval`: the inputs of `head_step` -> the outputs of `eval`. A program whose frozen part is quantized has these
   three instead of `step` and `eval`: the features are then what the quantized trunk gives.
+- `training_module` (executorch only): the batch leaves that the graph needs, `weights` -> `loss_sum`, `weight_sum`, the
+  metrics; for ExecuTorch's TrainingModule, which holds the parameters, by name, and their gradients.
 - `step_per_sample_clipped`: the inputs of `step`, `clip_norm` (a scalar) -> the outputs of `step`, where each
   sample's gradient was clipped to that norm before the sum, then `norms` [B], the norms before clipping.
 """
@@ -109,6 +111,9 @@ class StorageReport(msgspec.Struct, frozen=True, kw_only=True):
     calibration_samples: int
     loss_before: float
     loss_after: float
+    # Root mean square of what integer arithmetic changes in the trunk's features, relative to them, on the same
+    # samples; None if the trunk computes in float32.
+    feature_error: float | None = None
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,13 +28,13 @@ from edgetrain.edge_client.runtimes.executorch_library import (
     set_threads,
 )
 from edgetrain.edge_client.runtimes.leaves import Array
+from edgetrain.edge_client.runtimes.parts import num_parameters
 from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, view
+from edgetrain.edge_client.runtimes.staging import READ_BEYOND
 from edgetrain.edge_client.runtimes.versions import check_minimum, parse_version
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Graph, Manifest, TensorSpec
 
-# XNNPACK reads up to this far beyond the end of an input.
-_OVERREAD = 64
 # What the kernels that read indices say when one is out of range.
 _BAD_INDEX = re.compile(
     r"operator aten::(embedding|gather|index|index_put|index_select|nll_loss\w*|scatter\w*)\.", re.IGNORECASE
@@ -107,9 +107,9 @@ class _ExecutorchGraph:
     ) -> None:
         self._program = program
         self._file = graph.file.file
-        self._manifest = manifest
         self._parameters: Vector | None = None
-        count = len(manifest.parameters)
+        count = num_parameters(manifest, graph)
+        self._entries = manifest.parameters[:count]
         for index, spec in enumerate(graph.inputs[count:], count):
             program.bind(index, leaves[spec.name], output=False)
         for index, array in enumerate(outputs):
@@ -118,9 +118,9 @@ class _ExecutorchGraph:
     def run(self, parameters: Parameters) -> None:
         """One call; see `BoundGraph`."""
         assert isinstance(parameters, np.ndarray), "refused when opened"
-        if parameters is not self._parameters:
+        if self._entries and parameters is not self._parameters:
             safe = _readable_beyond(parameters)
-            for index, entry in enumerate(self._manifest.parameters):
+            for index, entry in enumerate(self._entries):
                 self._program.bind(index, view(safe, entry), output=False)
             self._parameters = parameters if safe is parameters else None
         try:
@@ -134,9 +134,9 @@ class _ExecutorchGraph:
 def _readable_beyond(vector: Vector) -> Vector:
     """The vector, or a copy if it ends at the end of a page, behind which memory may not be readable."""
     end = vector.ctypes.data + vector.nbytes
-    if -end % mmap.PAGESIZE >= _OVERREAD:
+    if -end % mmap.PAGESIZE >= READ_BEYOND:
         return vector
-    return np.concatenate([vector, np.zeros(_OVERREAD // 4, np.float32)])[: vector.size]
+    return np.concatenate([vector, np.zeros(READ_BEYOND // 4, np.float32)])[: vector.size]
 
 
 def _check_tensors(file: str, what: str, found: tuple[TensorSpec, ...], declared: tuple[TensorSpec, ...]) -> None:
@@ -148,7 +148,7 @@ def _check_tensors(file: str, what: str, found: tuple[TensorSpec, ...], declared
 def _remedy(error: str) -> str:
     """What ExecuTorch says, each thing once, and what to do about it."""
     error = "; ".join(list(dict.fromkeys(part.strip() for part in error.split(";")))[:5]).removesuffix(".")
-    if re.search(r"unsupported_hardware|[Uu]nsupported hardware", error):
+    if re.search(r"unsupported_hardware|XnnpackBackend is not available", error):
         return (
             "XNNPACK does not know this processor (it wants SSE2 on x86, NEON on ARM): use another runtime, "
             f"e.g. --runtime onnxruntime. {error}"

@@ -19,6 +19,9 @@ from edgetrain.edge_client.runtimes.leaves import (
 )
 from edgetrain.protocol.manifest import CLIP_NORM, Manifest, Structure, TensorSpec
 
+# Some runtimes' kernels read up to so many bytes beyond an input.
+READ_BEYOND = 64
+
 
 class Staging:
     """The padded micro-batch: one array per leaf, by the leaf's name, and `weights`.
@@ -31,7 +34,7 @@ class Staging:
         self._spec = manifest.batch
         self._micro_batch = manifest.micro_batch
         specs = [*manifest.batch.inputs.leaves, *manifest.batch.targets.leaves, manifest.batch.weights]
-        self.arrays: dict[str, Array] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
+        self.arrays: dict[str, Array] = {spec.name: _zeros(spec) for spec in specs}
         self.specs: dict[str, TensorSpec] = {spec.name: spec for spec in specs}
         self._weights = self.arrays[manifest.batch.weights.name]
         self._clip_norm = self.arrays[CLIP_NORM] = np.ones((), np.float32)
@@ -40,7 +43,7 @@ class Staging:
     def add(self, specs: Sequence[TensorSpec]) -> None:
         """Adds buffers that a graph fills, for another one to read."""
         self.specs |= {spec.name: spec for spec in specs}
-        self.arrays |= {spec.name: np.zeros(spec.shape, spec.dtype) for spec in specs}
+        self.arrays |= {spec.name: _zeros(spec) for spec in specs}
 
     def fill(self, batch: Batch, weights: npt.NDArray[np.float32] | None) -> int:
         """Takes over a batch.
@@ -129,6 +132,12 @@ class Staging:
             raise DataError(f"weights: {len(weights)} weights for {count} samples")
         buffer[:count] = weights
         check_finite(spec, buffer[:count])
+
+
+def _zeros(spec: TensorSpec) -> Array:
+    """With memory behind the end that may be read, too."""
+    room = np.zeros(spec.nbytes + READ_BEYOND, np.uint8)
+    return room[: spec.nbytes].view(spec.dtype).reshape(spec.shape)
 
 
 def _check_shapes(structure: Structure, arrays: list[Array]) -> None:

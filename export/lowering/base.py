@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from edgetrain.export.decompositions import Decompositions
 from edgetrain.export.joint import TracedGraph
+from edgetrain.protocol.manifest import TensorSpec
 
 Array = npt.NDArray[np.generic]
+Weights = Literal["float32", "float16", "int8"]
+"""How frozen weights are stored one by one."""
+
 Run = Callable[[Sequence[Array]], list[Array]]
 """Runs a lowered graph: arrays in the order of its inputs -> arrays in the order of its outputs."""
 
@@ -28,6 +32,8 @@ class LoweredGraph:
     extra: dict[str, bytes] = field(default_factory=dict)
     # Bytes of activations that the runtime plans for one call, where the lowering knows it.
     planned_memory: int | None = None
+    # What is passed to it, if that is not all that the graph takes.
+    inputs: tuple[TensorSpec, ...] | None = None
 
 
 class Lowering(Protocol):
@@ -61,4 +67,42 @@ class Lowering(Protocol):
 
     def load(self, lowered: LoweredGraph) -> Run:
         """Loads a lowered graph in the real runtime, one thread, to prove it."""
+        ...
+
+
+@runtime_checkable
+class FurtherGraphs(Protocol):
+    """A lowering that makes more of the step than the step."""
+
+    def further_graphs(self, step: TracedGraph) -> Sequence[TracedGraph]:
+        """Graphs that compute what the step computes, under names of their own; they are lowered and proven too."""
+        ...
+
+
+@runtime_checkable
+class StoringLowering(Lowering, Protocol):
+    """A lowering that can store the frozen part in fewer bytes."""
+
+    def weights(self, kind: str) -> Weights:
+        """How weights are stored that are not in a quantized trunk, for a kind of `Storage`."""
+        ...
+
+    def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:
+        """The same program, with weights that were rounded to `kind` in fewer bytes and as exact."""
+        ...
+
+    def quantize_trunk(
+        self, trunk: TracedGraph, lowered: LoweredGraph, kind: str, batches: Sequence[Sequence[Array]]
+    ) -> LoweredGraph:
+        """The trunk in integer arithmetic.
+
+        Args:
+            trunk: the traced graph.
+            lowered: its program in float32.
+            kind: "int8-static" or "int8-dynamic".
+            batches: calibration data, the trunk's inputs in order.
+
+        Raises:
+            UnsupportedError: it cannot be quantized.
+        """
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,11 @@ from torch import fx
 from edgetrain.export.decompositions import Decompositions, for_onnx
 from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.joint import TracedGraph
-from edgetrain.export.lowering.base import Array, LoweredGraph, Run
+from edgetrain.export.lowering.base import Array, LoweredGraph, Run, Weights
 from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
+from edgetrain.export.quantize_trunk import quantize_trunk
 from edgetrain.export.quiet import quiet
+from edgetrain.export.storage import store
 
 OPSET = 18
 # Protobuf's limit for one message; larger models would need external data.
@@ -59,6 +62,23 @@ class OnnxLowering:
         if model.ByteSize() > MAX_MODEL_BYTES:
             raise UnsupportedError(f"graph {graph.name!r} is larger than the 2 GiB that one ONNX file can hold")
         return LoweredGraph(file=f"{graph.name}.onnx", data=model.SerializeToString(deterministic=True))
+
+    def weights(self, kind: str) -> Weights:
+        """Whatever is asked for; a quantized trunk's neighbours are stored as int8."""
+        if kind == "float16":
+            return "float16"
+        return "float32" if kind == "float32" else "int8"
+
+    def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:
+        """Initializers that are widened when the program is loaded."""
+        return replace(lowered, data=store(lowered.data, kind))
+
+    def quantize_trunk(
+        self, trunk: TracedGraph, lowered: LoweredGraph, kind: str, batches: Sequence[Sequence[Array]]
+    ) -> LoweredGraph:
+        """By onnxruntime's own tools; see `edgetrain.export.quantize_trunk`."""
+        del trunk
+        return replace(lowered, data=quantize_trunk(lowered.data, kind, batches))
 
     def load(self, lowered: LoweredGraph) -> Run:
         """An ordinary inference session."""

@@ -23,7 +23,7 @@ from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, Rou
 from edgetrain.coordinator.processes import spawn, stop
 from edgetrain.coordinator.serve import serve
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.export import export_bundle
+from edgetrain.export import Storage, export_bundle
 from edgetrain.models.registry import get_model
 from edgetrain.protocol.training import TrainingConfig
 from edgetrain.protocol.transport.mqtt import BrokerConfig
@@ -37,15 +37,20 @@ IMAGES = 24
 
 
 def export_bundles(folder: Path) -> list[Path]:
-    """A CNN and a small Transformer for both runtimes."""
+    """A CNN and a small Transformer for both runtimes; the CNN in parts, the frozen one in integers, for executorch."""
+    cnn = get_model("digits-cnn", batch_size=MICRO_BATCH)
     models = {
-        "digits-cnn": get_model("digits-cnn", batch_size=MICRO_BATCH),
-        "char-lm": get_model("char-lm", batch_size=2, width=32, layers=1, length=16),
+        "digits-cnn": (cnn, {"runtimes": RUNTIMES}),
+        "char-lm": (get_model("char-lm", batch_size=2, width=32, layers=1, length=16), {"runtimes": RUNTIMES}),
+        "digits-cnn-head": (
+            cnn,
+            {"runtimes": ("executorch",), "trainable": "head", "storage": Storage(kind="int8-static")},
+        ),
     }
     paths = []
-    for name, source in models.items():
+    for name, (source, options) in models.items():
         out = folder / f"{name}.edge"
-        export_bundle(*source, runtimes=RUNTIMES, out=out, name=name)
+        export_bundle(*source, out=out, name=name, **options)
         paths.append(out)
     return paths
 

@@ -230,6 +230,29 @@ def test_a_program_that_needs_an_absent_kernel_names_kernel_and_remedy(copied):
         open_session(copied, "executorch")
 
 
+def test_a_processor_that_xnnpack_does_not_know_is_named_with_the_remedy(tmp_path):
+    """The function by which XNNPACK asks for the processor says that it does not know it."""
+    source, library = tmp_path / "cpu.c", tmp_path / "cpu.so"
+    source.write_text("int cpuinfo_initialize(void) { return 0; }\n")
+    subprocess.run([executorch_build.find_compiler(), "-x", "c", "-shared", "-fPIC", "-o", library, source], check=True)
+    code = """
+import sys
+from edgetrain.edge_client import open_session
+from edgetrain.edge_client.errors import SessionError
+try:
+    open_session(sys.argv[1], "executorch")
+except SessionError as error:
+    print(error)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(cnn_bundle())],
+        capture_output=True, text=True, check=True,
+        env={**__import__("os").environ, "LD_PRELOAD": str(library)},
+    )  # fmt: skip
+    assert "XNNPACK does not know this processor" in ran.stdout
+    assert "--runtime onnxruntime" in ran.stdout
+
+
 def test_without_the_wheel_the_pip_line_is_named(monkeypatch):
     def nothing(name):
         raise PackageNotFoundError(name)

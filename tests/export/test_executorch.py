@@ -11,8 +11,10 @@ pytest.importorskip("executorch.exir")
 
 from edgetrain.export.errors import OperatorError
 from edgetrain.export.joint import TracedGraph
-from edgetrain.export.lowering import executorch, executorch_rewrite, get_lowering
+from edgetrain.export.lowering import get_lowering
 from edgetrain.export.lowering.base import LoweredGraph
+from edgetrain.export.lowering.executorch import compile as compiler
+from edgetrain.export.lowering.executorch import rewrite, rules
 from edgetrain.export.quiet import quiet
 from edgetrain.protocol.bundle import Bundle
 from support.executorch_bundles import cnn_bundle
@@ -46,7 +48,7 @@ def run_lowered(graph):
 def run_stock(graph):
     """Through ExecuTorch's own exporter, without our rules."""
     with quiet():
-        data, _ = executorch._compile(graph.module, graph.example)
+        data = compiler.compile_module(graph.module, graph.example).data
     run = get_lowering("executorch").load(LoweredGraph(file="stock.pte", data=data))
     return torch.from_numpy(run([t.numpy() for t in graph.example])[0])
 
@@ -76,7 +78,7 @@ def test_the_stock_kernel_of_the_max_pool_gradient_is_wrong_and_ours_is_right(po
     torch.testing.assert_close(ours, expected)
     # The stock kernel adds to memory that nobody cleared: every run finds the sums of those before.
     with quiet():
-        data, _ = executorch._compile(graph.module, graph.example)
+        data = compiler.compile_module(graph.module, graph.example).data
     run = get_lowering("executorch").load(LoweredGraph(file="stock.pte", data=data))
     arrays = [t.numpy() for t in graph.example]
     stock = [torch.from_numpy(run(arrays)[0]).clone() for _ in range(3)]
@@ -85,7 +87,7 @@ def test_the_stock_kernel_of_the_max_pool_gradient_is_wrong_and_ours_is_right(po
 
 def test_an_operator_whose_kernel_is_wrong_stops_the_export_with_its_name(pool_backward, monkeypatch):
     graph, _ = pool_backward
-    monkeypatch.delitem(executorch_rewrite._RULES, aten.max_pool2d_with_indices_backward.default)
+    monkeypatch.delitem(rules.RULES, aten.max_pool2d_with_indices_backward.default)
     with pytest.raises(OperatorError, match="max_pool2d_with_indices_backward.*wrong numbers"):
         get_lowering("executorch").lower(graph)
 
@@ -121,7 +123,7 @@ def test_attention_over_a_row_that_is_wholly_masked_gives_zeros_as_in_torch():
 def test_sums_are_products_with_ones(dims, keepdim):
     x = torch.randn(3, 8, 5, 7)
     graph = graph_of(aten.sum.dim_IntList, x, list(dims), keepdim)
-    module = executorch_rewrite.rewrite(graph)
+    module = rewrite.rewrite(graph)
     assert aten.bmm.default in {node.target for node in module.graph.nodes}
     torch.testing.assert_close(module(x)[0], x.sum(dims, keepdim), atol=1e-4, rtol=1e-5)
 
@@ -134,10 +136,27 @@ def test_what_is_frozen_is_computed_at_export_and_repeats_are_computed_once():
     graph.output((graph.call_function(aten.add.Tensor, tuple(twice)),))
     value = torch.randn(4, 4)
     traced = TracedGraph("step", fx.GraphModule(torch.nn.Module(), graph), (), (), (value,))
-    module = executorch_rewrite.rewrite(traced)
+    module = rewrite.rewrite(traced)
     targets = [node.target for node in module.graph.nodes if node.op == "call_function"]
     assert targets == [aten.mul.Tensor, aten.add.Tensor]
     torch.testing.assert_close(module(value)[0], 2 * value * (torch.eye(4) + 1))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_choice_by_a_known_condition_is_a_product(swapped):
+    """As the gradient of picking one token is traced, and a causal mask."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(aten.eq.Scalar, (graph.call_function(aten.arange.default, (5,)), 0))
+    other = graph.call_function(aten.full.default, ([5], 0.0 if swapped else -float("inf")))
+    chosen = graph.call_function(aten.where.self, (first, other, x) if swapped else (first, x, other))
+    graph.output((chosen if swapped else graph.call_function(aten._softmax.default, (chosen, -1, False)),))
+    value = torch.randn(3, 5)
+    x.meta["val"] = value
+    traced = TracedGraph("step", fx.GraphModule(torch.nn.Module(), graph), (), (), (value,))
+    module = rewrite.rewrite(traced)
+    assert aten.where.self not in {node.target for node in module.graph.nodes}
+    torch.testing.assert_close(module(value)[0], traced.module(value)[0])
 
 
 def test_the_program_of_the_manifest_says_what_it_needs():

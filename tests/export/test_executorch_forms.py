@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edgetrain.export.lowering import executorch_convolution as conv
-from edgetrain.export.lowering import executorch_decompositions as forms
-from edgetrain.export.lowering.executorch_pooling import max_pool, max_pool_backward
+from edgetrain.export.lowering.executorch import convolution as conv
+from edgetrain.export.lowering.executorch import decompositions as forms
+from edgetrain.export.lowering.executorch.layout import from_last, to_last
+from edgetrain.export.lowering.executorch.pooling import max_pool, max_pool_backward
 
 aten = torch.ops.aten
 
@@ -56,9 +57,9 @@ def test_convolution_and_both_gradients_match_autograd(name):
     grad = torch.randn_like(y)
     grad_x, grad_w = torch.autograd.grad(y, (x, w), grad)
     x32, w32, g32 = (t.detach().float() for t in (x, w, grad))
-    close(conv.convolution(x32, w32, geometry), y)
-    close(conv.weight_gradient(x32, g32, geometry), grad_w)
-    close(conv.input_gradient(g32, w32, geometry, x.shape[2:]), grad_x)
+    close(from_last(conv.convolution(to_last(x32), w32, geometry)), y)
+    close(conv.weight_gradient(to_last(x32), to_last(g32), geometry), grad_w)
+    close(from_last(conv.input_gradient(to_last(g32), w32, geometry, x.shape[2:])), grad_x)
 
 
 POOLS = list(
@@ -80,8 +81,8 @@ def test_max_pool_and_its_gradient_match_autograd_even_with_ties(kernel, stride,
     grad = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, x, grad)
     x32, settings = x.detach().float(), (kernel, stride, padding, dilation, ceil)
-    close(max_pool(x32, y.shape[2:], *settings), y, 0)
-    close(max_pool_backward(grad.float(), x32, *settings), expected)
+    close(from_last(max_pool(to_last(x32), y.shape[2:], *settings)), y, 0)
+    close(from_last(max_pool_backward(to_last(grad.float()), to_last(x32), *settings)), expected)
 
 
 def gradient(function, x, grad):

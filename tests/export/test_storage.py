@@ -126,8 +126,26 @@ def test_calibration_data_of_another_shape_is_refused(tmp_path):
         ({"storage": Storage(kind="int4")}, "only as: float32, float16, int8"),
         (
             {"storage": Storage(kind="int8"), "runtimes": ("onnxruntime", "torch")},
-            "for onnxruntime only, not for torch",
+            "for onnxruntime and executorch, not for torch",
         ),
+        (
+            {"storage": Storage(kind="int8-static"), "runtimes": ("onnxruntime", "executorch")},
+            "otherwise for onnxruntime than for executorch, .*a bundle of its own",
+        ),
+        (
+            {"storage": Storage(kind="int8"), "runtimes": ("executorch",)},
+            "not for executorch: XNNPACK multiplies float32.*use int8-static",
+        ),
+        (
+            {
+                "storage": Storage(kind="int8-static"),
+                "runtimes": ("executorch",),
+                "executorch_style": "training-module",
+            },
+            "TrainingModule runs the whole step",
+        ),
+        ({"executorch_style": "training-module"}, "needs the runtime executorch"),
+        ({"runtimes": ("executorch",), "executorch_style": "eager"}, "only: functional, training-module"),
         ({"storage": Storage(kind="int8"), "per_sample_clipping": True}, "per-sample clipping needs float32"),
         ({"storage": Storage(max_loss_change=0)}, "must be above 0"),
     ],

@@ -1,4 +1,4 @@
-"""Two small bundles for executorch, exported once per test run: lowering takes seconds."""
+"""Small bundles for executorch, exported once per test run: lowering takes seconds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edgetrain.export import export_bundle
+from edgetrain.export import Storage, export_bundle
 from edgetrain.models.losses import cross_entropy, token_cross_entropy
 from edgetrain.models.transformer import Block, init_transformer
+from support.frozen import cnn_data, frozen_cnn
 
 
 class SmallCnn(nn.Module):
@@ -76,8 +77,21 @@ def transformer_bundle() -> Path:
     return _export("transformer", *transformer_problem())
 
 
-def _export(name, module, loss, batch) -> Path:
+@cache
+def split_bundle() -> Path:
+    """A frozen CNN with two linear layers that learn, in parts; with a program for TrainingModule."""
+    return _export("split", *frozen_cnn(), trainable="last:2", executorch_style="training-module")
+
+
+@cache
+def int8_bundle() -> Path:
+    """The same with its trunk in integers."""
+    storage = Storage(kind="int8-static", calibration=cnn_data(22, seed=9))
+    return _export("int8", *frozen_cnn(), trainable="last:2", storage=storage)
+
+
+def _export(name, module, loss, batch, **options) -> Path:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="edgetrain-test-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return export_bundle(module, loss, batch, runtimes=("executorch",), out=folder / name, name=name)
+    return export_bundle(module, loss, batch, runtimes=("executorch",), out=folder / name, name=name, **options)

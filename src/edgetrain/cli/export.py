@@ -54,6 +54,13 @@ from edgetrain.cli.options import factory_options
     show_default=True,
     help="Fail if storing changes the loss on the calibration data by a larger share.",
 )
+@click.option(
+    "--executorch-style",
+    type=click.Choice(["functional", "training-module"]),
+    default="functional",
+    show_default=True,
+    help="training-module adds a program (.pte, .ptd) for ExecuTorch's own TrainingModule (docs/executorch.md).",
+)
 @click.option("--name", help="Name of the bundle. [default: MODEL]")
 @click.option("--task", help="For hf: models: classification, causal-lm, masked-lm or image-classification.")
 @click.option(
@@ -76,6 +83,7 @@ def command(
     trainable_storage: str,
     calibration: str | None,
     max_loss_change: float,
+    executorch_style: str,
     name: str | None,
     task: str | None,
     options: tuple[str, ...],
@@ -110,6 +118,7 @@ def command(
         per_sample_clipping=per_sample_clipping,
         split=split,
         storage=storage,
+        executorch_style=executorch_style,
         out=out or f"{title}.edge",
         name=title,
     )

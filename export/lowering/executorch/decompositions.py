@@ -1,7 +1,7 @@
 """Operators as others that XNNPACK runs, for the ExecuTorch lowering.
 
 XNNPACK has no comparison, no selection, no sum and no gather: masks are arithmetic here, picked classes are
-rows of a table, and sums are left to `executorch_rewrite`, which knows how to reduce by a matrix product.
+rows of a table, and sums are left to `reductions`, which knows how to reduce by a matrix product.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgetrain.export.before_autograd import COMPOSITES
 from edgetrain.export.decompositions import Decompositions, common
 
 aten = torch.ops.aten
@@ -37,6 +38,9 @@ def decompositions() -> Decompositions:
     table = common()
     for operator in _KEPT:
         table.pop(operator, None)
+    # Batch norms are not folded into convolutions that learn: more activations would come to lie on the kink of a relu.
+    attention = aten.scaled_dot_product_attention.default
+    table[attention] = COMPOSITES[attention]
     table |= {
         aten._log_softmax.default: log_softmax,  # noqa: SLF001
         aten._log_softmax_backward_data.default: log_softmax_backward,  # noqa: SLF001

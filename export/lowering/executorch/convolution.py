@@ -4,6 +4,9 @@ XNNPACK's convolutions want constant weights, but its batched product takes two 
 multiplied with the weights is a window view of the padded input, made by one `as_strided_copy`: ExecuTorch
 copies it in rows, several times faster than slices and a concatenation.
 
+Images are channels-last here: windows are then gathered in long runs, a product gives an image as it is, and sums over
+positions are products too. `rewrite` keeps them so from layer to layer.
+
 Shape letters: N samples, G groups, I and O channels in and out per group, K kernel positions, P output
 positions. Everything here is two-dimensional; a sequence is an image of height 1.
 """
@@ -37,38 +40,35 @@ class Windows:
         return max(0, -self.first), max(0, last + 1 - size)
 
 
-def windows(x: Tensor, rows: Windows, columns: Windows, groups: int, *, taps_first: bool) -> Tensor:
-    """Gathers windows of an image [N, C, H, W].
-
-    Returns:
-        [G, N*P, K*I], or with `taps_first` [G, K*I, N*P] where K and I are in the order I, K.
-    """
-    N, C = x.shape[:2]
-    if 1 < groups < C and not taps_first:
+def windows(x_NHWC: Tensor, rows: Windows, columns: Windows, groups: int) -> Tensor:
+    """Gathers windows of an image [N, H, W, G*I] -> [G, N*P, K*I]."""
+    N, _, _, C = x_NHWC.shape
+    if 1 < groups < C:
         # Too many axes for XNNPACK's tensors: one group after the other.
-        return torch.cat([windows(part, rows, columns, 1, taps_first=False) for part in torch.split(x, C // groups, 1)])
-    (top, bottom), (left, right) = rows.padding(x.shape[2]), columns.padding(x.shape[3])
+        parts = torch.split(x_NHWC, C // groups, 3)
+        return torch.cat([windows(part.contiguous(), rows, columns, 1) for part in parts])
     I, P, K = C // groups, rows.positions * columns.positions, rows.taps * columns.taps
-    if top or bottom or left or right:
-        x = aten.constant_pad_nd.default(x, [left, right, top, bottom])
-    if not taps_first:
-        x = x.permute(0, 2, 3, 1).contiguous()
-        n, h, w, c = x.stride()
-    else:
-        n, c, h, w = x.stride()
+    x, top, left = padded(x_NHWC, rows, columns)
+    n, h, w, c = x.stride()
     # First and last are counted in the padded image.
     start = (rows.first + top) * h + (columns.first + left) * w
-    group = (groups, I * c)
     sample = [(N, n), (rows.positions, rows.step * h), (columns.positions, columns.step * w)]
     taps = [(rows.taps, rows.spacing * h), (columns.taps, columns.spacing * w)]
-    axes = [group, (I, c), *taps, *sample] if taps_first else [group, *sample, *taps, (I, c)]
-    axes = _merge(axes)
+    axes = _merge([(groups, I * c), *sample, *taps, (I, c)])
     sizes, strides = [size for size, _ in axes], [stride for _, stride in axes]
     if start == 0 and _is_whole(x, sizes, strides):
         gathered = x
     else:
         gathered = aten.as_strided_copy.default(x, sizes, strides, start)
-    return gathered.reshape([groups, K * I, N * P] if taps_first else [groups, N * P, K * I])
+    return gathered.reshape([groups, N * P, K * I])
+
+
+def padded(x_NHWC: Tensor, rows: Windows, columns: Windows, value: float = 0.0) -> tuple[Tensor, int, int]:
+    """The image with all that windows reach, and how many rows and columns were put before it."""
+    (top, bottom), (left, right) = rows.padding(x_NHWC.shape[1]), columns.padding(x_NHWC.shape[2])
+    if top or bottom or left or right:
+        x_NHWC = aten.constant_pad_nd.default(x_NHWC, [0, 0, left, right, top, bottom], value)
+    return x_NHWC, top, left
 
 
 def _merge(axes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -94,14 +94,25 @@ def _is_whole(x: Tensor, sizes: Sequence[int], strides: Sequence[int]) -> bool:
     return expected == x.numel()
 
 
-def taps(x: Tensor, rows: Windows, columns: Windows) -> list[Tensor]:
-    """What each kernel position sees of an image [N, H, W, C]: [N, rows, columns, C] each."""
-    N, H, W, C = x.shape
-    (top, bottom), (left, right) = rows.padding(H), columns.padding(W)
-    if top or bottom or left or right:
-        x = aten.constant_pad_nd.default(x, [0, 0, left, right, top, bottom])
+def taps(x_NHWC: Tensor, rows: Windows, columns: Windows, value: float = 0.0) -> list[Tensor]:
+    """What each kernel position sees of an image [N, H, W, C], `value` outside of it: [N, rows, columns, C] each."""
+    x, top, left = padded(x_NHWC, rows, columns, value)
+    if rows.step == columns.step == 1:
+        # Slices stay within the delegate.
+        found = []
+        across = [
+            x[:, :, columns.first + left + j * columns.spacing :][:, :, : columns.positions].contiguous()
+            for j in range(columns.taps)
+        ]
+        for i in range(rows.taps):
+            start = rows.first + top + i * rows.spacing
+            found += [part[:, start : start + rows.positions].contiguous() for part in across]
+        return found
     n, h, w, _ = x.stride()
-    sizes, strides = [N, rows.positions, columns.positions, C], [n, rows.step * h, columns.step * w, 1]
+    sizes, strides = (
+        [x.shape[0], rows.positions, columns.positions, x.shape[3]],
+        [n, rows.step * h, columns.step * w, 1],
+    )
     starts = [
         (rows.first + top + i * rows.spacing) * h + (columns.first + left + j * columns.spacing) * w
         for i in range(rows.taps)
@@ -112,26 +123,26 @@ def taps(x: Tensor, rows: Windows, columns: Windows) -> list[Tensor]:
     return [aten.as_strided_copy.default(x, sizes, strides, start) for start in starts]
 
 
-def multiply_channels(x: Tensor, weight_KC: Tensor, rows: Windows, columns: Windows) -> Tensor:
-    """Windows of each channel times its own weights [K, C], summed over the taps -> [N, C, rows, columns].
+def multiply_channels(x_NHWC: Tensor, weight_KC: Tensor, rows: Windows, columns: Windows) -> Tensor:
+    """Windows of each channel times its own weights [K, C], summed over the taps -> [N, rows, columns, C].
 
     A matrix product would have a single column per channel; multiplying and adding whole images is faster.
     """
-    image = x.permute(0, 2, 3, 1).contiguous()
     total: Tensor | None = None
-    for k, tap in enumerate(taps(image, rows, columns)):
+    for k, tap in enumerate(taps(x_NHWC, rows, columns)):
         product = tap * weight_KC[k : k + 1]
         total = product if total is None else total + product
     assert total is not None
-    return total.permute(0, 3, 1, 2).contiguous()
+    return total
 
 
-def multiply(x: Tensor, weight_GKO: Tensor, rows: Windows, columns: Windows) -> Tensor:
-    """Windows times weights [G, K*I, O] -> image [N, G*O, rows, columns]."""
-    N, G, O = x.shape[0], weight_GKO.shape[0], weight_GKO.shape[2]
-    product = torch.bmm(windows(x, rows, columns, G, taps_first=False), weight_GKO)
-    image = product.reshape(G, N, rows.positions * columns.positions, O).permute(1, 0, 3, 2)
-    return image.reshape(N, G * O, rows.positions, columns.positions)
+def multiply(x_NHWC: Tensor, weight_GKO: Tensor, rows: Windows, columns: Windows) -> Tensor:
+    """Windows times weights [G, K*I, O] -> image [N, rows, columns, G*O]."""
+    N, G, O = x_NHWC.shape[0], weight_GKO.shape[0], weight_GKO.shape[2]
+    product = torch.bmm(windows(x_NHWC, rows, columns, G), weight_GKO)
+    if G > 1:
+        product = product.permute(1, 0, 2)
+    return product.reshape(N, rows.positions, columns.positions, G * O)
 
 
 @dataclass(frozen=True)
@@ -148,60 +159,53 @@ class Geometry:
         """Whether each channel has weights of its own and nothing else."""
         return self.groups == weight.shape[0] and weight.shape[1] == 1 and self.groups > 1
 
-    def forward(self, positions: Sequence[int]) -> list[Windows]:
-        """What each output position reads."""
-        return [
-            Windows(-padding, stride, dilation, kernel, count)
-            for padding, stride, dilation, kernel, count in zip(
-                self.padding, self.stride, self.dilation, self.kernel, positions, strict=True
-            )
-        ]
+    def forward(self, positions: Sequence[int]) -> tuple[Windows, Windows]:
+        """What each output row reads, and each column."""
+        rows, columns = (
+            Windows(-self.padding[i], self.stride[i], self.dilation[i], self.kernel[i], positions[i]) for i in range(2)
+        )
+        return rows, columns
 
 
-def convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """[N, G*I, H, W] with weights [G*O, I, kh, kw] -> [N, G*O, H', W']."""
+def convolution(x_NHWC: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """[N, H, W, G*I] with weights [G*O, I, kh, kw] -> [N, H', W', G*O]."""
     G, (O, I) = geometry.groups, weight.shape[:2]
     positions = [
-        (x.shape[2 + i] + 2 * geometry.padding[i] - geometry.dilation[i] * (geometry.kernel[i] - 1) - 1)
+        (x_NHWC.shape[1 + i] + 2 * geometry.padding[i] - geometry.dilation[i] * (geometry.kernel[i] - 1) - 1)
         // geometry.stride[i]
         + 1
         for i in range(2)
     ]
     K = math.prod(geometry.kernel)
     if geometry.depthwise(weight):
-        return multiply_channels(x, weight.reshape(O, K).permute(1, 0), *geometry.forward(positions))
+        return multiply_channels(x_NHWC, weight.reshape(O, K).permute(1, 0), *geometry.forward(positions))
     matrix = weight.reshape(G, O // G, I, K).permute(0, 3, 2, 1).reshape(G, K * I, O // G)
-    return multiply(x, matrix, *geometry.forward(positions))
+    return multiply(x_NHWC, matrix, *geometry.forward(positions))
 
 
-def weight_gradient(x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
-    """[G*O, I, kh, kw] from the input and the gradient of the output [N, G*O, H', W']."""
-    G, N = geometry.groups, x.shape[0]
-    O, I, P = grad.shape[1] // G, x.shape[1] // G, math.prod(grad.shape[2:])
+def weight_gradient(x_NHWC: Tensor, grad_NHWC: Tensor, geometry: Geometry) -> Tensor:
+    """[G*O, I, kh, kw] from the input and the gradient of the output [N, H', W', G*O]."""
+    G, (N, H, W, C) = geometry.groups, grad_NHWC.shape
+    O, I, P, K = C // G, x_NHWC.shape[3] // G, H * W, math.prod(geometry.kernel)
     if I == 1 and O == 1 and G > 1:
-        image = x.permute(0, 2, 3, 1).contiguous()
-        channels = grad.permute(0, 2, 3, 1).contiguous()
         ones = ones_like_row(N * P)
         sums = [
-            torch.bmm(ones, (tap * channels).reshape(1, N * P, G))
-            for tap in taps(image, *geometry.forward(grad.shape[2:]))
+            torch.bmm(ones, (tap * grad_NHWC).reshape(1, N * P, G)) for tap in taps(x_NHWC, *geometry.forward((H, W)))
         ]
         return torch.cat(sums, 1).reshape(-1, G).permute(1, 0).reshape(G, 1, *geometry.kernel)
-    rows, columns = geometry.forward(grad.shape[2:])
-    gathered = windows(x, rows, columns, G, taps_first=True)
-    right = grad.reshape(N, G, O, P).permute(1, 0, 3, 2).reshape(G, N * P, O)
-    product = torch.bmm(gathered, right)
-    return product.permute(0, 2, 1).reshape(G * O, I, *geometry.kernel)
+    left = grad_NHWC.reshape(N * P, G, O).permute(1, 2, 0)
+    product = torch.bmm(left, windows(x_NHWC, *geometry.forward((H, W)), G))
+    return product.reshape(G * O, K, I).permute(0, 2, 1).reshape(G * O, I, *geometry.kernel)
 
 
-def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: Sequence[int]) -> Tensor:
-    """[N, G*I, *size] from the gradient of the output and weights [G*O, I, kh, kw]: a transposed convolution.
+def input_gradient(grad_NHWC: Tensor, weight: Tensor, geometry: Geometry, size: Sequence[int]) -> Tensor:
+    """[N, *size, G*I] from the gradient of the output and weights [G*O, I, kh, kw]: a transposed convolution.
 
     Input positions fall into stride x stride classes; each class is met by a subset of the kernel, at unit
     steps, so no product is spent on zeros.
     """
     G, (O, I) = geometry.groups, weight.shape[:2]
-    N = grad.shape[0]
+    N = grad_NHWC.shape[0]
     kernel = weight.reshape(G, O // G, I, *geometry.kernel)
     counts = [-(-size[i] // geometry.stride[i]) for i in range(2)]
     classes = []
@@ -209,31 +213,31 @@ def input_gradient(grad: Tensor, weight: Tensor, geometry: Geometry, size: Seque
         for column in range(geometry.stride[1]):
             found = [_class(geometry, i, offset, counts[i]) for i, offset in ((0, row), (1, column))]
             if any(part is None for part in found):
-                classes.append(torch.zeros(N, G * I, *counts))
+                classes.append(torch.zeros(N, *counts, G * I))
                 continue
             (rows, row_taps), (columns, column_taps) = (part for part in found if part is not None)
             part = kernel[:, :, :, row_taps[0] : row_taps[-1] + 1 : _gap(row_taps)]
             part = part[:, :, :, :, column_taps[0] : column_taps[-1] + 1 : _gap(column_taps)]
             if geometry.depthwise(weight):
                 matrix = _flip(part).reshape(G, len(row_taps) * len(column_taps)).permute(1, 0)
-                classes.append(multiply_channels(grad, matrix, rows, columns))
+                classes.append(multiply_channels(grad_NHWC, matrix, rows, columns))
                 continue
             # Windows run upwards in the gradient, which is downwards in the kernel.
             matrix = _flip(part).permute(0, 3, 4, 1, 2)
             matrix = matrix.reshape(G, math.prod(matrix.shape[1:4]), I)
-            classes.append(multiply(grad, matrix, rows, columns))
+            classes.append(multiply(grad_NHWC, matrix, rows, columns))
     if len(classes) == 1:
         return classes[0]
     whole = interleave(classes, geometry.stride)
-    return whole[:, :, : size[0], : size[1]]
+    return whole[:, : size[0], : size[1]]
 
 
 def interleave(parts: Sequence[Tensor], stride: Sequence[int]) -> Tensor:
-    """Images [N, C, H, W], one per residue class, row by row -> [N, C, H*stride, W*stride]."""
-    N, C, H, W = parts[0].shape
-    stacked = torch.cat([part.reshape(1, N * C, H, W) for part in parts])
-    stacked = stacked.reshape(*stride, N * C, H, W).permute(2, 3, 0, 4, 1)
-    return stacked.reshape(N, C, H * stride[0], W * stride[1])
+    """Images [N, H, W, C], one per residue class, row by row -> [N, H*stride, W*stride, C]."""
+    N, H, W, C = parts[0].shape
+    stacked = torch.cat([part.reshape(1, N * H, W, C) for part in parts])
+    stacked = stacked.reshape(*stride, N * H, W, C).permute(2, 0, 3, 1, 4)
+    return stacked.reshape(N, H * stride[0], W * stride[1], C)
 
 
 def _class(geometry: Geometry, i: int, offset: int, count: int) -> tuple[Windows, list[int]] | None:

@@ -1,0 +1,122 @@
+"""A rewritten graph to the bytes of a program: delegated, put in order, its memory planned, its kernels checked."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._export import utils as export_utils
+from torch.fx.traceback import NodeSource
+
+from edgetrain.export.errors import OperatorError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program."""
+
+    data: bytes
+    # Bytes that it plans for one call. What XNNPACK takes for itself comes on top.
+    planned: int
+    # External tensors by file name without its ending, if any.
+    external: dict[str, bytes]
+
+
+def compile_module(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Compiled:
+    """The program of a graph.
+
+    Raises:
+        OperatorError: ExecuTorch has no kernel for it.
+    """
+    return emit(delegate(module, example))
+
+
+def delegate(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """ExecuTorch's edge program with all that XNNPACK takes given to it."""
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower  # noqa: PLC0415
+
+    from edgetrain.export.lowering.executorch.order import put_in_order  # noqa: PLC0415
+    from edgetrain.export.lowering.executorch.partition import partitioner  # noqa: PLC0415
+
+    edge = to_edge_transform_and_lower(
+        torch.export.export(module, example, strict=False),
+        partitioner=[partitioner()],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+    )
+    put_in_order(edge.exported_program().graph_module)
+    return edge
+
+
+def emit(edge: Any, *, external_weights: bool = False) -> Compiled:
+    """The bytes of an edge program.
+
+    Args:
+        edge: as `delegate` gives it.
+        external_weights: parameters that have a gradient go to a file of their own.
+
+    Raises:
+        OperatorError: ExecuTorch has no kernel for it.
+    """
+    from executorch.exir import ExecutorchBackendConfig  # noqa: PLC0415
+    from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite, greedy  # noqa: PLC0415
+    from executorch.exir.passes import MemoryPlanningPass  # noqa: PLC0415
+
+    from edgetrain.export.lowering.executorch.memory import best_fit  # noqa: PLC0415
+
+    # Inputs are the caller's memory, but for parameters that the program holds, which count as inputs too. Outputs
+    # would be the caller's as well, but the stock Module of phone apps cannot say where.
+    planning = MemoryPlanningPass(
+        memory_planning_algo=MemoryPlanningAlgorithmSuite([greedy, best_fit]),
+        alloc_graph_input=external_weights,
+        alloc_graph_output=True,
+    )
+    config = ExecutorchBackendConfig(memory_planning_pass=planning, external_mutable_weights=external_weights)
+    try:
+        program = edge.to_executorch(config)
+    except RuntimeError as error:
+        missing = re.search(r"Missing out variants: \W*([\w:.]+)", str(error))
+        if missing:
+            raise OperatorError(missing[1], "ExecuTorch has no kernel for it") from error
+        raise
+    plan = program.executorch_program.execution_plan[0]
+    _check_kernels(plan)
+    external = {name: bytes(data) for name, data in program._tensor_data.items()}  # noqa: SLF001
+    return Compiled(program.buffer, sum(plan.non_const_buffer_sizes), external)
+
+
+def _check_kernels(plan: Any) -> None:
+    from executorch.extension.pybindings.portable_lib import _get_operator_names  # noqa: PLC0415
+
+    known = set(_get_operator_names())
+    for operator in plan.operators:
+        name = f"{operator.name}.{operator.overload}" if operator.overload else operator.name
+        if name not in known:
+            raise OperatorError(name, "ExecuTorch has no kernel for it")
+
+
+@contextmanager
+def quicker() -> Iterator[None]:
+    """Without what dozens of passes repeat: copying what nodes were made from, reading a registry of all operators."""
+    original = NodeSource.__init__
+
+    def forget(self: NodeSource, *_args: Any, **_options: Any) -> None:
+        self.pass_name, self.action, self.from_node = "", [], []
+        self.node_info = self._dict = self._action_string = None
+
+    register = export_utils._materialize_cpp_cia_ops  # noqa: SLF001
+    register()
+    NodeSource.__init__ = forget  # type: ignore[method-assign]
+    export_utils._materialize_cpp_cia_ops = lambda: None  # noqa: SLF001
+    try:
+        yield
+    finally:
+        NodeSource.__init__ = original  # type: ignore[method-assign]
+        export_utils._materialize_cpp_cia_ops = register  # noqa: SLF001

@@ -1,0 +1,182 @@
+"""Graphs to ExecuTorch programs (.pte) on XNNPACK."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from edgetrain.export.decompositions import Decompositions
+from edgetrain.export.errors import OperatorError, UnsupportedError
+from edgetrain.export.joint import TracedGraph
+from edgetrain.export.lowering.base import Array, LoweredGraph, Run
+from edgetrain.export.lowering.executorch import training_module
+from edgetrain.export.lowering.executorch.compile import compile_module, quicker
+from edgetrain.export.lowering.executorch.decompositions import decompositions
+from edgetrain.export.lowering.executorch.diagnosis import differs, wrong_operator
+from edgetrain.export.lowering.executorch.rewrite import contiguous, rewrite
+from edgetrain.export.quiet import quiet
+
+VERSION = "1.5"
+# Share of the features by which two roundings to int8 may differ.
+ROUNDING = 0.01
+
+
+STYLES = ("functional", "training-module")
+
+
+class ExecutorchLowering:
+    """See `edgetrain.export.lowering.base`.
+
+    Args:
+        style: "functional"; with "training-module" a program for ExecuTorch's own TrainingModule is added.
+    """
+
+    runtime = "executorch"
+    minimum_version = VERSION
+
+    def __init__(self, style: str = "functional") -> None:
+        if style not in STYLES:
+            raise UnsupportedError(f"there is no executorch style {style!r}, only: {', '.join(STYLES)}")
+        self._style = style
+
+    def available(self) -> str | None:
+        """None, or what to install."""
+        try:
+            found = version("executorch")
+        except PackageNotFoundError:
+            return "executorch is not installed: pip install 'edgetrain[export]'"
+        if not found.startswith(f"{VERSION}.") or importlib.util.find_spec("executorch.exir") is None:
+            return f"export needs executorch {VERSION} whole, here is {found}: pip install 'executorch~={VERSION}.0'"
+        return None
+
+    def decompositions(self) -> Decompositions:
+        """Forms that XNNPACK runs."""
+        return decompositions()
+
+    def lower(self, graph: TracedGraph) -> LoweredGraph:
+        """Rewrites for XNNPACK, delegates what it takes, plans the memory of the rest, and tries it.
+
+        Raises:
+            OperatorError: no kernel, or one that computes other numbers than torch.
+        """
+        graph = contiguous(graph)
+        with quiet(), quicker(), torch.no_grad():
+            module = rewrite(graph)
+            if graph.name == training_module.NAME:
+                return training_module.lower(module, graph.example, graph)
+            compiled = compile_module(module, graph.example)
+            self._prove(graph.module, module, graph.example, compiled.data)
+        return LoweredGraph(file=f"{graph.name}.pte", data=compiled.data, planned_memory=compiled.planned)
+
+    def load(self, lowered: LoweredGraph) -> Run:
+        """ExecuTorch's own bindings."""
+        if lowered.file == training_module.PROGRAM:
+            with quiet():
+                return training_module.load(lowered)
+        run_tensors = _load(lowered.data)
+
+        def run(arrays: Sequence[Array]) -> list[Array]:
+            outputs = run_tensors([torch.from_numpy(array) for array in arrays])
+            return [np.asarray(output) for output in outputs]
+
+        return run
+
+    def further_graphs(self, step: TracedGraph) -> tuple[TracedGraph, ...]:
+        """What is made of the step beside it."""
+        return (training_module.named(step),) if self._style == "training-module" else ()
+
+    def weights(self, kind: str) -> Literal["float32"]:
+        """Constants of XNNPACK's float32 operators are float32: nothing is rounded outside a quantized trunk."""
+        del kind
+        return "float32"
+
+    def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:
+        """As it is."""
+        del kind
+        return lowered
+
+    def quantize_trunk(
+        self, trunk: TracedGraph, lowered: LoweredGraph, kind: str, batches: Sequence[Sequence[Array]]
+    ) -> LoweredGraph:
+        """The trunk in int8 arithmetic; see `executorch.quantize`.
+
+        Raises:
+            UnsupportedError: it has no layer that can be quantized, or XNNPACK's integers are not torch's.
+        """
+        from edgetrain.export.lowering.executorch.quantize import quantized_module  # noqa: PLC0415  # slow to import
+
+        del lowered
+        assert kind == "int8-static"
+        trunk = contiguous(trunk)
+        tensors = [[torch.from_numpy(array) for array in batch] for batch in batches]
+        with quiet(), quicker(), torch.no_grad():
+            module = quantized_module(trunk, tensors)
+            if module is None:
+                raise UnsupportedError(
+                    "the trunk has no convolution and no linear layer: int8-static would change nothing, leave it out"
+                )
+            compiled = compile_module(module, trunk.example)
+            _compare(trunk.module(*trunk.example), module(*trunk.example), _load(compiled.data)(trunk.example))
+        return LoweredGraph(file=f"{trunk.name}.pte", data=compiled.data, planned_memory=compiled.planned)
+
+    def _prove(self, traced: fx.GraphModule, rewritten: fx.GraphModule, example: Sequence[Tensor], data: bytes) -> None:
+        expected = traced(*example)
+        run = _load(data)
+        run(example)
+        # The second run works in memory that the first has used, as every later one will.
+        got = run(example)
+        # On the kink of a relu, what was traced and what it was rewritten to may already differ in torch.
+        for right in (expected, rewritten(*example)):
+            if not any(differs(result, value) for result, value in zip(got, right, strict=True)):
+                return
+
+        def compile_(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+            return _load(compile_module(module, tuple(inputs)).data)
+
+        operator = wrong_operator(rewritten, example, compile_)
+        if operator is not None:
+            raise OperatorError(operator, f"the kernel of executorch {version('executorch')} gives wrong numbers")
+
+
+def _compare(exact: Sequence[Tensor], reference: Sequence[Tensor], got: Sequence[Tensor]) -> None:
+    """Whether the program is as near to the float trunk as torch's own integers are.
+
+    Raises:
+        UnsupportedError: it is not: a kernel computes something else.
+    """
+    wanted, found = _distance(reference, exact), _distance(got, exact)
+    if not found <= 2 * wanted + ROUNDING:
+        raise UnsupportedError(
+            f"the int8 trunk is off by {found:.1%} on executorch, by {wanted:.1%} in torch's reference of the same "
+            "integers: a kernel is wrong. Use float32, or the runtime onnxruntime"
+        )
+
+
+def _distance(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Root mean square of the differences, relative."""
+    error = sum(float((g.double() - e.double()).square().sum()) for g, e in zip(got, exact, strict=True))
+    energy = sum(float(e.double().square().sum()) for e in exact)
+    return float((error / energy) ** 0.5) if energy else float(error > 0)
+
+
+def _load(data: bytes) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    with quiet():
+        from executorch.extension.pybindings.portable_lib import (  # noqa: PLC0415
+            _load_for_executorch_from_buffer,
+        )
+
+        module = _load_for_executorch_from_buffer(data)
+
+    def run(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        # The module reads from the bytes for as long as it lives, and does not hold them.
+        assert data
+        outputs: Sequence[Tensor] = module.run_method("forward", list(tensors))
+        return outputs
+
+    return run
