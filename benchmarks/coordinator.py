@@ -58,6 +58,7 @@ from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import SigningKey, seal, unseal
 from edgetrain.protocol.training import TrainingConfig
 from edgetrain.protocol.transport import MemoryBroker
+from edgetrain.protocol.transport.connection import RECEIVE_MAXIMUM_OF_MANY
 from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport
 
 Result = dict[str, Any]
@@ -82,7 +83,8 @@ def main() -> None:
         "fold": [lambda codec=codec: apart(fold, codec, arguments.updates, n) for codec in (TOPK, DENSE)],
         "robust": [lambda name=name: apart(robust, name, arguments.clients, n) for name in ("trimmed-mean", "krum")],
         "broker": [
-            lambda size=size, codec=codec: apart(through_broker, size, codec, 3000)
+            lambda size=size, codec=codec, workers=workers: apart(through_broker, size, codec, 3000, workers)
+            for workers in ("", "processes:1", "processes:2")
             for size, codec in ((12_000, PACKED), (12_700, DENSE), (640_000, TOPK))
         ],
         "overhead": [lambda size=size: apart(overhead, size) for size in (38_000, n)],
@@ -198,7 +200,7 @@ def through_broker(size: int, codec: str, updates: int, workers: str = "") -> Re
     costs next to nothing.
     """
     port = free_port()
-    broker = Mosquitto(port)
+    broker = Mosquitto(port, in_flight=RECEIVE_MAXIMUM_OF_MANY)
     try:
         with tempfile.TemporaryDirectory() as folder:
             context = multiprocessing.get_context("spawn")
@@ -213,7 +215,7 @@ def through_broker(size: int, codec: str, updates: int, workers: str = "") -> Re
     rate, bare = updates / result["seconds"], updates / received
     return {"codec": codec, "parameters": size, "updates": updates, "update_bytes": result["update_bytes"],
             "workers": workers, "updates_per_second": round(rate), "paho_updates_per_second": round(bare),
-            "ratio": round(rate / bare, 2)}  # fmt: skip
+            "ratio": round(rate / bare, 2), "processor_us_per_update": round(result["processor_us"])}  # fmt: skip
 
 
 def accept_all(folder: Path, port: int, size: int, codec: str, updates: int, workers: str, driver: Any) -> Result:
@@ -222,21 +224,25 @@ def accept_all(folder: Path, port: int, size: int, codec: str, updates: int, wor
         folder, size, codec=codec, broker=BrokerConfig(host="127.0.0.1", port=port), workers=workers,
         rounds=RoundsConfig(total=1, goal=updates, gather_seconds=300.0, deadline_seconds=300.0),
     )  # fmt: skip
-    transport = MqttTransport(config.broker, client_id="coordinator")
+    transport = MqttTransport(config.broker, client_id="coordinator", most_received=RECEIVE_MAXIMUM_OF_MANY)
     times: list[float] = []
+    # Of this process, without its workers.
+    processor: list[float] = []
 
     def observe(event: events.Event) -> None:
         if isinstance(event, events.RoundStarted):
             driver.send("go")
         elif isinstance(event, events.UpdateAccepted):
             times.append(time.perf_counter())
+            processor.append(time.process_time())
 
     coordinator = Coordinator(config, bundle=bundle, transport=transport, directory=directory, observe=observe)
     coordinator.run()
     transport.close()
     directory.close()
     started, update_bytes = driver.recv()
-    return {"seconds": times[-1] - started, "update_bytes": update_bytes}
+    return {"seconds": times[-1] - started, "update_bytes": update_bytes,
+            "processor_us": 1e6 * (processor[-1] - processor[0]) / len(processor)}  # fmt: skip
 
 
 def receive_all(port: int, updates: int, driver: Any) -> float:

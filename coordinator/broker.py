@@ -80,11 +80,12 @@ class Mosquitto:
     Args:
         port: to listen on, on the loopback interface.
         settings: further lines for mosquitto.conf.
+        in_flight: messages that it sends ahead of their acknowledgements; clients of MQTT 5 may take fewer, others not.
     """
 
     mqtt_version: Literal["auto", "3.1.1"] = "auto"
 
-    def __init__(self, port: int, *, settings: str = "") -> None:
+    def __init__(self, port: int, *, settings: str = "", in_flight: int = 64) -> None:
         self.port = port
         program = find_mosquitto()
         if program is None:
@@ -96,7 +97,7 @@ class Mosquitto:
         log = Path(self._directory.name) / "mosquitto.log"
         config.write_text(
             f"listener {port} {HOST}\nallow_anonymous true\npersistence false\n"
-            f"max_queued_messages 0\nmax_inflight_messages 64\nset_tcp_nodelay true\n{settings}",
+            f"max_queued_messages 0\nmax_inflight_messages {in_flight}\nset_tcp_nodelay true\n{settings}",
             encoding="ascii",
         )
         with log.open("wb") as output:

@@ -143,6 +143,7 @@ def assemble(
         transport=transport,
         listener=uploads,
         max_update_bytes=max_update_bytes,
+        clock=clock,
     )
     uploads.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
     intake = Intake(

@@ -31,6 +31,7 @@ from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.names import check_name
+from edgetrain.protocol.transport.connection import RECEIVE_MAXIMUM_OF_MANY
 from edgetrain.protocol.transport.mqtt import MqttTransport
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
             stack.callback(start_broker(config.start_broker, port=config.broker.port).stop)
         # One coordinator per run directory: the broker's session is the run's.
         client_id = f"edgetrain/{config.federation}/coordinator/{directory.run.hex()[:8]}"
-        transport = MqttTransport(config.broker, client_id=client_id)
+        transport = MqttTransport(config.broker, client_id=client_id, most_received=RECEIVE_MAXIMUM_OF_MANY)
         stack.callback(transport.close)
         told = stack.enter_context(
             observers(config.observability, federation=config.federation, directory=directory.path, also=observe)

@@ -1,9 +1,9 @@
 """Scaled dot-product attention with a backward pass of few sweeps over the scores.
 
 A score matrix is the largest tensor of a Transformer's step. Autograd on the plain formula scales queries and keys,
-looks for rows that are masked whole by comparing and choosing, and needs the sum of dP * P for the softmax. Here the
-queries alone are scaled, rows without any key are zeroed in the output, which is smaller, and that sum is taken as the
-one of dO * O (Dao et al. 2022, "FlashAttention", section 3.1), smaller too.
+looks for rows that are masked whole by comparing and choosing, and needs the sum of dP * P for the softmax. Here
+the queries alone are scaled, rows without any key are zeroed in the output, which is smaller, and that sum is taken as
+the one of dO * O (Dao et al. 2022, "FlashAttention", section 3.1), smaller too.
 
 Shape letters: T target and S source positions, K width of a head; dimensions before are the batch.
 """
@@ -24,14 +24,15 @@ _LOWEST = -1e30
 
 
 class Attention(torch.autograd.Function):
-    """`apply(query, key, value, mask, scale)` gives the output and what the backward pass keeps.
+    """`apply(query, key, value, mask, scale, checked)` gives the output and what the backward pass keeps.
 
     Args of `apply`:
-        query: [..., T, K].
-        key: [..., S, K].
-        value: [..., S, K'].
+        query: [N..., T, K].
+        key: [N..., S, K].
+        value: [N..., S, K'].
         mask: added to the scores, or None; -inf where attending is not allowed.
         scale: of the scores.
+        checked: whether every row may attend to something.
     """
 
     generate_vmap_rule = True
@@ -40,9 +41,9 @@ class Attention(torch.autograd.Function):
     def forward(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, checked: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Output [..., T, K'], scaled queries, probabilities [..., T, S], and 1 for rows that attend to anything."""
+        """Output [N..., T, K'], scaled queries, probabilities [N..., T, S], and 1 for rows that attend to anything."""
         scaled = query * scale
-        scores = torch.matmul(scaled, key.transpose(-1, -2))
+        scores = _product(scaled, key, transpose_second=True)
         alive = torch.ones((), dtype=scores.dtype)
         if mask is not None:
             scores = scores + mask
@@ -52,7 +53,7 @@ class Attention(torch.autograd.Function):
                 largest = torch.clamp(largest, min=_LOWEST)
             scores = torch.maximum(scores, largest - MASKED)
         probabilities = torch.softmax(scores, -1)
-        output = torch.matmul(probabilities, value)
+        output = _product(probabilities, value)
         return output if checked else output * alive, scaled, probabilities, alive
 
     @staticmethod
@@ -72,14 +73,26 @@ class Attention(torch.autograd.Function):
         key, value, output, scaled, probabilities, alive = ctx.saved_tensors
         if not ctx.checked:
             grad = grad * alive
-        by_value = torch.matmul(probabilities.transpose(-1, -2), grad)
-        by_probabilities = torch.matmul(grad, value.transpose(-1, -2))
+        by_value = _product(probabilities, grad, transpose_first=True)
+        by_probabilities = _product(grad, value, transpose_second=True)
         total = (grad * output).sum(-1, keepdim=True)
         by_scores = probabilities * (by_probabilities - total)
-        by_query = torch.matmul(by_scores, key) * ctx.scale
-        by_key = torch.matmul(by_scores.transpose(-1, -2), scaled)
+        by_query = _product(by_scores, key) * ctx.scale
+        by_key = _product(by_scores, scaled, transpose_first=True)
         by_mask = by_scores.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
         return by_query, by_key, by_value, by_mask, None, None
+
+
+def _product(first: Tensor, second: Tensor, *, transpose_first: bool = False, transpose_second: bool = False) -> Tensor:
+    """A matrix product over the same batch dimensions, as one over a single one.
+
+    With a reshape between the transposition that splits the heads and the one of the matrices, onnxruntime makes the
+    latter a part of its product; else it would make both transpositions one, of the whole tensor.
+    """
+    a, b = (x.reshape(-1, *x.shape[-2:]) for x in (first, second))
+    a = a.transpose(1, 2) if transpose_first else a
+    b = b.transpose(1, 2) if transpose_second else b
+    return torch.bmm(a, b).reshape(*first.shape[:-2], a.shape[1], b.shape[2])
 
 
 def attention(
@@ -96,7 +109,7 @@ def attention(
 
     Rows that may attend to nothing give zeros, as there.
     """
-    if dropout_p or enable_gqa or query.shape[:-2] != key.shape[:-2] != value.shape[:-2] or query.ndim < 3:
+    if dropout_p or enable_gqa or len({x.shape[:-2] for x in (query, key, value)}) > 1 or query.ndim < 3:
         return None
     mask = attn_mask
     if is_causal:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,16 @@ def standard(decompositions: Mapping[torch._ops.OpOverload, Callable[..., Any]])
     return {op: rule for op, rule in decompositions.items() if op not in trained_only}
 
 
+class _Made(NamedTuple):
+    """What a convolution gave, in which state, and its call."""
+
+    result: Tensor
+    version: int
+    convolve: Callable[..., Tensor]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+
 class BeforeAutograd(TorchFunctionMode):
     """While it is active, attention is ours, and `F.batch_norm` of a convolution is one with other weights.
 
@@ -61,7 +71,7 @@ class BeforeAutograd(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         # By identity; the tensors are kept so that no other takes their place.
-        self._made: dict[int, tuple[Tensor, Callable[..., Tensor], Sequence[Any], Mapping[str, Any]]] = {}
+        self._made: dict[int, _Made] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -77,7 +87,7 @@ class BeforeAutograd(TorchFunctionMode):
             return func(*args, **kwargs) if attended is None else attended
         result = func(*args, **kwargs)
         if func in _CONVOLUTIONS and len(args) > 1 and not isinstance(args[1], nn.Parameter):
-            self._made[id(result)] = (result, func, args, kwargs)
+            self._made[id(result)] = _Made(result, result._version, func, args, kwargs)  # noqa: SLF001
         return result
 
     def _fuse(
@@ -92,10 +102,14 @@ class BeforeAutograd(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor | None:
         del momentum
-        made = self._made.get(id(x))
+        # Activations are large, and hardly two norms read the same.
+        made = self._made.pop(id(x), None)
         if made is None or training or running_mean is None or running_var is None:
             return None
-        _, convolve, args, kwargs = made
+        result, version, convolve, args, kwargs = made
+        written_to = result._version != version  # noqa: SLF001
+        if written_to:
+            return None
         kernel: Tensor = args[1]
         old = args[2] if len(args) > 2 else kwargs.get("bias")
         scale = torch.rsqrt(running_var + eps)

@@ -77,11 +77,19 @@ class Side:
         length = max(length, self.positions + (self.kernel - 1) * self.dilation // self.stride)
         taps = [divmod(tap * self.dilation, self.stride) for tap in range(self.kernel)]
         parts = _pad_parts(x, cut, dim, [(shift, length - self.positions - shift) for shift, _ in taps])
-        classes = []
-        for phase in range(self.stride):
-            met = [part for (_, rest), part in zip(taps, parts, strict=True) if rest == phase]
-            classes.append(_sum(met) if met else torch.zeros_like(parts[0]))
-        whole = torch.stack(classes, dim + 1).flatten(dim, dim + 1)
+        if len({phase for _, phase in taps}) < self.stride:
+            # Zeros in between; made as tensors, they would be stored in the program.
+            spread = [
+                _pad(part.unsqueeze(dim + 1), dim + 1, phase, self.stride - 1 - phase)
+                for (_, phase), part in zip(taps, parts, strict=True)
+            ]
+            whole = _sum(spread).flatten(dim, dim + 1)
+        else:
+            met = [
+                _sum([part for (_, own), part in zip(taps, parts, strict=True) if own == phase])
+                for phase in range(self.stride)
+            ]
+            whole = torch.stack(met, dim + 1).flatten(dim, dim + 1)
         return _pad(whole, dim, -self.padding, self.size + self.padding - length * self.stride)
 
 

@@ -37,16 +37,9 @@ class Lottery:
         """The lottery of a strategy, or None if its privacy does not count on chance."""
         return cls(private, least=least) if private and private.release.sampling != "none" else None
 
-    def resume(self, current: OpenRound, drawn: frozenset[str] | None = None) -> None:
-        """Takes up the draw of an earlier process, or attempt, if one was made for this round.
-
-        Args:
-            current: the round.
-            drawn: in an earlier attempt, if there was one.
-        """
-        if drawn is not None:
-            self._limit(current, drawn)
-        elif current.collection.was_invited:
+    def resume(self, current: OpenRound) -> None:
+        """Takes up the draw of an earlier process, or attempt, if one was made for this round."""
+        if current.collection.was_invited:
             self._limit(current, frozenset(current.collection.invited))
 
     def invite(self, current: OpenRound, pool: Sequence[str]) -> list[str]:

@@ -147,7 +147,7 @@ class Invitations:
             personal=self._config.personal,
             secure=current.secure.settings if current.secure else b"",
             # A client that knows nothing of secure aggregation must not send its update in the clear.
-            codec=NO_CODEC if current.secure else str(codec),
+            codec=NO_CODEC if self._config.secure_aggregation.enabled else str(codec),
             deadline_seconds=rounds.deadline_seconds if self._strategy.asynchronous else left,
             seed=self._config.seed,
         )

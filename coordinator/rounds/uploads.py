@@ -214,7 +214,7 @@ class Uploads:
     # --- updates that arrive at workers --------------------------------------------------------------
 
     def on_arrived(self, client: str, num_bytes: int) -> bool:
-        """See `workers.foreman.Listener`."""
+        """See `workers.listener.Listener`."""
         if record := self._roster.get(client):
             record.bytes_up += num_bytes + HEADER_BYTES
         if self._refusals.banned(client):
@@ -225,25 +225,25 @@ class Uploads:
         return True
 
     def on_malformed(self, client: str, num_bytes: int, reason: str) -> None:
-        """See `workers.foreman.Listener`."""
+        """See `workers.listener.Listener`."""
         if not self._refusals.banned(client):
             self._refusals.message(client, "oversize" if num_bytes > MAX_CHUNK_BYTES else "malformed", reason)
 
     def on_counted(self, client: str, offer: Offer) -> None:
-        """See `workers.foreman.Listener`."""
+        """See `workers.listener.Listener`."""
         if current := self._agenda.current:
             current.uploads.pop(client, None)
             self._count(current, client, offer)
 
     def on_refused(self, client: str, offer: Offer, reason: str) -> None:
-        """See `workers.foreman.Listener`."""
+        """See `workers.listener.Listener`."""
         if current := self._agenda.current:
             current.uploads.pop(client, None)
             current.state.advance(client, Part.REFUSED)
             self._reject(client, offer, "bad_update", reason)
 
     def ask_again(self, client: str, upload: Upload) -> None:
-        """See `workers.foreman.Listener`."""
+        """See `workers.listener.Listener`."""
         self._ask_for(client, upload)
 
     # --- secure aggregation --------------------------------------------------------------------------
@@ -304,6 +304,8 @@ class Uploads:
     def ask_for_stalled(self) -> None:
         """Asks for the missing parts of uploads that have stopped."""
         now = self._clock()
+        if self.foreman:
+            self.foreman.end_hanging()
         for client, upload in self._agenda.current.uploads.items() if self._agenda.current else ():
             if now - upload.moved_at >= min(STALL_SECONDS * 2.0**upload.stalls, MAX_STALL_SECONDS):
                 upload.stalls = min(upload.stalls + 1, 10)

@@ -55,14 +55,10 @@ class SecureCoordinator(Coordinator):
     def _run_round(self, number: int) -> None:
         limit = self._config.rounds.max_failures
         attempt, given_up = 0, set[bytes]()
-        drawn: frozenset[str] | None = None
         while True:
             attempt += 1
             current = self._agenda.current = self._open_round(number)
             current.state.attempt, current.given_up = attempt, frozenset(given_up)
-            if self._lottery and drawn is not None:
-                # Drawn once for the round: another draw in place of one that failed would not be by chance alone.
-                self._lottery.resume(current, drawn)
             try:
                 self._aggregate(current)
             except (SecureAggregationError, UpdateRefused) as error:
@@ -72,7 +68,8 @@ class SecureCoordinator(Coordinator):
                 self._chronicle.abandoned(number, attempt, reason, revealing=revealing)
                 self._give_up(current, str(error), again=not revealing)
                 given_up.add(current.state.nonce)
-                drawn = current.drawn
+                if current.drawn is not None and not revealing:
+                    self._keep_draw(number, current.drawn)
                 self._spent += revealing
                 if limit and max(attempt, self._spent) >= limit:
                     raise RoundFailed(
@@ -88,8 +85,21 @@ class SecureCoordinator(Coordinator):
                 self._close_round(current)
                 return
 
+    def _keep_draw(self, number: int, drawn: frozenset[str]) -> None:
+        """For the next attempt, of this process or of another: whoever is drawn is drawn once for a round.
+
+        Another draw in place of one that failed would not be by chance alone.
+        """
+        following = super()._open_round(number)
+        following.collection.invite(sorted(drawn))
+        following.collection.commit()
+        following.collection.close()
+
     def _open_round(self, number: int) -> OpenRound:
         current = super()._open_round(number)
+        if not current.collection.secure_records:
+            # Drawn perhaps, but not invited: there is no session yet that a plan could name.
+            current.state.parts.clear()
         if records := current.collection.secure_records:
             opened = records[0][0]
             assert isinstance(opened, SecureOpened), "a session's first record"

@@ -31,6 +31,10 @@ class Crew(Protocol):
         """Says something to a worker, in order. One that is gone does not hear it."""
         ...
 
+    def kill(self, worker: int) -> None:
+        """Ends a worker that hangs; it dies like any other."""
+        ...
+
     def close(self) -> None:
         """Ends all workers."""
         ...

@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
@@ -28,8 +27,8 @@ from edgetrain.coordinator.run.segments import segment_path
 from edgetrain.coordinator.strategies import ServerState
 from edgetrain.coordinator.workers import messages as say
 from edgetrain.coordinator.workers.crew import Crew
+from edgetrain.coordinator.workers.listener import Listener
 from edgetrain.coordinator.workers.pieces import RemotePieces
-from edgetrain.protocol.messages import Offer
 from edgetrain.protocol.training import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -38,30 +37,8 @@ logger = logging.getLogger(__name__)
 MAX_UNCLAIMED = 1 << 14
 # So many workers died one after the other, without any work done in between: it will not get better by itself.
 MAX_DEATHS = 10
-
-
-class Listener(Protocol):
-    """Hears what becomes of updates."""
-
-    def on_arrived(self, client: str, num_bytes: int) -> bool:
-        """Bytes of a client have arrived at a worker; False if it is not listened to."""
-        ...
-
-    def on_malformed(self, client: str, num_bytes: int, reason: str) -> None:
-        """A client has sent something that is no chunk."""
-        ...
-
-    def on_counted(self, client: str, offer: Offer) -> None:
-        """An update counts, and is on the disk."""
-        ...
-
-    def on_refused(self, client: str, offer: Offer, reason: str) -> None:
-        """An update does not count."""
-        ...
-
-    def ask_again(self, client: str, upload: Upload) -> None:
-        """Parts of an upload are needed (again)."""
-        ...
+# A worker that has something to do reports at every sync; this is longer than any disk takes.
+SILENCE_SECONDS = 120.0
 
 
 @dataclass(slots=True)
@@ -75,6 +52,7 @@ class _Round:
     in_work: dict[str, tuple[int, Upload]] = field(default_factory=dict)
     # What came ahead of its offer: (client, digest) to (worker, what it holds).
     unclaimed: OrderedDict[tuple[str, bytes], list[tuple[int, say.Held]]] = field(default_factory=OrderedDict)
+    num_unclaimed: int = 0
     closing: bool = False
     # By worker; None for one whose segment was folded here.
     shares: dict[int, say.Share | None] = field(default_factory=dict)
@@ -89,6 +67,7 @@ class Foreman:
         listener: hears what becomes of updates.
         journal: path of a round's journal.
         max_update_bytes: of one update.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -99,7 +78,11 @@ class Foreman:
         listener: Listener,
         journal: Callable[[int], Path],
         max_update_bytes: int,
+        clock: Callable[[], float],
     ) -> None:
+        self._clock = clock
+        # Those that have something to do, and since when nothing was heard of them.
+        self._since: dict[int, float] = {}
         self._hire = hire
         self._crew: Crew | None = None
         self._listener = listener
@@ -127,6 +110,22 @@ class Foreman:
         for worker, commands in outbox.items():
             if self._crew:
                 self._crew.send(worker, commands)
+
+    def end_hanging(self) -> None:
+        """Ends those that have something to do and say nothing: then others do it."""
+        now, waited_for = self._clock(), self._waited_for()
+        self._since = {worker: self._since.get(worker, now) for worker in waited_for}
+        for worker, since in self._since.items():
+            if self._crew and now - since > SILENCE_SECONDS:
+                logger.warning("worker %d has said nothing for %.0f s: it is ended", worker, now - since)
+                self._since[worker] = now
+                self._crew.kill(worker)
+
+    def _waited_for(self) -> set[int]:
+        if self._round is None:
+            return set()
+        working = {worker for worker, _ in self._round.in_work.values()}
+        return working | (self._lives.keys() - self._round.shares.keys() if self._round.closing else set())
 
     def _tell(self, worker: int, command: say.Command) -> None:
         self._outbox.setdefault(worker, []).append(command)
@@ -210,7 +209,9 @@ class Foreman:
         if upload.assembler.complete:
             self._take_from_spool(client, upload)
             return
-        for worker, held in self._round.unclaimed.pop((client, upload.offer.update.digest), ()):
+        early = self._round.unclaimed.pop((client, upload.offer.update.digest), [])
+        self._round.num_unclaimed -= len(early)
+        for worker, held in early:
             self._on_held(worker, held)
 
     # --- what workers say ----------------------------------------------------------------------------
@@ -225,6 +226,7 @@ class Foreman:
             return
         if said.life != self._lives.get(said.worker):
             return
+        self._since.pop(said.worker, None)
         if isinstance(said, say.Died):
             self._on_died(self._crew, said)
             return
@@ -253,18 +255,23 @@ class Foreman:
             return
         upload = self._upload(held.client, held.digest)
         if upload is None:
-            waiting = self._round.unclaimed.setdefault((held.client, held.digest), [])
-            waiting.append((worker, held))
-            if len(self._round.unclaimed) > MAX_UNCLAIMED:
-                (client, digest), late = self._round.unclaimed.popitem(last=False)
-                for holder, _ in late:
-                    self._drop(holder, client, digest)
+            self._keep(self._round, worker, held)
         elif upload.in_work or held.size != upload.offer.update.size:
             self._drop(worker, held.client, held.digest)
         elif held.whole:
             self._take(worker, held.client, upload)
         else:
             self._spool(worker, held.client, upload)
+
+    def _keep(self, at: _Round, worker: int, held: say.Held) -> None:
+        """Notes a piece whose offer is not here yet; anybody can send some, so there is a limit."""
+        at.unclaimed.setdefault((held.client, held.digest), []).append((worker, held))
+        at.num_unclaimed += 1
+        while at.num_unclaimed > MAX_UNCLAIMED:
+            (client, digest), late = at.unclaimed.popitem(last=False)
+            at.num_unclaimed -= len(late)
+            for holder in {holder for holder, _ in late}:
+                self._drop(holder, client, digest)
 
     def _on_spooled(self, spooled: say.Spooled) -> None:
         upload = self._upload(spooled.client, spooled.digest)
@@ -328,6 +335,7 @@ class Foreman:
         for client in [client for client, (holder, _) in at.in_work.items() if holder == worker]:
             self._resolved(worker, client)
         at.unclaimed.clear()
+        at.num_unclaimed = 0
         if at.closing:
             return
         for client, upload in list(at.current.uploads.items()):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Mergeable, Strategy, described
 from edgetrain.coordinator.workers.crew import make_crew, parse_workers
-from edgetrain.coordinator.workers.foreman import Foreman, Listener
+from edgetrain.coordinator.workers.foreman import Foreman
+from edgetrain.coordinator.workers.listener import Listener
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.transport import Noticed, Transport
 
@@ -19,6 +22,7 @@ def lead_workers(
     transport: Transport,
     listener: Listener,
     max_update_bytes: int,
+    clock: Callable[[], float],
 ) -> Foreman | None:
     """Whoever will start and lead the workers; None if the settings have none.
 
@@ -29,6 +33,7 @@ def lead_workers(
         transport: the coordinator's; what workers say comes with its events.
         listener: hears what becomes of updates.
         max_update_bytes: of one update.
+        clock: monotonic seconds.
 
     Raises:
         ConfigError: workers cannot do what the settings ask for.
@@ -43,6 +48,7 @@ def lead_workers(
         listener=listener,
         journal=directory.journal_path,
         max_update_bytes=max_update_bytes,
+        clock=clock,
     )
 
 

@@ -14,6 +14,7 @@ from edgetrain.coordinator.workers.worker import Worker
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.transport import Noticed, Received, Transport
+from edgetrain.protocol.transport.connection import RECEIVE_MAXIMUM_OF_MANY
 from edgetrain.protocol.transport.mqtt import MqttTransport
 
 # Events handled before the journal is synced and reports go out: one sync serves them all.
@@ -42,7 +43,7 @@ def connect(setting: WorkerSetting) -> MqttTransport:
     config = setting.config
     name = f"edgetrain/{config.federation}/worker/{setting.run.hex()[:8]}/{setting.number}"
     broker = msgspec.structs.replace(config.broker, mqtt_version="5")
-    transport = MqttTransport(broker, client_id=name, lasting=False)
+    transport = MqttTransport(broker, client_id=name, lasting=False, most_received=RECEIVE_MAXIMUM_OF_MANY)
     if not transport.shares_subscriptions:
         transport.close()
         raise ConfigError(

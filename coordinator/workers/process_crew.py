@@ -64,6 +64,10 @@ class ProcessCrew:
         with contextlib.suppress(OSError):
             self._members[worker].pipe.send(commands)
 
+    def kill(self, worker: int) -> None:
+        """See `Crew`."""
+        self._members[worker].process.kill()
+
     def close(self) -> None:
         """See `Crew`."""
         for worker in self._members:

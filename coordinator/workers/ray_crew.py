@@ -112,6 +112,10 @@ class RayCrew:
         """See `Crew`."""
         self.actors[worker].say.options(concurrency_group="say").remote(list(commands))
 
+    def kill(self, worker: int) -> None:
+        """See `Crew`."""
+        self._ray.kill(self.actors[worker])
+
     def close(self) -> None:
         """See `Crew`."""
         self._closing = True

@@ -79,6 +79,7 @@ class OrtTrainingLowering:
         reachable = _ancestors(model, "loss_sum")
         _parameters_to_initializers(model, dict(zip(names, values, strict=True)))
         _add_statistics(model)
+        _unshare_norms(model)
         plan = {
             "requires_grad": [name for name in names if name in reachable],
             "frozen": [name for name in names if name not in reachable],
@@ -100,7 +101,8 @@ class OrtTrainingLowering:
     def load(self, lowered: LoweredGraph) -> Run:
         """Runs in the second environment, one process per call."""
         model = onnx.load_from_string(lowered.data)
-        takes = [value.name for value in model.graph.input]
+        constants = {initializer.name for initializer in model.graph.initializer}
+        takes = [value.name for value in model.graph.input if value.name not in constants]
         parameters = [name for name in takes if name.startswith("parameters.") and BUFFER_SUFFIX not in name]
         leaves = [name for name in takes if not name.startswith("parameters.") and name != "lazy_reset_grad"]
         trains = any(name.endswith(BUFFER_SUFFIX) for name in takes)
@@ -155,6 +157,26 @@ def _add_statistics(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type == "LayerNormalization" and len(node.output) == 1:
             node.output.extend([f"{node.output[0]}.mean", f"{node.output[0]}.inverse_deviation"])
+
+
+def _unshare_norms(model: onnx.ModelProto) -> None:
+    """A layer norm's gradient has one for its scale and shift, frozen or not, named after them.
+
+    Two layer norms with equal constants would share one, and define that name twice. What could be given as an input
+    is not taken for a constant there, so copies stay copies.
+    """
+    constants = {initializer.name: initializer for initializer in model.graph.initializer}
+    taken: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type != "LayerNormalization":
+            continue
+        for place, name in enumerate(node.input):
+            if name in taken and name in constants and not name.startswith("parameters."):
+                copy = model.graph.initializer.add()
+                copy.CopyFrom(constants[name])
+                copy.name = node.input[place] = f"{name}.{len(model.graph.initializer)}"
+                model.graph.input.append(onnx.helper.make_tensor_value_info(copy.name, copy.data_type, copy.dims))
+            taken.add(name)
 
 
 def _python() -> Path | None:

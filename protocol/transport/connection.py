@@ -30,6 +30,8 @@ MESSAGE_EXPIRY_SECONDS = 3600
 CHUNK_EXPIRY_SECONDS = 120
 # Messages that we take before we have dealt with the first of them: with 60 KiB each, 4 MB of memory.
 RECEIVE_MAXIMUM = 64
+# For those who deal with the messages of many, and sync a disk between: four times as much.
+RECEIVE_MAXIMUM_OF_MANY = 256
 # And that we send before the broker has acknowledged the first: hides the round trip on a fast link.
 SEND_MAXIMUM = 64
 # Larger packets than this are not for us.
@@ -45,6 +47,7 @@ class Connection:
     Args:
         client: configured, with its will, not yet connected.
         lasting: whether the broker keeps our session while we are away.
+        most_received: messages that the broker may send ahead of their acknowledgements.
         on_message: is called with every message.
         on_acknowledged: is called with the packet id of what the broker has taken.
         on_subscribed: is called with the packet id of a confirmed subscription.
@@ -55,12 +58,14 @@ class Connection:
         client: PahoClient,
         *,
         lasting: bool = True,
+        most_received: int = RECEIVE_MAXIMUM,
         on_message: Callable[[Publish], None],
         on_acknowledged: Callable[[int, str | None], None],
         on_subscribed: Callable[[int], None],
     ) -> None:
         self.client = client
         self._lasting = lasting
+        self._most_received = most_received
         # An MQTT 5 broker says it if it does not.
         self.shares_subscriptions = False
         # None until the broker has answered; then "" or why it refused.
@@ -92,7 +97,7 @@ class Connection:
         if self.version_5:
             properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
             properties.SessionExpiryInterval = SESSION_EXPIRY_SECONDS if self._lasting else 0
-            properties.ReceiveMaximum = RECEIVE_MAXIMUM
+            properties.ReceiveMaximum = self._most_received
             properties.MaximumPacketSize = MAX_PACKET_BYTES
             options = {"clean_start": not self._lasting, "properties": properties}
         deadline = time.monotonic() + timeout

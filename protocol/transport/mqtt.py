@@ -42,8 +42,6 @@ CONNACK_SECONDS = 5.0
 # How long a close waits for the broker to take what is queued.
 FLUSH_SECONDS = 5.0
 _GOODBYE_SECONDS = 1.0
-# A part of the messages that the broker sends ahead of their acknowledgements, so that it need not wait for them.
-_ACKNOWLEDGED_AT_ONCE = RECEIVE_MAXIMUM // 4
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -98,6 +96,7 @@ class MqttTransport:
         will: (topic, payload) that the broker publishes if the connection is lost.
         random: jitters the attempts to reconnect.
         lasting: whether the broker keeps our session while we are away.
+        most_received: messages that the broker may send ahead of their acknowledgements, where it speaks MQTT 5.
 
     Raises:
         TransportError: no broker there within the timeout, or it refused us.
@@ -111,8 +110,10 @@ class MqttTransport:
         will: tuple[str, bytes] | None = None,
         random: Random | None = None,
         lasting: bool = True,
+        most_received: int = RECEIVE_MAXIMUM,
     ) -> None:
         self._lasting = lasting
+        self._most_received = most_received
         self.bytes_sent = 0
         self.bytes_received = 0
         self._config = config
@@ -223,7 +224,7 @@ class MqttTransport:
             # The broker sends no more than a few messages ahead of this: what waits here is bounded.
             self._acknowledgements.append(acknowledgement)
             # Some at a time, while there is more to do here; the last of them at once.
-            if len(self._acknowledgements) >= _ACKNOWLEDGED_AT_ONCE or self._events.empty():
+            if len(self._acknowledgements) >= RECEIVE_MAXIMUM // 4 or self._events.empty():
                 self._wake()
         return event
 
@@ -294,6 +295,7 @@ class MqttTransport:
         connection = Connection(
             client,
             lasting=self._lasting,
+            most_received=self._most_received,
             on_message=lambda message: self._on_message(connection, message),
             on_acknowledged=self._on_acknowledged,
             on_subscribed=self._on_subscribed,

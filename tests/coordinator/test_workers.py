@@ -223,6 +223,21 @@ def test_a_worker_dies_between_its_sync_and_its_report(tiny_bundle, ram_path):
     assert not {client for _, client in InlineCrew.last.taken} & set(killed)
 
 
+@pytest.mark.parametrize("accepted", [1, 3, 6])
+def test_a_worker_that_hangs_is_ended(tiny_bundle, ram_path, accepted, caplog):
+    """Also at the end of a round, when only its share is missing."""
+    federation = federation_of(tiny_bundle, ram_path)
+
+    def observe(event):
+        if isinstance(event, events.UpdateAccepted) and (event.round, event.accepted) == (2, accepted):
+            InlineCrew.last.hanging.add(0)
+
+    federation.serve(observe)
+    check(federation)
+    assert InlineCrew.last.killed == 1
+    assert "has said nothing for" in caplog.text
+
+
 def test_the_segments_of_an_open_round_hold_every_update_once(tiny_bundle, ram_path):
     federation = federation_of(tiny_bundle, ram_path)
 
@@ -242,6 +257,39 @@ def test_the_segments_of_an_open_round_hold_every_update_once(tiny_bundle, ram_p
     assert len(set(found)) == len(found)
     federation.serve()
     check(federation)
+
+
+def test_pieces_that_nobody_offers_take_no_memory(tiny_bundle, ram_path, monkeypatch):
+    """The coordinator forgets the oldest of them, and so do its workers; honest clients are asked again."""
+    from edgetrain.coordinator.workers import foreman, worker
+    from edgetrain.protocol.blobs import blob_ref, make_chunk
+
+    monkeypatch.setattr(foreman, "MAX_UNCLAIMED", 50)
+    held, in_workers = [], []
+
+    class Flooding(ScriptedClient):
+        def answer(self, plan, **changes):
+            ref = blob_ref(bytes(4000))
+            for number in range(300):
+                self.send_raw(make_chunk(ref, number, bytes([1]) * 1000), "blob")
+            super().answer(plan, **changes)
+
+    hear = foreman.Foreman.hear
+
+    def watched(self, said):
+        hear(self, said)
+        if self._round:
+            held.append(sum(map(len, self._round.unclaimed.values())))
+            in_workers.extend(each.worker._held for each in InlineCrew.last.workers.values())
+            assert self._round.num_unclaimed == held[-1]
+
+    monkeypatch.setattr(foreman.Foreman, "hear", watched)
+    monkeypatch.setattr(worker.Worker.__init__, "__kwdefaults__", {"held_bytes": 20_000})
+    federation = federation_of(tiny_bundle, ram_path, kind=Flooding)
+    federation.serve()
+    check(federation)
+    assert 0 < max(held) <= 50
+    assert 0 < max(in_workers) <= 20_000
 
 
 class Hostile(ScriptedClient):

@@ -102,15 +102,19 @@ def test_norms_go_into_trainable_convolutions(trainable):
     assert ("BatchNormalization" in step.ops) == (trainable == "first_norm|bias")
 
 
-def test_a_convolution_that_is_read_beside_its_norm():
+def test_a_convolution_that_is_read_or_written_beside_its_norm():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
-            self.convolution, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+            self.convolution, self.second = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 3)
+            self.norm, self.other = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
 
         def forward(self, x):
             y = self.convolution(x)
-            return torch.tanh(y) + self.norm(y)
+            z = torch.tanh(y) + self.norm(y)
+            written = self.second(x)
+            written += 1
+            return z * self.other(written)
 
     Step(Both(), squared, (torch.randn(3, 2, 6, 6), ())).assert_matches_eager()
 

@@ -69,6 +69,14 @@ def test_what_onnxruntime_cannot_differentiate_is_refused(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@needs_ort_training
+def test_layer_norms_that_are_frozen_and_alike_are_two(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    batch = (torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
+    export_bundle(net, LOSS, batch, trainable="0.weight", runtimes=["ort-training"], out=tmp_path / "b")
+
+
 def test_without_the_second_environment_it_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.setenv(PYTHON_VARIABLE, str(tmp_path / "nothing"))
     with pytest.raises(UnsupportedError, match=r"'ort-training': .*onnxruntime-training-cpu==1\.19\.2"):

@@ -274,7 +274,7 @@ def test_a_client_whose_data_does_not_fit_says_so(federate, tmp_path):
 
 def test_two_clients_of_one_name_from_two_directories(federate, processes, tmp_path):
     """The second has another key: it is sent away, the first is not disturbed."""
-    federation = federate(clients=2)
+    federation = federate(clients=2, rounds={"total": 60})
     clients = federation.start_clients()
     coordinator = federation.start_coordinator()
     federation.wait_for_rounds(3, coordinator)
@@ -286,7 +286,7 @@ def test_two_clients_of_one_name_from_two_directories(federate, processes, tmp_p
     assert "belongs to another key" in twin.output.splitlines()[-1]
     assert coordinator.wait() == 0, coordinator.output
     assert [client.wait() for client in clients.values()] == [0, 0]
-    federation.check_nothing_lost_or_doubled(20)
+    federation.check_nothing_lost_or_doubled(60)
 
 
 def test_two_coordinators_in_one_directory(federate):

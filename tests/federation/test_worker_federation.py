@@ -44,3 +44,24 @@ def test_workers_are_killed_all_the_time_and_nothing_is_lost(processes, tiny_bun
     assert killed >= 3
     assert coordinator.output.count("has died") >= killed - 1
     federation.check_nothing_lost_or_doubled(30)
+
+
+def test_the_broker_is_killed_under_workers_and_nothing_is_lost(processes, tiny_bundle, tmp_path):
+    federation = Federation(
+        processes, tmp_path, tiny_bundle, clients=4, workers="processes:2", rounds={"total": 40, "goal": 4}
+    )
+    try:
+        clients = federation.start_clients()
+        coordinator = federation.start_coordinator()
+        for number in (2, 6, 10):
+            federation.wait_for_rounds(number, coordinator)
+            federation.kill_broker()
+            time.sleep(0.5)
+            federation.start_broker()
+        assert coordinator.wait() == 0, coordinator.output
+        for client in clients.values():
+            assert client.wait() == 0, client.output
+    finally:
+        processes.end_all()
+        federation.stop_broker()
+    federation.check_nothing_lost_or_doubled(40)

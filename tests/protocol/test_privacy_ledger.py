@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgetrain.protocol.privacy import BudgetExhausted, PrivacyError, Release, spent
 from edgetrain.protocol.privacy.ledger import Budget, Ledger
-from edgetrain.protocol.privacy.ledger_file import read_ledger, releases_with
+from edgetrain.protocol.privacy.ledger_file import decode_ledger, read_ledger, releases_with
 
 ROUND = Release(mechanism="gaussian", noise_multiplier=2.0)
 BUDGET = Budget(epsilon=4.0, delta=1e-6)
@@ -117,14 +117,14 @@ def test_every_byte_counts(tmp_path):
     said = read_ledger(path)
     refused = 0
     for place in range(len(whole)):
-        for other in (whole[place] ^ 1, ord("9"), ord(" ")):
-            path.write_bytes(whole[:place] + bytes([other]) + whole[place + 1 :])
+        for bit in (0, 4):
+            damaged = whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
             try:
-                assert read_ledger(path) == said, place
+                assert decode_ledger(damaged, where="x") == said, place
             except PrivacyError as error:
                 assert "damaged" in str(error)
-                refused += other != whole[place]
-    assert refused > 2 * len(whole.translate(None, b" \n"))
+                refused += 1
+    assert refused > 1.9 * len(whole.translate(None, b" \n"))
 
 
 def test_a_ledger_from_before_checksums_gets_one(tmp_path):

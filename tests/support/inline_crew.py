@@ -55,12 +55,15 @@ class InlineCrew:
         self.workers: dict[int, InlineWorker] = {}
         self.lives: dict[int, int] = {}
         self.killed = 0
+        # Those that do nothing any more.
+        self.hanging: set[int] = set()
         self.taken: list[tuple[int, str]] = []
         self.shares: list[Share] = []
         InlineCrew.last = self
 
     def start(self, worker, life):
         self.workers[worker] = InlineWorker(self.broker, self.config, self.run)
+        self.hanging.discard(worker)
         self.lives[worker] = life
 
     def send(self, worker, commands):
@@ -85,6 +88,8 @@ class InlineCrew:
 
     def step(self):
         for number, worker in list(self.workers.items()):
+            if number in self.hanging:
+                continue
             dies = self.chance and self.chance.random() < self.mortality
             worker.work(self.chance.randrange(0, 4) if dies else 1000)
             if dies:
