@@ -4,7 +4,8 @@
 
 A real coordinator and a real client, each a process of its own, over a broker on this machine: the client fetches the
 bundle, proves it, computes and keeps features, trains two rounds of two epochs on 576 images, evaluates, and sends its
-updates. What is printed is VmHWM of the client as it reports it after its last round.
+updates; optimizer steps take 8 images, in micro-batches of 8 or 2. What is printed is VmHWM of the client as it reports
+it after its last round.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SECONDS = 600
 @dataclass(frozen=True)
 class ClientRow:
     entry: str
+    micro_batch: int
     feature_cache: str
     peak_mb: float
     cache_bytes: int
@@ -45,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--frozen", default="float32", help="as for `edgetrain export`")
     parser.add_argument("--cache", nargs="+", default=["float16", "off"], help="settings of feature_cache")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[8, 2])
     parser.add_argument("--bundles", type=Path, help="folder of bundles to be used again")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -53,14 +56,16 @@ def main() -> None:
         folder = Path(name)
         bundles = arguments.bundles or folder
         for number, (entry, selection) in enumerate(SELECTIONS.items()):
-            bundle = bundles / f"mobilenet-{number}-{arguments.frozen}"
-            if not bundle.exists():
-                options = ["--trainable", selection, "--micro-batch", "8", "--frozen", arguments.frozen]
-                run(["export", "mobilenet-v2", *options, "-o", str(bundle)]).communicate()
-            write_data(bundle, folder / "data.npz")
-            for cache in arguments.cache:
-                rows.append(ClientRow(entry, cache, **federation(folder / f"{number}-{cache}", bundle, cache)))
-                print(rows[-1], flush=True)
+            for size in arguments.micro_batch:
+                bundle = bundles / f"mobilenet-{number}-{size}-{arguments.frozen}"
+                if not bundle.exists():
+                    options = ["--trainable", selection, "--micro-batch", str(size), "--frozen", arguments.frozen]
+                    run(["--quiet", "export", "mobilenet-v2", *options, "-o", str(bundle)]).communicate()
+                write_data(bundle, folder / "data.npz")
+                for cache in arguments.cache:
+                    found = federation(folder / f"{number}-{size}-{cache}", bundle, cache)
+                    rows.append(ClientRow(entry, size, cache, **found))
+                    print(rows[-1], flush=True)
     record = {"machine": machine(), "frozen": arguments.frozen, "clients": [asdict(row) for row in rows]}
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -116,7 +116,7 @@ class Unscaled:
         scales = parameters.graph_inputs()[len(self.manifest.parameters) :]
         for entry, scale in zip(entries, scales, strict=True):
             part = result.gradients[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
-            part *= scale**2
+            part *= scale.reshape(-1, *[1] * (part.ndim - 1)) ** 2
         return result
 
 
@@ -128,8 +128,9 @@ def memory(folder: Path, kind: str) -> MemoryRow:
     from edgetrain.protocol.bundle import Bundle
 
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2048), nn.ReLU(), nn.Linear(2048, 10))
-    batch = torch.randn(8, 3, 32, 32), torch.arange(8)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
+    module = nn.Sequential(*layers, nn.Linear(1024, 10))
+    batch = torch.randn(8, 1024), torch.arange(8)
     loss = nn.CrossEntropyLoss(reduction="none")
     path = export_bundle(module, loss, batch, out=folder / f"wide-{kind}", storage=Storage(trainable=kind))
     manifest = Bundle(path).manifest
@@ -158,7 +159,7 @@ def train_wide(path: Path) -> dict[str, float]:
     session = open_session(bundle)
     start = bundle.initial_parameters()
     loaded = peak_megabytes()
-    data = Dataset(np.zeros((64, 3, 32, 32), np.float32) + 0.1, np.zeros(64, np.int64))
+    data = Dataset(np.zeros((64, 1024), np.float32) + 0.1, np.zeros(64, np.int64))
     training = TrainingConfig(batch_size=8, max_steps=STEPS, epochs=STEPS, learning_rate=0.01)
     times: list[float] = []
     train(session, start, data, training, seed=0, on_step=lambda _: times.append(time.perf_counter()))

@@ -14,7 +14,7 @@ from edgetrain.protocol.manifest import Manifest
 # Of the generator that rounds, beside the seed.
 _STREAM = 2
 # Elements that the optimizer works on at a time.
-_BLOCK = 1 << 16
+_BLOCK = 1 << 15
 
 
 class LocalParameters(Protocol):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 # Blocks of at least so many bytes go back to the system when they are freed.
-_LARGE = 1 << 18
+_LARGE = 1 << 20
 
 
 def return_what_is_freed() -> None:

@@ -235,9 +235,9 @@ class _Sums:
         return self.gradient
 
     def mean_gradient(self) -> Vector:
-        """In place if it was added up here: `clear` follows."""
+        """In place: what follows clears it, or is the session's next step, which overwrites it."""
         gradient = self.gradient_sum()
-        return np.divide(gradient, np.float32(self.weight_sum), out=self._own if gradient is self._own else None)
+        return np.divide(gradient, np.float32(self.weight_sum), out=gradient if gradient.flags.writeable else None)
 
     def mean_loss(self) -> float:
         return self.loss_sum / self.weight_sum if self.weight_sum else math.nan

@@ -101,8 +101,8 @@ class Storage:
             raise UnsupportedError(f"per-sample clipping needs float32 weights, not {self.kind}: leave out one of them")
         if self.trainable != "float32":
             raise UnsupportedError(
-                f"per-sample clipping needs trainable weights in float32, not {self.trainable}: the noise of DP-SGD is "
-                "larger than what a step moves an integer by. Leave out one of them"
+                f"per-sample clipping needs trainable weights in float32, not {self.trainable}: its graph takes no "
+                "whole numbers. Leave out one of them"
             )
 
     @property

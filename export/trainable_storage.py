@@ -1,14 +1,14 @@
-"""Trainable weights in int8: graphs that take whole numbers and scales, and widen them.
+"""Trainable weights in int8: programs that take whole numbers and scales, and widen them.
 
-The float32 graph is traced as ever. Then the input of each such parameter becomes two, int8 [O, ...] and float32
-scales [O, 1, ...], and the graph multiplies; its gradients stay those with respect to the product. So what eager torch
-computes at weights that int8 can hold is what the program must give, and the ordinary proof covers it: its points are
-rounded. How such weights learn is the device's affair (`edgetrain.edge_client.runtimes.int8_parameters`).
+The float32 graph is traced and lowered as ever. Then the input of each such parameter becomes two, int8 [O, ...] and
+float32 scales [O], and every operation that reads it gets a DequantizeLinear of its own, so that no more than one
+weight at a time is float32. The gradients stay those with respect to the widened weight. So what eager torch computes
+at weights that int8 can hold is what the program must give, and the ordinary proof covers it: its points are rounded.
+How such weights learn is the device's affair (`edgetrain.edge_client.runtimes.int8_parameters`).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import onnx
 import torch
-from torch import Tensor, fx
+from onnx import helper
 
 from edgetrain.export.calibration import Batch
 from edgetrain.export.decompositions import Decompositions
@@ -27,8 +27,6 @@ from edgetrain.export.prepare import plain_math
 from edgetrain.export.storage import Storage, is_weight
 from edgetrain.protocol.int8 import nearest
 from edgetrain.protocol.manifest import Graph, Program, TensorSpec, TrainableStorage
-
-aten = torch.ops.aten
 
 _PARAMETER, _SCALES = "parameters.", "scales."
 
@@ -99,7 +97,8 @@ class Int8Lowering:
 
     def lower(self, graph: TracedGraph) -> LoweredGraph:
         """One graph with other inputs."""
-        return self._lowering.lower(with_int8_inputs(graph, self._names))
+        lowered = self._lowering.lower(graph)
+        return replace(lowered, data=_with_int8_inputs(lowered.data, self._names))
 
     def weights(self, kind: str) -> Weights:
         """As the lowering inside."""
@@ -133,55 +132,43 @@ class Int8Lowering:
             for index, name in enumerate(parameters):
                 if name in scaled:
                     given[index], scale = nearest(given[index].astype(np.float32))
-                    scales.append(scale)
+                    scales.append(scale.ravel())
             return run([*given, *scales, *arrays[len(parameters) :]])
 
         return widened
 
 
-def with_int8_inputs(graph: TracedGraph, names: Collection[str]) -> TracedGraph:
-    """A traced graph that takes these parameters as whole numbers and, behind all parameters, scales."""
-    module = fx.GraphModule(graph.module, copy.deepcopy(graph.module.graph))
-    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
-    count = sum(spec.name.startswith(_PARAMETER) for spec in graph.inputs)
-    example: list[Tensor] = list(graph.example)
-    scales: list[Tensor] = []
-    last = nodes[count - 1]
-    widened: list[tuple[fx.Node, fx.Node]] = []
-    for index in range(count):
-        if graph.inputs[index].name.removeprefix(_PARAMETER) in names:
-            whole, scale = nearest(example[index].numpy())
-            example[index] = torch.from_numpy(whole)
-            scales.append(torch.from_numpy(scale))
-            with module.graph.inserting_after(last):
-                last = module.graph.placeholder(f"scales_{index}")
-            widened.append((nodes[index], last))
-    with module.graph.inserting_before(_first_operation(module.graph)):
-        for node, scale_node in widened:
-            _widen(module.graph, node, scale_node)
-    module.graph.lint()
-    module.recompile()
-    return replace(
-        graph,
-        module=module,
-        inputs=int8_inputs(graph.inputs, names),
-        example=(*example[:count], *scales, *example[count:]),
-    )
-
-
-def _first_operation(graph: fx.Graph) -> fx.Node:
-    found: fx.Node = next(node for node in graph.nodes if node.op != "placeholder")
-    return found
-
-
-def _widen(graph: fx.Graph, whole: fx.Node, scale: fx.Node) -> None:
-    users = list(whole.users)
-    wide = graph.call_function(aten._to_copy.default, (whole,), {"dtype": torch.float32})  # noqa: SLF001
-    weight = graph.call_function(aten.mul.Tensor, (wide, scale))
-    weight.meta = dict(whole.meta)
-    wide.meta = dict(whole.meta)
-    for user in users:
-        user.replace_input_with(whole, weight)
+def _with_int8_inputs(data: bytes, names: Collection[str]) -> bytes:
+    """An ONNX model that takes these parameters as whole numbers and, behind all parameters, their scales."""
+    model = onnx.load_from_string(data)
+    graph = model.graph
+    scales: list[onnx.ValueInfoProto] = []
+    for value in graph.input:
+        name = value.name.removeprefix(_PARAMETER)
+        if value.name.startswith(_PARAMETER) and name in names:
+            value.type.tensor_type.elem_type = onnx.TensorProto.INT8
+            rows = value.type.tensor_type.shape.dim[0].dim_value
+            scales.append(helper.make_tensor_value_info(_SCALES + name, onnx.TensorProto.FLOAT, [rows]))
+    if not scales:
+        return data
+    count = sum(value.name.startswith(_PARAMETER) for value in graph.input)
+    inputs = list(graph.input)
+    del graph.input[:]
+    graph.input.extend([*inputs[:count], *scales, *inputs[count:]])
+    scaled = {value.name.removeprefix(_SCALES) for value in scales}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        for place, read in enumerate(node.input):
+            name = read.removeprefix(_PARAMETER)
+            if read.startswith(_PARAMETER) and name in scaled:
+                node.input[place] = f"wide.{len(nodes)}.{name}"
+                given = [read, _SCALES + name]
+                nodes.append(helper.make_node("DequantizeLinear", given, [node.input[place]], axis=0))
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    changed: bytes = model.SerializeToString(deterministic=True)
+    return changed
 
 
 def int8_inputs(inputs: Sequence[TensorSpec], names: Collection[str]) -> tuple[TensorSpec, ...]:
@@ -193,8 +180,7 @@ def int8_inputs(inputs: Sequence[TensorSpec], names: Collection[str]) -> tuple[T
             rest.append(spec)
         elif name in names:
             parameters.append(msgspec.structs.replace(spec, dtype="int8"))
-            shape = (spec.shape[0], *[1] * (len(spec.shape) - 1))
-            scales.append(TensorSpec(name=_SCALES + name, dtype="float32", shape=shape))
+            scales.append(TensorSpec(name=_SCALES + name, dtype="float32", shape=spec.shape[:1]))
         else:
             parameters.append(spec)
     return (*parameters, *scales, *rest)

@@ -11,7 +11,6 @@ scales of those in int8, in the same order; without any, it is the flat vector.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +27,8 @@ Array = npt.NDArray[np.generic]
 LARGEST = 127
 # Significant bits of a scale.
 _BITS = 11
+# Elements that are rounded at a time.
+_BLOCK = 1 << 16
 # Below it a float32 is denormal: no scale is smaller.
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -44,13 +45,16 @@ def row_scales(largest: npt.NDArray[np.floating], room: float = 1.0) -> Vector:
 
 def nearest(weight: Vector) -> tuple[npt.NDArray[np.int8], Vector]:
     """A weight [O, ...] rounded to whole numbers of the same shape, and its scales [O, 1, ...]."""
-    scale = row_scales(np.abs(weight).max(axis=tuple(range(1, weight.ndim)), keepdims=True, initial=0))
-    return np.rint(weight / scale).astype(np.int8), scale
-
-
-def scale_shape(entry: ParameterEntry) -> tuple[int, ...]:
-    """Shape of the scales of a parameter in int8."""
-    return (entry.shape[0], *[1] * (len(entry.shape) - 1))
+    whole = np.empty(weight.shape, np.int8)
+    scale = np.empty((len(weight), *[1] * (weight.ndim - 1)), np.float32)
+    # Some rows at a time: as float32 it may be in memory once, not four times.
+    count = max(1, _BLOCK // max(1, weight.size // max(1, len(weight))))
+    for first in range(0, len(weight), count):
+        rows = slice(first, first + count)
+        largest = np.abs(weight[rows]).max(axis=tuple(range(1, weight.ndim)), keepdims=True, initial=0)
+        scale[rows] = row_scales(largest)
+        whole[rows] = np.rint(weight[rows] / scale[rows])
+    return whole, scale
 
 
 def representable(vector: Vector, entries: Iterable[ParameterEntry]) -> Vector:
@@ -72,7 +76,7 @@ def graph_inputs(vector: Vector, entries: Sequence[ParameterEntry]) -> list[Arra
         if entry.dtype == "int8":
             whole, scale = nearest(part)
             arrays.append(whole)
-            scales.append(scale)
+            scales.append(scale.ravel())
         else:
             arrays.append(part)
     return arrays + scales
@@ -80,10 +84,7 @@ def graph_inputs(vector: Vector, entries: Sequence[ParameterEntry]) -> list[Arra
 
 def file_size(entries: Iterable[ParameterEntry]) -> int:
     """Bytes of a file of initial parameters."""
-    return sum(
-        entry.numel + 4 * math.prod(scale_shape(entry)) if entry.dtype == "int8" else 4 * entry.numel
-        for entry in entries
-    )
+    return sum(entry.numel + 4 * entry.shape[0] if entry.dtype == "int8" else 4 * entry.numel for entry in entries)
 
 
 def encode_parameters(vector: Vector, entries: Sequence[ParameterEntry]) -> bytes:
@@ -102,9 +103,9 @@ def decode_parameters(data: bytes, entries: Sequence[ParameterEntry]) -> Vector:
         offset += entry.numel * dtype.itemsize
     for entry in entries:
         if entry.dtype == "int8":
-            shape = scale_shape(entry)
-            _part(vector, entry)[...] *= np.frombuffer(data, "<f4", math.prod(shape), offset).reshape(shape)
-            offset += 4 * math.prod(shape)
+            scales = np.frombuffer(data, "<f4", entry.shape[0], offset)
+            _part(vector, entry)[...] *= scales.reshape(-1, *[1] * (len(entry.shape) - 1))
+            offset += scales.nbytes
     return vector
 
 

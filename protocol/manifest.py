@@ -15,7 +15,7 @@ Graph names: `step`, `eval`, `infer`, and, when parts are frozen or privacy is a
 
 Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
 
-- `step`: the parameters in manifest order, for each of those in int8 its scales [O, 1, …], the batch leaves that the
+- `step`: the parameters in manifest order, for each of those in int8 its scales [O], the batch leaves that the
   graph needs, `weights` -> `loss_sum`, `weight_sum`, the metrics in manifest order, one gradient per parameter in
   manifest order.
 - `eval`: the same inputs -> `loss_sum`, `weight_sum`, the metrics.

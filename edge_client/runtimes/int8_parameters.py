@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import TrainingError
-from edgetrain.protocol.int8 import LARGEST, nearest, row_scales, scale_shape
+from edgetrain.protocol.int8 import LARGEST, nearest, row_scales
 from edgetrain.protocol.manifest import ParameterEntry
 
 Vector = npt.NDArray[np.float32]
@@ -64,14 +64,13 @@ class Int8Parameters:
             part = vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
             if entry.dtype == "int8":
                 values, scales = nearest(part)
-                assert scales.shape == scale_shape(entry)
                 self._held.append(_Held(entry, values, scales))
             else:
                 self._held.append(_Held(entry, part.copy(), None))
 
     def graph_inputs(self) -> list[Array]:
         """The first inputs of every graph, see `protocol.manifest`; memory that keeps its place."""
-        scales = [held.scales for held in self._held if held.scales is not None]
+        scales = [held.scales.reshape(-1) for held in self._held if held.scales is not None]
         return [*(held.values for held in self._held), *scales]
 
     def vector(self) -> Vector:

@@ -69,7 +69,11 @@ class OnnxSession(GraphSession):
     def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
         """Loads a graph and binds our memory to it."""
         del name
-        session = load_model(self.bundle, graph.file, graph.extra_files, threads=self.threads)
+        # A weight that is widened wherever it is read must not be kept for all of its readers.
+        switched_off = ("CommonSubexpressionElimination",) if self.in_int8 else ()
+        session = load_model(
+            self.bundle, graph.file, graph.extra_files, threads=self.threads, switched_off=switched_off
+        )
         for what, have, declared in (
             ("inputs", session.get_inputs(), graph.inputs),
             ("outputs", session.get_outputs(), graph.outputs),
@@ -134,7 +138,12 @@ class OnnxGraph:
 
 
 def load_model(
-    bundle: Bundle, file: FileEntry, external: Sequence[FileEntry] = (), *, threads: int
+    bundle: Bundle,
+    file: FileEntry,
+    external: Sequence[FileEntry] = (),
+    *,
+    threads: int,
+    switched_off: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """Loads one verified model.
 
@@ -143,6 +152,7 @@ def load_model(
         file: the model.
         external: files of tensors that it refers to by name.
         threads: threads of one step; 0 lets onnxruntime choose.
+        switched_off: onnxruntime's optimizers that are to leave it alone, besides the slow ones.
 
     Raises:
         SessionError: onnxruntime refuses the model.
@@ -159,7 +169,7 @@ def load_model(
     model = bundle.read(file)
     try:
         session = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[*SLOW_FUSIONS]
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[*SLOW_FUSIONS, *switched_off]
         )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise SessionError(

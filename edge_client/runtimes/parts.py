@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import msgspec
 
 from edgetrain.edge_client.errors import SessionError
-from edgetrain.protocol.int8 import scale_shape
 from edgetrain.protocol.manifest import BatchSpec, Graph, Manifest, Structure
 
 TRUNK = "trunk"
@@ -22,7 +21,7 @@ def parameter_specs(manifest: Manifest, graph: Graph) -> tuple[tuple[str, str, t
     if any(spec.name.startswith(FEATURE) for spec in graph.outputs):
         return ()
     entries = manifest.parameters
-    scales = [(entry.name, "float32", scale_shape(entry)) for entry in entries if entry.dtype == "int8"]
+    scales = [(entry.name, "float32", entry.shape[:1]) for entry in entries if entry.dtype == "int8"]
     return (*((entry.name, entry.dtype, entry.shape) for entry in entries), *scales)
 
 

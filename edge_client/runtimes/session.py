@@ -47,8 +47,8 @@ class GraphSession(ABC):
     takes_int8 = False
 
     def __init__(self, runtime: str, bundle: Bundle, *, threads: int, head: bool = False) -> None:
-        self._in_int8 = any(entry.dtype == "int8" for entry in bundle.manifest.parameters)
-        if self._in_int8 and not self.takes_int8:
+        self.in_int8 = any(entry.dtype == "int8" for entry in bundle.manifest.parameters)
+        if self.in_int8 and not self.takes_int8:
             raise SessionError(f"bundle {bundle.manifest.name!r} keeps weights in int8, which {runtime} cannot bind")
         self.runtime = runtime
         self.bundle = bundle
@@ -151,11 +151,11 @@ class GraphSession(ABC):
 
     def _run(self, name: str, parameters: Parameters) -> list[Array]:
         if isinstance(parameters, Int8Parameters):
-            if not self._in_int8:
+            if not self.in_int8:
                 raise DataError(f"bundle {self.manifest.name!r} keeps its parameters in float32: give a flat vector")
         else:
             check_vector(parameters, self.manifest.num_parameters)
-            if self._in_int8:
+            if self.in_int8:
                 parameters = Int8Parameters(self.manifest.parameters, parameters)
         outputs: list[Array] = []
         plan = self._plans.get(name, (name,))

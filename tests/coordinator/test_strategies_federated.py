@@ -270,7 +270,7 @@ def test_one_who_stays_away_is_banned_and_comes_back(federation, monkeypatch):
     selection = SelectionConfig(ban_after=1, ban_rounds=2)
     run(
         federation,
-        rounds=RoundsConfig(total=5, goal=3, minimum=2, deadline_seconds=0.7),
+        rounds=RoundsConfig(total=5, goal=3, minimum=2, deadline_seconds=1.5),
         selection=selection,
     )
     invited = [

@@ -40,7 +40,7 @@ class Unscaled:
         scales = parameters.graph_inputs()[len(self.manifest.parameters) :]
         for entry, scale in zip(entries, scales, strict=True):
             gradient = result.gradients[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
-            gradient *= scale**2
+            gradient *= scale.reshape(-1, *[1] * (gradient.ndim - 1)) ** 2
         return result
 
 

@@ -62,6 +62,7 @@ def test_many_steps_far_below_one_unit_move_weights_as_float_sgd_does(options):
 def test_a_whole_step_is_the_gradient_of_the_integers_divided_by_the_square_of_the_scale():
     start = representable(random(3), ENTRIES)
     whole, _, scales = (array.astype(np.float64) for array in Int8Parameters(ENTRIES, start).graph_inputs())
+    scales = scales.reshape(-1, 1, 1)
     gradient = np.zeros(SIZE, np.float32)
     # Of the weight: such that the integers' gradient over the squared scale is 3.
     gradient[WEIGHT] = np.broadcast_to(3 * scales, whole.shape).ravel()
@@ -70,7 +71,7 @@ def test_a_whole_step_is_the_gradient_of_the_integers_divided_by_the_square_of_t
     # Rows whose largest value would not fit any more get another scale.
     local.descend(sgd(), gradient, sgd().init(), 1.0)
     moved, _, after = local.given.graph_inputs()
-    same = (after == scales.astype(np.float32)).ravel()
+    same = after == scales.astype(np.float32).ravel()
     assert 2 < same.sum() < ROWS
     np.testing.assert_allclose(moved[same], (whole - of_integers / scales**2)[same], atol=1.01)
 

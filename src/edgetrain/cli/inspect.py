@@ -48,10 +48,10 @@ def command(bundle: str, *, as_json: bool) -> None:
     _table(("runtime", "graph", "bytes", "file", "sha256"), graphs, right={2})
     click.echo("\ntrainable parameters")
     rows = [
-        (entry.name, "x".join(map(str, entry.shape)) or "scalar", f"{entry.numel:,}", f"{entry.offset:,}")
+        (entry.name, "x".join(map(str, entry.shape)) or "scalar", entry.dtype, f"{entry.numel:,}", f"{entry.offset:,}")
         for entry in manifest.parameters
     ]
-    _table(("name", "shape", "elements", "offset"), rows, right={2, 3})
+    _table(("name", "shape", "kept as", "elements", "offset"), rows, right={3, 4})
     click.echo("\nall files are whole: sizes and SHA-256 agree with the manifest")
 
 
