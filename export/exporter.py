@@ -16,18 +16,18 @@ from torch import Tensor, nn
 import edgetrain
 from edgetrain.export import locate, parity
 from edgetrain.export.batch import Example, ExampleBatch, Loss, per_sample_loss, read_example
-from edgetrain.export.calibration import calibration_data
 from edgetrain.export.errors import BatchError, SelectionError, UnsupportedError
-from edgetrain.export.joint import Problem
+from edgetrain.export.graph.joint import Problem
 from edgetrain.export.lowering import get_lowering
 from edgetrain.export.lowering.base import Lowering
 from edgetrain.export.lowering.executorch import ExecutorchLowering
 from edgetrain.export.metrics import Metric, check_metrics, default_metrics
 from edgetrain.export.prepare import Prepared, plain_math, prepare
 from edgetrain.export.program import make_program
-from edgetrain.export.storage import Storage
-from edgetrain.export.stored_program import make_stored_program
-from edgetrain.export.trainable_storage import Int8Lowering, in_int8, int8_program
+from edgetrain.export.storage.calibration import calibration_data
+from edgetrain.export.storage.frozen_weights import Storage
+from edgetrain.export.storage.stored_program import make_stored_program
+from edgetrain.export.storage.trainable_weights import Int8Lowering, in_int8, int8_program
 from edgetrain.export.user_code import user_code
 from edgetrain.protocol.bundle import file_entry, write_bundle
 from edgetrain.protocol.int8 import encode_parameters
@@ -72,7 +72,7 @@ def export_bundle(
         loss: `loss(outputs, targets)` -> one loss per sample, [B], or per token, [B, T].
         example_batch: `(inputs, targets)`, each a tensor, a tuple or a dict of tensors; dimension 0 is the
             batch.
-        trainable: what learns; see `edgetrain.export.select`.
+        trainable: what learns; see `edgetrain.export.selection.select`.
         runtimes: one program is written for each.
         micro_batch: samples per call of the step; None for the size of the example.
         out: the bundle's directory, or an archive if it ends in `.edge`.

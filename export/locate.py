@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgetrain.export.errors import UnsupportedError
-from edgetrain.export.joint import Problem
+from edgetrain.export.graph.joint import Problem
 from edgetrain.export.prepare import plain_math
 from edgetrain.export.user_code import is_foreign
 

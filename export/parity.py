@@ -21,7 +21,7 @@ from torch import Tensor
 
 from edgetrain.export.batch import flatten_outputs
 from edgetrain.export.errors import GradientError, ParityError
-from edgetrain.export.joint import Problem, TracedGraph
+from edgetrain.export.graph.joint import Problem, TracedGraph
 from edgetrain.export.lowering.base import Run
 from edgetrain.export.metrics import weighted_sum
 from edgetrain.export.prepare import plain_math

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edgetrain.export.adapters import Adapters, is_adapter_term
 from edgetrain.export.errors import SelectionError, UnsupportedError
-from edgetrain.export.lora import add_lora
-from edgetrain.export.select import select, terms
-from edgetrain.export.sparse import add_slices
+from edgetrain.export.selection.adapters import Adapters, is_adapter_term
+from edgetrain.export.selection.lora import add_lora
+from edgetrain.export.selection.select import select, terms
+from edgetrain.export.selection.sparse import add_slices
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def prepare(module: nn.Module, selection: str) -> Prepared:
     """Copies the module, makes it deterministic and frees the selected parameters.
 
     Raises:
-        SelectionError: see `edgetrain.export.select`.
+        SelectionError: see `edgetrain.export.selection.select`.
         UnsupportedError: a module that cannot be copied, or that has no export.
     """
     notes: list[str] = []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from edgetrain.export import before_autograd, joint, locate, parity
+from edgetrain.export import locate, parity
 from edgetrain.export.errors import OperatorError, UnsupportedError
-from edgetrain.export.functional import functional_problem
-from edgetrain.export.joint import Decompositions, Problem, TracedGraph
+from edgetrain.export.graph import before_autograd, joint
+from edgetrain.export.graph.functional import functional_problem
+from edgetrain.export.graph.joint import Decompositions, Problem, TracedGraph
+from edgetrain.export.graph.narrow import narrowed_problem
+from edgetrain.export.graph.partition import Split, split_step, with_features
 from edgetrain.export.lowering.base import FurtherGraphs, LoweredGraph, Lowering, Run
-from edgetrain.export.narrow import narrowed_problem
-from edgetrain.export.partition import Split, split_step, with_features
 from edgetrain.protocol.bundle import file_entry
 from edgetrain.protocol.manifest import Graph, Program
 

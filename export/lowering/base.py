@@ -9,8 +9,8 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.export.decompositions import Decompositions
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.graph.decompositions import Decompositions
+from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.protocol.manifest import TensorSpec
 
 Array = npt.NDArray[np.generic]

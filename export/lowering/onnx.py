@@ -13,14 +13,14 @@ import onnx
 import torch
 from torch import fx
 
-from edgetrain.export.decompositions import Decompositions, for_onnx
 from edgetrain.export.errors import OperatorError, UnsupportedError
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.graph.decompositions import Decompositions, for_onnx
+from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run, Weights
 from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
-from edgetrain.export.quantize_trunk import quantize_trunk
 from edgetrain.export.quiet import quiet
-from edgetrain.export.storage import store
+from edgetrain.export.storage.frozen_weights import store
+from edgetrain.export.storage.quantize_trunk import quantize_trunk
 
 OPSET = 18
 # Protobuf's limit for one message; larger models would need external data.
@@ -76,7 +76,7 @@ class OnnxLowering:
     def quantize_trunk(
         self, trunk: TracedGraph, lowered: LoweredGraph, kind: str, batches: Sequence[Sequence[Array]]
     ) -> LoweredGraph:
-        """By onnxruntime's own tools; see `edgetrain.export.quantize_trunk`."""
+        """By onnxruntime's own tools; see `edgetrain.export.storage.quantize_trunk`."""
         del trunk
         return replace(lowered, data=quantize_trunk(lowered.data, kind, batches))
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from edgetrain.export.attention import MASKED
-from edgetrain.export.decompositions import GELU_CUBIC, GELU_LINEAR
+from edgetrain.export.graph.attention import MASKED
+from edgetrain.export.graph.decompositions import GELU_CUBIC, GELU_LINEAR
 
 aten = torch.ops.aten
 

@@ -30,9 +30,9 @@ import torch
 from onnx import numpy_helper
 from torch._decomp import get_decompositions
 
-from edgetrain.export.decompositions import Decompositions, common
 from edgetrain.export.errors import UnsupportedError
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.graph.decompositions import Decompositions, common
+from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.onnx import OnnxLowering
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from edgetrain.export.decompositions import Decompositions
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.graph.decompositions import Decompositions
+from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 
 

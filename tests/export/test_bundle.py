@@ -13,7 +13,7 @@ from edgetrain.export import (
     UnsupportedError,
     export_bundle,
 )
-from edgetrain.export.decompositions import common
+from edgetrain.export.graph.decompositions import common
 from edgetrain.export.lowering.onnx import OnnxLowering
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import probe_signs

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from edgetrain.export import decompositions
+from edgetrain.export.graph import decompositions
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from torch import fx
 pytest.importorskip("executorch.exir")
 
 from edgetrain.export.errors import OperatorError
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering import get_lowering
 from edgetrain.export.lowering.base import LoweredGraph
 from edgetrain.export.lowering.executorch import compile as compiler

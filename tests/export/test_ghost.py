@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from edgetrain.export.ghost import use_ghost_norms
+from edgetrain.export.graph.ghost import use_ghost_norms
 
 
 def clipped(x, y, factors, *, transposed):

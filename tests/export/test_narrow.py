@@ -9,7 +9,7 @@ from torch import nn
 
 from edgetrain.export.batch import read_example
 from edgetrain.export.exporter import _problem
-from edgetrain.export.narrow import narrowed_problem
+from edgetrain.export.graph.narrow import narrowed_problem
 from edgetrain.export.prepare import prepare
 from edgetrain.models.transformer import Block, padding_mask
 from support.layers import squared

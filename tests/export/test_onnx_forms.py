@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from edgetrain.export import decompositions, onnx_convolution
-from edgetrain.export.attention import attention
 from edgetrain.export.batch import read_example
-from edgetrain.export.before_autograd import BeforeAutograd
 from edgetrain.export.exporter import _problem
-from edgetrain.export.joint import trace_infer
+from edgetrain.export.graph import decompositions
+from edgetrain.export.graph.attention import attention
+from edgetrain.export.graph.before_autograd import BeforeAutograd
+from edgetrain.export.graph.joint import trace_infer
+from edgetrain.export.lowering import onnx_convolution
 from edgetrain.export.lowering.onnx import OnnxLowering
 from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
 from edgetrain.export.prepare import prepare

@@ -11,10 +11,10 @@ from edgetrain.edge_client import open_session
 from edgetrain.edge_client.selftest import read_self_test, run_self_test
 from edgetrain.export import export_bundle
 from edgetrain.export.batch import read_example
-from edgetrain.export.decompositions import common
 from edgetrain.export.exporter import _problem
-from edgetrain.export.joint import trace_step
-from edgetrain.export.partition import split_step
+from edgetrain.export.graph.decompositions import common
+from edgetrain.export.graph.joint import trace_step
+from edgetrain.export.graph.partition import split_step
 from edgetrain.export.prepare import prepare
 from edgetrain.protocol.bundle import Bundle
 from support.frozen import MICRO_BATCH, frozen_cnn, frozen_text

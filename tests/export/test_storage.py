@@ -12,7 +12,7 @@ from edgetrain.edge_client import open_session
 from edgetrain.edge_client.selftest import read_self_test, run_self_test
 from edgetrain.export import Storage, ToleranceError, UnsupportedError, export_bundle
 from edgetrain.export.errors import BatchError
-from edgetrain.export.storage import round_weight
+from edgetrain.export.storage.frozen_weights import round_weight
 from edgetrain.protocol.bundle import Bundle
 from support.frozen import cnn_data, frozen_cnn, frozen_text
 

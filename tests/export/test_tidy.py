@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from edgetrain.export.decompositions import common
-from edgetrain.export.fold import fold_batch_norms
-from edgetrain.export.tidy import simplify
+from edgetrain.export.graph.decompositions import common
+from edgetrain.export.graph.fold import fold_batch_norms
+from edgetrain.export.graph.tidy import simplify
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ import onnx
 
 from edgetrain.export.batch import read_example
 from edgetrain.export.exporter import _problem
-from edgetrain.export.functional import functional_problem
-from edgetrain.export.joint import trace_step
+from edgetrain.export.graph.functional import functional_problem
+from edgetrain.export.graph.joint import trace_step
 from edgetrain.export.lowering.onnx import OnnxLowering
 from edgetrain.export.prepare import prepare
 from edgetrain.export.program import Translator

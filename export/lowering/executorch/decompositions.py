@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgetrain.export.before_autograd import COMPOSITES
-from edgetrain.export.decompositions import Decompositions, common
+from edgetrain.export.graph.before_autograd import COMPOSITES
+from edgetrain.export.graph.decompositions import Decompositions, common
 
 aten = torch.ops.aten
 

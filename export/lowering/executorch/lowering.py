@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from edgetrain.export.decompositions import Decompositions
 from edgetrain.export.errors import OperatorError, UnsupportedError
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.graph.decompositions import Decompositions
+from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.executorch import training_module
 from edgetrain.export.lowering.executorch.compile import compile_module, quicker

@@ -20,7 +20,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.executorch.rewrite import rewrite
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.executorch.layout import ELEMENTWISE, elementwise, from_last, part_of, to_last
 from edgetrain.export.lowering.executorch.repeats import merge_repeats
 from edgetrain.export.lowering.executorch.rules import RULES

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec
 
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.executorch.compile import delegate, emit
 

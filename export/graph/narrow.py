@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from edgetrain.export.joint import Problem
+from edgetrain.export.graph.joint import Problem
 from edgetrain.export.prepare import plain_math
 from edgetrain.export.quiet import quiet
 

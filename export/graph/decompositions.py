@@ -14,9 +14,10 @@ from torch import Tensor
 from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from edgetrain.export import onnx_convolution, pooling
-from edgetrain.export.before_autograd import COMPOSITES
-from edgetrain.export.pooling import per_dimension
+from edgetrain.export.graph import pooling
+from edgetrain.export.graph.before_autograd import COMPOSITES
+from edgetrain.export.graph.pooling import per_dimension
+from edgetrain.export.lowering import onnx_convolution
 
 aten = torch.ops.aten
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from edgetrain.export.batch import ExampleBatch
 from edgetrain.export.errors import UnsupportedError
-from edgetrain.export.halves import Halves
-from edgetrain.export.joint import TracedGraph, round_rows
-from edgetrain.export.slim import slim
+from edgetrain.export.graph.joint import TracedGraph, round_rows
+from edgetrain.export.storage.halves import Halves
+from edgetrain.export.storage.slim import slim
 from edgetrain.protocol.int8 import row_scales
 
 KINDS = ("float32", "float16", "int8", "int8-static", "int8-dynamic")

@@ -1,4 +1,4 @@
-"""Slices of weights that learn; see `edgetrain.export.adapters`."""
+"""Slices of weights that learn; see `edgetrain.export.selection.adapters`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgetrain.export.adapters import (
+from edgetrain.export.errors import SelectionError
+from edgetrain.export.selection.adapters import (
     Adapters,
     Weights,
     is_linear,
@@ -19,7 +20,6 @@ from edgetrain.export.adapters import (
     read_options,
     targets,
 )
-from edgetrain.export.errors import SelectionError
 
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: F.conv1d,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from edgetrain.export.attention import attention
+from edgetrain.export.graph.attention import attention
 
 aten = torch.ops.aten
 

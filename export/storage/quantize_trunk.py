@@ -15,10 +15,10 @@ from pathlib import Path
 import onnx
 
 from edgetrain.export.errors import UnsupportedError
-from edgetrain.export.linear_convolutions import fuse_convolutions
 from edgetrain.export.lowering.base import Array
 from edgetrain.export.quiet import quiet
-from edgetrain.export.slim import slim
+from edgetrain.export.storage.linear_convolutions import fuse_convolutions
+from edgetrain.export.storage.slim import slim
 
 
 def quantize_trunk(data: bytes, kind: str, batches: Sequence[Sequence[Array]]) -> bytes:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._decomp import core_aten_decompositions
 
-from edgetrain.export.joint import Problem
+from edgetrain.export.graph.joint import Problem
 from edgetrain.export.prepare import plain_math
 from edgetrain.export.quiet import quiet
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from edgetrain.export.batch import tensor_spec
-from edgetrain.export.joint import TracedGraph
+from edgetrain.export.graph.joint import TracedGraph
 
 # Reading a byte back from a flash disk (100 MB/s) takes as long as so many operations of a small core (10 GFLOP/s).
 FLOPS_PER_BYTE = 100.0

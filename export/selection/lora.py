@@ -1,4 +1,4 @@
-"""Low-rank adapters; see `edgetrain.export.adapters`."""
+"""Low-rank adapters; see `edgetrain.export.selection.adapters`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgetrain.export.adapters import (
+from edgetrain.export.errors import SelectionError
+from edgetrain.export.selection.adapters import (
     Adapters,
     Weights,
     is_linear,
@@ -21,7 +22,6 @@ from edgetrain.export.adapters import (
     read_options,
     targets,
 )
-from edgetrain.export.errors import SelectionError
 
 
 def add_lora(module: nn.Module, term: str, adapters: Adapters) -> None:

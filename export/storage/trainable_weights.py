@@ -18,13 +18,13 @@ import onnx
 import torch
 from onnx import helper
 
-from edgetrain.export.calibration import Batch
-from edgetrain.export.decompositions import Decompositions
 from edgetrain.export.errors import ToleranceError, UnsupportedError
-from edgetrain.export.joint import Problem, TracedGraph
+from edgetrain.export.graph.decompositions import Decompositions
+from edgetrain.export.graph.joint import Problem, TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering, Weights
 from edgetrain.export.prepare import plain_math
-from edgetrain.export.storage import Storage, is_weight
+from edgetrain.export.storage.calibration import Batch
+from edgetrain.export.storage.frozen_weights import Storage, is_weight
 from edgetrain.protocol.int8 import nearest
 from edgetrain.protocol.manifest import Graph, Program, TensorSpec, TrainableStorage
 

@@ -9,7 +9,7 @@ A selection is one or more terms separated by ";". A term names parameters, and 
 - `norm`: the affine parameters of every normalisation
 - anything else: a regular expression, searched in the parameter names (`re:` in front forces this reading)
 
-`lora:` and `sparse:` terms add adapters and are read by `edgetrain.export.adapters`.
+`lora:` and `sparse:` terms add adapters and are read by `edgetrain.export.selection.adapters`.
 """
 
 from __future__ import annotations

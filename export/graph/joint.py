@@ -26,12 +26,12 @@ from edgetrain.export.batch import (
     per_sample_loss,
     tensor_spec,
 )
-from edgetrain.export.before_autograd import before_autograd, standard
-from edgetrain.export.fold import fold_batch_norms
-from edgetrain.export.ghost import use_ghost_norms
+from edgetrain.export.graph.before_autograd import before_autograd, standard
+from edgetrain.export.graph.fold import fold_batch_norms
+from edgetrain.export.graph.ghost import use_ghost_norms
+from edgetrain.export.graph.tidy import VIEWS, drop_unused_leaves, mutates, name_constants, simplify
 from edgetrain.export.metrics import Metric, weighted_sum
 from edgetrain.export.prepare import Prepared, plain_math
-from edgetrain.export.tidy import VIEWS, drop_unused_leaves, mutates, name_constants, simplify
 from edgetrain.protocol.int8 import nearest
 from edgetrain.protocol.manifest import CLIP_NORM, STEP_CLIPPED, TensorSpec
 

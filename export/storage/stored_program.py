@@ -14,15 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from edgetrain.export import joint, parity
-from edgetrain.export.calibration import Batch
+from edgetrain.export import parity
 from edgetrain.export.errors import ToleranceError, UnsupportedError
-from edgetrain.export.joint import Problem, TracedGraph
+from edgetrain.export.graph import joint
+from edgetrain.export.graph.joint import Problem, TracedGraph
+from edgetrain.export.graph.partition import FEATURES, Split, with_features
 from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering
 from edgetrain.export.parity import Expected, Reference
-from edgetrain.export.partition import FEATURES, Split, with_features
 from edgetrain.export.program import Translator, graph_entry, split_problem
-from edgetrain.export.storage import Storage, is_weight, quantized_names, rounded
+from edgetrain.export.storage.calibration import Batch
+from edgetrain.export.storage.frozen_weights import Storage, is_weight, quantized_names, rounded
 from edgetrain.protocol.manifest import Graph, Program, StorageReport
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from edgetrain.export.batch import read_example
 from edgetrain.export.errors import BatchError
-from edgetrain.export.joint import Problem
-from edgetrain.export.storage import Storage
+from edgetrain.export.graph.joint import Problem
+from edgetrain.export.storage.frozen_weights import Storage
 
 
 @dataclass(frozen=True)

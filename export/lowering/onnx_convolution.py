@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot
 
-from edgetrain.export.pooling import per_dimension
+from edgetrain.export.graph.pooling import per_dimension
 
 aten = torch.ops.aten
 

@@ -1,0 +1,1 @@
+"""Weights in fewer bytes, and programs that read them."""
