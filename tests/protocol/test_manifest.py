@@ -125,7 +125,7 @@ def test_wrong_types_are_schema_errors(tree, bad):
 
 def test_missing_fields_are_schema_errors(tree):
     for key in list(tree):
-        if key in {"metrics", "trainable", "frozen", "notes"}:  # they have defaults
+        if key in {"metrics", "trainable", "frozen", "trainable_storage", "notes"}:  # they have defaults
             continue
         with pytest.raises(BundleError):
             decode({other: value for other, value in tree.items() if other != key})
