@@ -40,7 +40,11 @@ def test_it_holds_for_this_federation_name_and_key_alone():
     assert not AUTHORITY.has_enrolled("pi\0" + "a", KEY[1:], PROOF)
 
 
-@pytest.mark.parametrize("proof", [b"", PROOF[:-1], PROOF + b"\0", bytes(64), b"\xff" * 64, PROOF[32:] + PROOF[:32]])
+@pytest.mark.parametrize(
+    "proof",
+    [b"", PROOF[:-1], PROOF + b"\0", bytes(64), b"\xff" * 64, PROOF[32:] + PROOF[:32]],
+    ids=["nothing", "cut short", "too long", "zeros", "ones", "halves exchanged"],
+)
 def test_what_is_no_proof(proof):
     assert not AUTHORITY.has_enrolled("pi", KEY, proof)
 
