@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._export import utils as export_utils
 from torch.fx.traceback import NodeSource
 
-from edgetrain.export.errors import OperatorError
+from edgetrain.export.errors import OperatorError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,16 @@ def delegate(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
     from edgetrain.export.lowering.executorch.order import put_in_order  # noqa: PLC0415
     from edgetrain.export.lowering.executorch.partition import partitioner  # noqa: PLC0415
 
-    edge = to_edge_transform_and_lower(
-        torch.export.export(module, example, strict=False),
-        partitioner=[partitioner()],
-        compile_config=EdgeCompileConfig(_check_ir_validity=False),
-    )
+    try:
+        edge = to_edge_transform_and_lower(
+            torch.export.export(module, example, strict=False),
+            partitioner=[partitioner()],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"ExecuTorch cannot lower this graph: {error} Export for onnxruntime, or let less of the model learn"
+        ) from error
     put_in_order(edge.exported_program().graph_module)
     return edge
 
