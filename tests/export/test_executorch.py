@@ -92,13 +92,32 @@ def test_an_operator_whose_kernel_is_wrong_stops_the_export_with_its_name(pool_b
         get_lowering("executorch").lower(graph)
 
 
-def test_the_stock_delegate_computes_the_exact_gelu_where_the_tanh_form_is_asked_for():
+def test_the_stock_delegate_computes_the_exact_gelu_where_the_tanh_form_is_asked_for(monkeypatch):
     x = torch.linspace(-4, 4, 64)
     expected = F.gelu(x.double(), approximate="tanh").float()
-    assert float((run_stock(graph_of(aten.gelu.default, x, approximate="tanh")) - expected).abs().max()) > 1e-4
+    graph = graph_of(aten.gelu.default, x, approximate="tanh")
+    assert float((run_stock(graph) - expected).abs().max()) > 1e-4
+    # Whole, as a trace for inference leaves it.
+    assert float((torch.from_numpy(run_lowered(graph)) - expected).abs().max()) < 1e-6
+    monkeypatch.delitem(rules.RULES, aten.gelu.default)
     with pytest.raises(OperatorError, match=r"aten\.gelu.*wrong numbers"):
-        # As the rewriter gets it if the trace did not take it apart.
-        get_lowering("executorch").lower(graph_of(aten.gelu.default, x, approximate="tanh"))
+        get_lowering("executorch").lower(graph)
+
+
+def test_a_copy_that_leaves_a_partition_beside_its_source_is_one_result():
+    x = torch.randn(4, 6)
+    graph = fx.Graph()
+    product = graph.call_function(aten.mul.Tensor, (graph.placeholder("x"), 2.0))
+    copy = graph.call_function(aten.clone.default, (product,))
+    # Kernels outside of XNNPACK read both.
+    results = [graph.call_function(aten.cumsum.default, (node, dim)) for dim, node in enumerate((product, copy))]
+    graph.output(tuple(results))
+    traced = TracedGraph("step", fx.GraphModule(torch.nn.Module(), graph), (), (), (x,))
+    with quiet():
+        data = compiler.compile_module(traced.module, traced.example).data
+    first, second = get_lowering("executorch").load(LoweredGraph(file="step.pte", data=data))([x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(first), (2 * x).cumsum(0))
+    torch.testing.assert_close(torch.from_numpy(second), (2 * x).cumsum(1))
 
 
 def test_an_operator_without_a_kernel_is_named():

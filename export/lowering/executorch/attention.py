@@ -1,4 +1,4 @@
-"""Masks in finite numbers, softmax under them, and batch normalisation with running statistics."""
+"""Masks in finite numbers, softmax under them, GELU, and batch normalisation with running statistics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+from edgetrain.export.lowering.executorch import decompositions
 
 if TYPE_CHECKING:
     from edgetrain.export.lowering.executorch.rewrite import Rewriter
@@ -26,6 +28,15 @@ def add(rewriter: Rewriter, a: Tensor, b: Any, *, alpha: float = 1) -> Any:
     if all(user.target in _SOFTMAX for user in node.users) and rewriter.is_static(1) and isinstance(b, Tensor):
         return a + rewriter.now(lambda: b.clamp(min=MASKED))
     return NotImplemented
+
+
+def gelu(rewriter: Rewriter, x: Tensor, *, approximate: str = "none") -> Any:
+    """The tanh form spelled out where the trace left it whole, as in graphs for inference."""
+    if approximate == "none":
+        return NotImplemented
+    if rewriter.has_last(rewriter.node.args[0]):
+        return rewriter.image(decompositions.gelu(rewriter.last(0), approximate=approximate))
+    return decompositions.gelu(x, approximate=approximate)
 
 
 def safe_softmax(rewriter: Rewriter, x: Tensor, dim: int, dtype: Any = None) -> Any:

@@ -41,6 +41,7 @@ def compile_module(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Comp
 
 def delegate(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
     """ExecuTorch's edge program with all that XNNPACK takes given to it."""
+    from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform  # noqa: PLC0415
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower  # noqa: PLC0415
 
     from edgetrain.export.lowering.executorch.order import put_in_order  # noqa: PLC0415
@@ -49,6 +50,9 @@ def delegate(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
     try:
         edge = to_edge_transform_and_lower(
             torch.export.export(module, example, strict=False),
+            # Every edge tensor is row-major, so copies change nothing. XNNPACK drops them from a partition after it was
+            # cut: if what is copied is read outside too, one tensor would leave the partition twice, which it refuses.
+            transform_passes=[RemoveCloneOpsTransform(preserve_input_output_copies=True)],
             partitioner=[partitioner()],
             compile_config=EdgeCompileConfig(_check_ir_validity=False),
         )

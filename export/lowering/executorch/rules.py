@@ -20,6 +20,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: convolution_rules.convolution_backward,
     aten.div.Scalar: shapes.div,
     aten.expand.default: shapes.expand,
+    aten.gelu.default: attention.gelu,
     aten.max_pool2d_with_indices.default: convolution_rules.max_pool,
     aten.max_pool2d_with_indices_backward.default: convolution_rules.max_pool_backward,
     aten.mean.dim: reductions.mean,
