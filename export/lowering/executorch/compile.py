@@ -46,16 +46,19 @@ def delegate(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
 
     from edgetrain.export.lowering.executorch.order import put_in_order  # noqa: PLC0415
     from edgetrain.export.lowering.executorch.partition import partitioner  # noqa: PLC0415
+    from edgetrain.export.lowering.executorch.peephole import peephole  # noqa: PLC0415
+    from edgetrain.export.lowering.executorch.turns import simplify_turns  # noqa: PLC0415
 
     try:
-        edge = to_edge_transform_and_lower(
-            torch.export.export(module, example, strict=False),
-            # Every edge tensor is row-major, so copies change nothing. XNNPACK drops them from a partition after it was
-            # cut: if what is copied is read outside too, one tensor would leave the partition twice, which it refuses.
-            transform_passes=[RemoveCloneOpsTransform(preserve_input_output_copies=True)],
-            partitioner=[partitioner()],
-            compile_config=EdgeCompileConfig(_check_ir_validity=False),
-        )
+        with peephole():
+            edge = to_edge_transform_and_lower(
+                torch.export.export(module, example, strict=False),
+                # Every edge tensor is row-major, so copies change nothing. XNNPACK drops them from a partition after it
+                # was cut: if what is copied is read outside too, one tensor would leave it twice, which it refuses.
+                transform_passes=[RemoveCloneOpsTransform(preserve_input_output_copies=True), simplify_turns],
+                partitioner=[partitioner()],
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+            )
     except RuntimeError as error:
         raise UnsupportedError(
             f"ExecuTorch cannot lower this graph: {error} Export for onnxruntime, or let less of the model learn"

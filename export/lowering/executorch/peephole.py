@@ -1,0 +1,62 @@
+"""XNNPACK subgraphs, once more before they are written: turned operands are read as they lie.
+
+XNNPACK's batched product packs its second operand anyway, and can turn it while doing so. ExecuTorch has no operator that
+says so; the written format has (the flag of the product's node).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+TRANSPOSE_B = 1
+_TURNED = [0, 2, 1]
+
+
+@contextmanager
+def peephole() -> Iterator[None]:
+    """While it is active, ExecuTorch writes subgraphs as `turn_inside` leaves them."""
+    from executorch.backends.xnnpack import xnnpack_preprocess  # noqa: PLC0415  # slow to import
+
+    write: Callable[..., bytes] = xnnpack_preprocess.serialize_xnnpack_binary
+
+    def improved(graph: Any, *args: Any, **kwargs: Any) -> bytes:
+        turn_inside(graph)
+        return write(graph, *args, **kwargs)
+
+    xnnpack_preprocess.serialize_xnnpack_binary = improved
+    try:
+        yield
+    finally:
+        xnnpack_preprocess.serialize_xnnpack_binary = write
+
+
+def turn_inside(graph: Any) -> None:
+    """Products read their second operand before it is turned; who nobody reads any more goes.
+
+    Args:
+        graph: an `XNNGraph` of ExecuTorch's, changed in place.
+    """
+    nodes = [node.xnode_union for node in graph.xnodes]
+    turned = {n.output_id: n for n in nodes if type(n).__name__ == "XNNStaticTranspose" and n.perm == _TURNED}
+    products = [n for n in nodes if type(n).__name__ == "XNNBatchMatrixMultiply"]
+    for product in products:
+        if product.input2_id in turned:
+            product.input2_id = turned[product.input2_id].input_id
+            product.flags |= TRANSPOSE_B
+    read = Counter(i for node in nodes for i in _inputs(node))
+    gone = {n for n in turned if not read[n] and n not in graph.output_ids}
+    graph.xnodes = [node for node in graph.xnodes if getattr(node.xnode_union, "output_id", None) not in gone]
+    graph.xvalues = [value for value in graph.xvalues if _identifier(value) not in gone]
+
+
+def _inputs(node: Any) -> list[int]:
+    return [value for name, value in vars(node).items() if name.startswith("input") and name.endswith("_id")]
+
+
+def _identifier(value: Any) -> int:
+    union = value.xvalue_union
+    number: int = getattr(union, "tensor_value", union).id_out
+    return number
