@@ -47,6 +47,7 @@ def delegate(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
     from edgetrain.export.lowering.executorch.order import put_in_order  # noqa: PLC0415
     from edgetrain.export.lowering.executorch.partition import partitioner  # noqa: PLC0415
     from edgetrain.export.lowering.executorch.peephole import peephole  # noqa: PLC0415
+    from edgetrain.export.lowering.executorch.settle import settle_shapes  # noqa: PLC0415
     from edgetrain.export.lowering.executorch.turns import simplify_turns  # noqa: PLC0415
 
     try:
@@ -55,7 +56,11 @@ def delegate(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
                 torch.export.export(module, example, strict=False),
                 # Every edge tensor is row-major, so copies change nothing. XNNPACK drops them from a partition after it
                 # was cut: if what is copied is read outside too, one tensor would leave it twice, which it refuses.
-                transform_passes=[RemoveCloneOpsTransform(preserve_input_output_copies=True), simplify_turns],
+                transform_passes=[
+                    RemoveCloneOpsTransform(preserve_input_output_copies=True),
+                    simplify_turns,
+                    settle_shapes,
+                ],
                 partitioner=[partitioner()],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )

@@ -7,9 +7,12 @@ from typing import Any
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
 from executorch.backends.xnnpack.partition.config.generic_node_configs import ViewCopyConfig
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.exir.backend.canonical_partitioners.config_partitioner import is_constant_data
 from executorch.exir.dialects._ops import ops
 from torch import fx
 from torch.export import ExportedProgram
+
+_TAG = "delegation_tag"
 
 
 class BorderViewConfig(ViewCopyConfig):  # type: ignore[misc]  # executorch is untyped
@@ -22,7 +25,40 @@ class BorderViewConfig(ViewCopyConfig):  # type: ignore[misc]  # executorch is u
         return not gathered and bool(super().check_constraints(node, ep))
 
 
+class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch is untyped
+    """XNNPACK's, but views at the border of a partition stand outside."""
+
+    def partition(self, exported_program: ExportedProgram) -> Any:
+        """See `executorch.exir.backend.partitioner.Partitioner`."""
+        result = super().partition(exported_program)
+        nodes = list(result.tagged_exported_program.graph_module.graph.nodes)
+        # What enters comes first, what leaves last: chains of views go out one after the other.
+        for node in nodes:
+            if _is_view(node) and _tag(node) and not _is_constant(node.args[0], exported_program):
+                if _tag(node.args[0]) != _tag(node):
+                    del node.meta[_TAG]
+        for node in reversed(nodes):
+            # Results of the program are copied in any case.
+            if _is_view(node) and all(_tag(user) != _tag(node) and user.op != "output" for user in node.users):
+                node.meta.pop(_TAG, None)
+        left = {_tag(node) for node in nodes}
+        result.partition_tags = {tag: spec for tag, spec in result.partition_tags.items() if tag in left}
+        return result
+
+
+def _is_view(node: fx.Node) -> bool:
+    return bool(node.target == ops.edge.aten.view_copy.default)
+
+
+def _is_constant(node: fx.Node, program: ExportedProgram) -> bool:
+    return bool(is_constant_data(program, node))
+
+
+def _tag(node: fx.Node) -> str | None:
+    return node.meta.get(_TAG)
+
+
 def partitioner() -> Any:
     """The partitioner for one program."""
     configs = [BorderViewConfig if c is ViewCopyConfig else c for c in ALL_PARTITIONER_CONFIGS]
-    return XnnpackPartitioner(configs=configs)
+    return BorderPartitioner(configs=configs)

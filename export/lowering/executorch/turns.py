@@ -22,7 +22,7 @@ PRODUCT = ops.edge.aten.bmm.default
 def simplify_turns(module: fx.GraphModule) -> PassResult:
     """The pass, for `to_edge_transform_and_lower`."""
     changed = False
-    while _sweep(module.graph):
+    while sweep(module.graph):
         changed = True
         module.graph.eliminate_dead_code()
     if changed:
@@ -31,7 +31,8 @@ def simplify_turns(module: fx.GraphModule) -> PassResult:
     return PassResult(module, changed)
 
 
-def _sweep(graph: fx.Graph) -> bool:
+def sweep(graph: fx.Graph) -> bool:
+    """Simplifies every view and permutation once; what is no longer read stays. Returns whether anything changed."""
     changed = False
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in (PERMUTE, VIEW) or not node.users:
