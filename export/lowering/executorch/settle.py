@@ -7,14 +7,13 @@ changes its shape. Elementwise operators do not care: each is computed in the sh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from executorch.exir.dialects._ops import ops
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from edgetrain.export.lowering.executorch.turns import PRODUCT, VIEW, sweep
+from edgetrain.export.lowering.executorch.turns import VIEW, sweep
 
 _aten = ops.edge.aten
 _ELEMENTWISE = frozenset(
@@ -54,13 +53,13 @@ def settle_shapes(module: fx.GraphModule) -> PassResult:
     changed = False
     for _ in range(_SWEEPS):
         # A list: each change adds nodes.
-        moved = [_settle(node) for node in list(graph.nodes) if node.op == "call_function"]
-        while sweep(graph):
-            graph.eliminate_dead_code()
+        moved = [_settle(group) for group in _groups(graph)]
         if not any(moved):
             break
         changed = True
         graph.eliminate_dead_code()
+        while sweep(graph):
+            graph.eliminate_dead_code()
     if changed:
         graph.lint()
         module.recompile()
@@ -72,75 +71,90 @@ def shape_of(node: fx.Node) -> Shape:
     return tuple(node.meta["val"].shape)
 
 
-def _settle(node: fx.Node) -> bool:
-    if node.target not in _ELEMENTWISE or not node.users or node.meta["val"].dtype != torch.float32:
-        return False
-    here = shape_of(node)
-    full = [n for n in node.all_input_nodes if shape_of(n) == here]
-    small = [n for n in node.all_input_nodes if shape_of(n) != here]
-    if not full:
-        return False
-    there = {shape_of(n.args[0]) for n in full if n.target == VIEW}  # type: ignore[arg-type]  # a view's source
-    there |= {shape_of(user) for user in node.users if user.target == VIEW}
-    possible = [t for t in there - {here} if all(_adapted(shape_of(n), here, t) is not None for n in small)]
-    # Views can be as cheap in two shapes: rather that of a product.
-    best = min([here, *sorted(possible)], key=lambda shape: (_views(node, full, shape), not _of_product(node, full, shape)))
-    if best == here:
-        return False
-    known = {n: viewed(n, best) for n in full}
-    for n in small:
-        adapted = _adapted(shape_of(n), here, best)
-        assert adapted is not None
-        known[n] = viewed(n, adapted)
-    with node.graph.inserting_before(node):
-        new = node.graph.node_copy(node, lambda n: known[n])
-    new.meta = {**node.meta, "val": node.meta["val"].new_empty(best)}
-    back = viewed(new, here)
-    node.replace_all_uses_with(back, propagate_meta=False)
-    return True
+def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Elementwise operators of one shape that read each other, in the order of the graph."""
+    group_of: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.target not in _ELEMENTWISE or node.meta["val"].dtype != torch.float32 or not _full(node):
+            continue
+        group_of[node] = [node]
+        for other in _full(node):
+            if other in group_of and group_of[other] is not group_of[node]:
+                merged = group_of[other] + group_of[node]
+                group_of |= dict.fromkeys(merged, merged)
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    distinct = {id(group): group for group in group_of.values()}
+    return [sorted(group, key=position.__getitem__) for group in distinct.values()]
 
 
-def _views(node: fx.Node, full: Sequence[fx.Node], shape: Shape) -> float:
-    """How many tensors of full size are copied if this node is computed in a shape."""
-    here = shape_of(node)
-    count = 0.0
-    for n in full:
-        if n.target == VIEW:
-            root = n.args[0]
-            assert isinstance(root, fx.Node)
-            count += (shape_of(root) != shape) * (1.0 if len(n.users) == 1 or shape != here else 0.5)
-        elif shape != here:
-            count += 0.0 if any(user.target == VIEW and shape_of(user) == shape for user in n.users) else 1.0
-    wanted = {shape_of(user) for user in node.users if user.target == VIEW}
-    others = [user for user in node.users if user.target != VIEW]
-    if others and shape != here:
-        # Who is elementwise can follow.
-        count += 0.5 if all(user.target in _ELEMENTWISE for user in others) else 1.0
-    return count + len(wanted - {shape})
+def _full(node: fx.Node) -> list[fx.Node]:
+    """The operands of the result's shape."""
+    return [n for n in node.all_input_nodes if shape_of(n) == shape_of(node)]
 
 
-def _of_product(node: fx.Node, full: Sequence[fx.Node], shape: Shape) -> bool:
-    near = [n.args[0] if n.target == VIEW else n for n in full]
-    if any(isinstance(n, fx.Node) and n.target == PRODUCT and shape_of(n) == shape for n in near):
-        return True
-    readers = [reader for user in node.users for reader in (user.users if user.target == VIEW else [user])]
-    return any(
-        reader.target == PRODUCT and any(shape_of(n) == shape for n in reader.all_input_nodes) for reader in readers
-    )
+def _small(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if shape_of(n) != shape_of(node)]
+
+
+def _settle(group: list[fx.Node]) -> bool:
+    here = shape_of(group[0])
+    seen = [n.args[0] for node in group for n in _full(node) if n.target == VIEW]
+    seen += [user for node in group for user in node.users if user.target == VIEW]
+    best, chosen, gain = here, group, 0
+    for there in sorted({shape_of(n) for n in seen if isinstance(n, fx.Node)} - {here}):
+        able = [n for n in group if all(_adapted(shape_of(small), here, there) is not None for small in _small(n))]
+        saved = _views(able, here) - _views(able, there)
+        if saved > gain:
+            best, chosen, gain = there, able, saved
+    if best != here:
+        _move(chosen, here, best)
+    return best != here
+
+
+def _views(group: list[fx.Node], shape: Shape) -> int:
+    """How many tensors of full size change their shape at the border of a group that is computed in a shape."""
+    members = set(group)
+    count = 0
+    for n in {n for node in group for n in _full(node) if n not in members}:
+        root = n.args[0] if n.target == VIEW else n
+        assert isinstance(root, fx.Node)
+        count += shape_of(root) != shape and not any(_is_view(user, shape) for user in root.users if user is not n)
+    for node in group:
+        left = [user for user in node.users if user not in members]
+        wanted = {shape_of(user) if user.target == VIEW else shape_of(node) for user in left}
+        count += len(wanted - {shape})
+    return count
+
+
+def _is_view(node: fx.Node, shape: Shape) -> bool:
+    return node.target == VIEW and shape_of(node) == shape
+
+
+def _move(group: list[fx.Node], here: Shape, there: Shape) -> None:
+    for node in group:
+        known = {n: viewed(n, there) for n in _full(node)}
+        for n in _small(node):
+            adapted = _adapted(shape_of(n), here, there)
+            assert adapted is not None
+            known[n] = viewed(n, adapted)
+        with node.graph.inserting_before(node):
+            new = node.graph.node_copy(node, known.__getitem__)
+        new.meta = {**node.meta, "val": node.meta["val"].new_empty(there)}
+        # The members that follow read through this view.
+        node.replace_all_uses_with(viewed(new, here))
 
 
 def _adapted(operand: Shape, here: Shape, there: Shape) -> Shape | None:
     """The shape in which a smaller operand means the same there, if there is one."""
     if math.prod(operand) == 1:
         return operand if len(operand) <= len(there) else (1,) * len(there)
-    if here[-1] != there[-1]:
-        return None
     padded = (1,) * (len(here) - len(operand)) + operand
-    if padded == (1,) * (len(here) - 1) + here[-1:]:
-        return operand if len(operand) <= len(there) else (1,) * (len(there) - 1) + here[-1:]
-    if padded == (*here[:-1], 1):
-        return (*there[:-1], 1)
-    return None
+    repeated = next(i for i, size in enumerate(padded) if size != 1)
+    last = len(here) - repeated
+    if padded[repeated:] == here[repeated:] and here[repeated:] == there[-last:]:
+        return operand if len(operand) <= len(there) else (1,) * (len(there) - last) + there[-last:]
+    # One value a row.
+    return (*there[:-1], 1) if padded == (*here[:-1], 1) and here[-1] == there[-1] else None
 
 
 def viewed(node: fx.Node, shape: Shape) -> fx.Node:
