@@ -287,9 +287,17 @@ def tensors(path: Path) -> tuple[Any, Any, list[Any]]:
     return leaves, torch.from_numpy(weights), parameters
 
 
+def one_thread() -> None:
+    """ExecuTorch's bindings take all cores unless they are told."""
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+    _unsafe_reset_threadpool(1)
+
+
 def stock_step(folder: Path) -> Callable[[], object]:
     from executorch.extension.training import _load_for_executorch_for_training_from_buffer
 
+    one_thread()
     leaves, _, _ = tensors(folder / "bundle")
     data = (folder / "stock.pte").read_bytes()
     module = _load_for_executorch_for_training_from_buffer(data)
@@ -303,6 +311,7 @@ def training_step(path: Path) -> Callable[[], object]:
 
     from edgetrain.protocol.bundle import Bundle
 
+    one_thread()
     bundle = Bundle(path)
     leaves, weights, _ = tensors(path)
     graph = bundle.manifest.program(OURS).graphs["training_module"]
@@ -332,6 +341,7 @@ def bindings_step(path: Path) -> Callable[[], object]:
 
     from edgetrain.protocol.bundle import Bundle
 
+    one_thread()
     bundle = Bundle(path)
     leaves, weights, parameters = tensors(path)
     graph = bundle.manifest.program(OURS).graphs["step"]

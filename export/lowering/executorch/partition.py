@@ -34,9 +34,9 @@ class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch
         nodes = list(result.tagged_exported_program.graph_module.graph.nodes)
         # What enters comes first, what leaves last: chains of views go out one after the other.
         for node in nodes:
-            if _is_view(node) and _tag(node) and not _is_constant(node.args[0], exported_program):
-                if _tag(node.args[0]) != _tag(node):
-                    del node.meta[_TAG]
+            entering = _is_view(node) and _tag(node) != _tag(node.args[0])
+            if entering and not is_constant_data(exported_program, node.args[0]):
+                node.meta.pop(_TAG, None)
         for node in reversed(nodes):
             # Results of the program are copied in any case.
             if _is_view(node) and all(_tag(user) != _tag(node) and user.op != "output" for user in node.users):
@@ -48,10 +48,6 @@ class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch
 
 def _is_view(node: fx.Node) -> bool:
     return bool(node.target == ops.edge.aten.view_copy.default)
-
-
-def _is_constant(node: fx.Node, program: ExportedProgram) -> bool:
-    return bool(is_constant_data(program, node))
 
 
 def _tag(node: fx.Node) -> str | None:

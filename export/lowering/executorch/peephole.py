@@ -1,7 +1,7 @@
 """XNNPACK subgraphs, once more before they are written: turned operands are read as they lie.
 
-XNNPACK's batched product packs its second operand anyway, and can turn it while doing so. ExecuTorch has no operator that
-says so; the written format has (the flag of the product's node).
+XNNPACK's batched product packs its second operand anyway, and can turn it while doing so. ExecuTorch has no operator
+that says so; the written format has: a flag of the product's node.
 """
 
 from __future__ import annotations

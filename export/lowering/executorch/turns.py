@@ -1,8 +1,8 @@
 """Views and permutations of an edge program: what undoes itself goes, and what is left stands where it costs least.
 
-A linear layer turns its weights, its backward pass turns them back, and gradients are turned twice: each a copy, and kept
-from the forward to the backward pass. Every tensor of an edge program is row-major, so a permutation of a permutation is
-one, or none, whatever lay between in torch.
+A linear layer turns its weights, its backward pass turns them back, and gradients are turned twice: each a copy, and
+kept from the forward to the backward pass. Every tensor of an edge program is row-major, so a permutation of a
+permutation is one, or none, whatever lay between in torch.
 """
 
 from __future__ import annotations

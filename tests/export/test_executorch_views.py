@@ -1,0 +1,195 @@
+"""Edge programs before they are cut: permutations, shapes, and the operands of products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx
+
+pytest.importorskip("executorch.exir")
+
+from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
+from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
+    XNNBatchMatrixMultiply,
+    XNNGraph,
+    XNNStaticTranspose,
+    XNNTensorValue,
+    XNode,
+    XValue,
+)
+from executorch.exir import EdgeCompileConfig, to_edge
+
+from edgetrain.export.lowering.executorch.peephole import TRANSPOSE_B, turn_inside
+from edgetrain.export.lowering.executorch.settle import settle_shapes
+from edgetrain.export.lowering.executorch.turns import PERMUTE, VIEW, simplify_turns
+from edgetrain.export.quiet import quiet
+
+
+def edge_of(function, *example):
+    """The edge graph of a function, to run in torch."""
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return function(*tensors)
+
+    with quiet():
+        edge = to_edge(
+            torch.export.export(Module(), example), compile_config=EdgeCompileConfig(_check_ir_validity=False)
+        )
+        # As before every lowering: a copy changes nothing.
+        edge = edge.transform([RemoveCloneOpsTransform(preserve_input_output_copies=True)])
+    return edge.exported_program().graph_module
+
+
+def count(module, *targets):
+    return sum(node.target in targets for node in module.graph.nodes)
+
+
+def run(module, *tensors):
+    """Every result row-major, as a program has it."""
+
+    class RowMajor(fx.Interpreter):
+        def run_node(self, n):
+            result = super().run_node(n)
+            return result.contiguous() if isinstance(result, torch.Tensor) else result
+
+    return RowMajor(module).run(*tensors)
+
+
+def check(module, function, *tensors):
+    for got, expected in zip(run(module, *tensors), function(*tensors), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_what_is_turned_back_is_not_turned():
+    x = torch.randn(3, 4, 5)
+
+    def there_and_back(x):
+        return (x.permute(1, 2, 0).contiguous().permute(2, 0, 1).exp(),)
+
+    module = edge_of(there_and_back, x)
+    simplify_turns(module)
+    assert count(module, PERMUTE) == 0
+    check(module, there_and_back, x)
+
+
+def test_two_permutations_are_one():
+    x = torch.randn(2, 3, 4, 5)
+
+    def twice(x):
+        return (x.permute(3, 0, 2, 1).contiguous().permute(1, 0, 3, 2).exp(),)
+
+    module = edge_of(twice, x)
+    simplify_turns(module)
+    assert count(module, PERMUTE) == 1
+    check(module, twice, x)
+
+
+def test_a_permutation_that_moves_only_dimensions_of_size_one_is_a_view():
+    x = torch.randn(4, 1, 5)
+
+    def move(x):
+        return (x.permute(1, 0, 2).exp(),)
+
+    module = edge_of(move, x)
+    simplify_turns(module)
+    assert (count(module, PERMUTE), count(module, VIEW)) == (0, 1)
+    check(module, move, x)
+
+
+def test_turned_weights_reach_the_product_in_three_dimensions_by_one_permutation():
+    x, weight = torch.randn(1, 6, 4), torch.randn(5, 4)
+
+    def linear(x, weight):
+        return (torch.bmm(x, weight.t().reshape(1, 4, 5)),)
+
+    module = edge_of(linear, x, weight)
+    simplify_turns(module)
+    (permute,) = [node for node in module.graph.nodes if node.target == PERMUTE]
+    assert list(permute.args[1]) == [0, 2, 1]
+    assert [user.target.__name__ for user in permute.users] == ["aten.bmm.default"]
+    check(module, linear, x, weight)
+
+
+def test_an_input_is_not_handed_through():
+    x = torch.randn(3, 4)
+
+    def nothing(x):
+        return (x.t().contiguous().t(),)
+
+    module = edge_of(nothing, x)
+    simplify_turns(module)
+    (result,) = module.graph.output_node().args[0]
+    assert result.op == "call_function"
+
+
+def block(x, weight, bias, scale, rows):
+    """Two products with what stands between them in a transformer: [2, 3, 4] outside, [1, 6, 4] in the products."""
+    y = torch.bmm(x.reshape(1, 6, 4), weight).reshape(2, 3, 4) + bias
+    gate = torch.sigmoid(y * y)
+    z = y * gate * rows + scale
+    return torch.bmm(z.reshape(1, 6, 4), weight), z + gate
+
+
+def test_elementwise_operators_take_the_shape_of_the_products_around_them():
+    tensors = (torch.randn(2, 3, 4), torch.randn(1, 4, 4), torch.randn(4), torch.randn(1, 1, 4), torch.randn(2, 3, 1))
+    module = edge_of(block, *tensors)
+    before = count(module, VIEW)
+    settle_shapes(module)
+    shapes = {tuple(n.meta["val"].shape) for n in module.graph.nodes if n.name.startswith(("aten_sigmoid", "aten_mul"))}
+    assert shapes == {(1, 6, 4)}
+    large = [n for n in module.graph.nodes if n.target == VIEW and n.meta["val"].numel() == 24]
+    # The input, and the second result.
+    assert len(large) == 2 < before
+    check(module, block, *tensors)
+
+
+def test_an_operand_that_repeats_over_the_batch_keeps_the_shape():
+    tensors = torch.randn(2, 3, 4), torch.randn(1, 4, 4), torch.randn(3, 4)
+
+    def positions(x, weight, added):
+        y = torch.bmm(x.reshape(1, 6, 4), weight).reshape(2, 3, 4) + added
+        return (torch.bmm(y.reshape(1, 6, 4), weight),)
+
+    module = edge_of(positions, *tensors)
+    settle_shapes(module)
+    (add,) = [n for n in module.graph.nodes if n.name.startswith("aten_add")]
+    assert tuple(add.meta["val"].shape) == (2, 3, 4)
+    check(module, positions, *tensors)
+
+
+def subgraph(*nodes, outputs):
+    tensors = [
+        XNNTensorValue(1, 3, [1, 2, 2], constant_buffer_idx=0, external_id=i, flags=0, id_out=i) for i in range(6)
+    ]
+    values = [XValue(tensor) for tensor in tensors]
+    return XNNGraph("0", [XNode(node, 0) for node in nodes], values, 6, [0, 1], list(outputs), [])
+
+
+def test_a_product_reads_its_second_operand_before_it_is_turned():
+    turn = XNNStaticTranspose(num_dims=3, perm=[0, 2, 1], input_id=1, output_id=2, flags=0)
+    product = XNNBatchMatrixMultiply(input1_id=0, input2_id=2, output_id=3, flags=0)
+    graph = subgraph(turn, product, outputs=[3])
+    turn_inside(graph)
+    assert [node.xnode_union for node in graph.xnodes] == [product]
+    assert (product.input2_id, product.flags) == (1, TRANSPOSE_B)
+    assert 2 not in [value.xvalue_union.id_out for value in graph.xvalues]
+
+
+def test_what_else_reads_the_turned_tensor_still_finds_it():
+    turn = XNNStaticTranspose(num_dims=3, perm=[0, 2, 1], input_id=1, output_id=2, flags=0)
+    second = XNNBatchMatrixMultiply(input1_id=0, input2_id=2, output_id=3, flags=0)
+    first = XNNBatchMatrixMultiply(input1_id=2, input2_id=0, output_id=4, flags=0)
+    graph = subgraph(turn, second, first, outputs=[3, 4])
+    turn_inside(graph)
+    assert [node.xnode_union for node in graph.xnodes] == [turn, second, first]
+    assert (first.input1_id, first.flags) == (2, 0)
+
+
+def test_other_permutations_stay():
+    turn = XNNStaticTranspose(num_dims=3, perm=[1, 0, 2], input_id=1, output_id=2, flags=0)
+    product = XNNBatchMatrixMultiply(input1_id=0, input2_id=2, output_id=3, flags=0)
+    graph = subgraph(turn, product, outputs=[3])
+    turn_inside(graph)
+    assert len(graph.xnodes) == 2
+    assert product.flags == 0
