@@ -27,7 +27,7 @@ from edgetrain.export.program import make_program
 from edgetrain.export.storage.calibration import calibration_data
 from edgetrain.export.storage.frozen_weights import Storage
 from edgetrain.export.storage.stored_program import make_stored_program
-from edgetrain.export.storage.trainable_weights import Int8Lowering, in_int8, int8_program
+from edgetrain.export.storage.trainable_weights import Int8Lowering, in_int8
 from edgetrain.export.user_code import user_code
 from edgetrain.protocol.bundle import file_entry, write_bundle
 from edgetrain.protocol.int8 import encode_parameters
@@ -114,7 +114,7 @@ def export_bundle(
     report: TrainableStorage | None = None
     if storage.trainable == "int8":
         problem, report = in_int8(problem, storage, calibration.batches)
-        lowerings = [Int8Lowering(lowering, problem.int8) for lowering in lowerings]
+        lowerings = [Int8Lowering(problem.int8)]  # checked above: onnxruntime alone
     problem, expected = parity.expectations(problem, clipping=per_sample_clipping)
     parity.check_finite(problem, expected.initial)
     notes = (*prepared.notes, *calibration.notes, *_unused(prepared, expected.initial))
@@ -127,7 +127,6 @@ def export_bundle(
         stored = make_stored_program(lowerings[0], problem, expected, files, storage, calibration.batches)
         programs, found, notes = (stored.program,), stored.expected, (*notes, *stored.notes)
         quantized = stored.quantized
-    programs = tuple(int8_program(program, problem.int8) for program in programs)
     table = _table(problem)
     parameters_file = "parameters.i8" if problem.int8 else "parameters.f32"
     files[parameters_file] = encode_parameters(_flat(problem.parameters), table)
