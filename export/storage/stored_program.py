@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from edgetrain.export import parity
-from edgetrain.export.errors import ToleranceError, UnsupportedError
+from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph import joint
 from edgetrain.export.graph.joint import Problem, TracedGraph
 from edgetrain.export.graph.partition import FEATURES, Split, with_features
@@ -23,13 +23,11 @@ from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, S
 from edgetrain.export.parity import Expected, Reference
 from edgetrain.export.program import Translator, graph_entry, split_problem
 from edgetrain.export.storage.calibration import Batch
-from edgetrain.export.storage.frozen_weights import Storage, is_weight, quantized_names, rounded
+from edgetrain.export.storage.frozen_weights import TRUNK_KINDS, Storage, is_weight, rounded
 from edgetrain.protocol.manifest import Graph, Program, StorageReport
 
 logger = logging.getLogger(__name__)
 
-# Kinds in which the trunk computes with integers.
-TRUNK_KINDS = ("int8-static", "int8-dynamic")
 _LOOKED_UP = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.add.Tensor)
 # The features of the example batch may be off by this share, or so many times as much as those of the calibration data,
 # before it is said.
@@ -87,7 +85,6 @@ def make_stored_program(
     else:
         before, after, error, unlike = maker.write_parts(parts, expected, calibration)
     maker.write(translator.trace(joint.trace_infer), expected)
-    change = abs(after - before) / max(abs(before), 1e-12)
     report = StorageReport(
         kind=storage.kind,
         bytes_before=maker.bytes_before,
@@ -99,12 +96,12 @@ def make_stored_program(
         loss_after=after,
         feature_error=error if storage.kind in TRUNK_KINDS else None,
     )
-    if not change <= storage.max_loss_change:
-        raise ToleranceError(
-            f"frozen weights as {storage.kind} change the loss on the calibration data from {before:.5g} to "
-            f"{after:.5g}, by {change:.1%}; allowed are {storage.max_loss_change:.1%}. No bundle was "
-            "written. Use float16, give calibration data like the devices', or allow more"
-        )
+    storage.check_loss(
+        f"frozen weights as {storage.kind}",
+        before,
+        after,
+        "Use float16, give calibration data like the devices', or allow more",
+    )
     logger.info(
         f"{storage.kind}: {maker.bytes_before:,} -> {maker.bytes_after:,} bytes, loss {before:.5g} -> {after:.5g}"
     )
@@ -120,16 +117,16 @@ def make_stored_program(
 
 def _quantized(problem: Problem, lowering: StoringLowering, parts: Split | None, kind: str) -> dict[str, str]:
     """Names of the frozen tensors that are stored in fewer bytes, with how."""
-    frozen = problem.prepared.frozen
-    if (weights := lowering.weights(kind)) != "float32" or parts is None:
-        return quantized_names(frozen, weights)
+    large = [name for name, tensor in problem.prepared.frozen.items() if is_weight(tensor)]
+    if (weights := lowering.weights(kind)) != "float32":
+        return dict.fromkeys(large, weights)
+    assert parts is not None, "nothing but a trunk is quantized"
     # Only layers that the head does not read: what the trunk looks up, or computes with otherwise, stays float32.
     float32 = {str(node.target) for node in parts.head_step.module.graph.nodes if node.op == "get_attr"}
     for node in parts.trunk.module.graph.nodes:
         if node.op == "get_attr" and any(user.target in _LOOKED_UP for user in node.users):
             float32.add(str(node.target))
-    names = {name: f"frozen_{name.replace('.', '_')}" for name, tensor in frozen.items() if is_weight(tensor)}
-    return {name: "int8" for name, attribute in names.items() if attribute not in float32}
+    return {name: "int8" for name in large if f"frozen_{name.replace('.', '_')}" not in float32}
 
 
 class _Maker:
@@ -150,7 +147,7 @@ class _Maker:
         weights = self._lowering.weights(self._storage.kind)
         if weights != "float32":
             graph = rounded(graph, weights)
-        lowered = self._lower(graph)
+        lowered = self._lowering.lower(graph)
         stored = self._lowering.store(lowered, weights)
         run = self._lowering.load(stored)
         points = (expected.initial, expected.neighbour)
@@ -185,18 +182,15 @@ class _Maker:
     def _write_trunk(self, trunk: TracedGraph, calibration: Sequence[Batch]) -> Run:
         kind = self._storage.kind
         if kind in TRUNK_KINDS:
-            lowered = self._lower(trunk)
+            lowered = self._lowering.lower(trunk)
             batches = [_leaves(self._problem, trunk, batch) for batch in calibration]
             stored = self._lowering.quantize_trunk(trunk, lowered, kind, batches)
         else:
-            lowered = self._lower(rounded(trunk, kind))
+            lowered = self._lowering.lower(rounded(trunk, kind))
             stored = self._lowering.store(lowered, kind)
         self.trunk_bytes = len(lowered.data), len(stored.data)
         self._add(trunk, stored, len(lowered.data))
         return self._lowering.load(stored)
-
-    def _lower(self, graph: TracedGraph) -> LoweredGraph:
-        return self._lowering.lower(graph)
 
     def _add(self, graph: TracedGraph, stored: LoweredGraph, before: int) -> None:
         self.graphs[graph.name] = graph_entry(self._lowering.runtime, graph, stored, self._files)

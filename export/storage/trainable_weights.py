@@ -18,7 +18,7 @@ import onnx
 import torch
 from onnx import helper
 
-from edgetrain.export.errors import ToleranceError, UnsupportedError
+from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph.joint import Problem, TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.onnx import OnnxLowering
@@ -49,13 +49,7 @@ def in_int8(problem: Problem, storage: Storage, calibration: Sequence[Batch]) ->
     values = dict(zip(trainable, named.representable(problem.parameters), strict=True))
     rounded = replace(named, prepared=replace(problem.prepared, trainable=values))
     before, after = _mean_loss(problem, calibration), _mean_loss(rounded, calibration)
-    change = abs(after - before) / max(abs(before), 1e-12)
-    if not change <= storage.max_loss_change:
-        raise ToleranceError(
-            f"trainable weights as int8 change the loss on the calibration data from {before:.5g} to {after:.5g}, by "
-            f"{change:.1%}; allowed are {storage.max_loss_change:.1%}. No bundle was written. Keep them in float32, or "
-            "allow more"
-        )
+    storage.check_loss("trainable weights as int8", before, after, "Keep them in float32, or allow more")
     sizes = {name: (tensor.numel(), tensor.shape[0]) for name, tensor in trainable.items()}
     return rounded, TrainableStorage(
         kind="int8",
