@@ -82,8 +82,8 @@ def export_bundle(
             for its own if this is None. Needs integer targets in the shape of the losses.
         per_sample_clipping: adds the graph `step_per_sample_clipped`, for differential privacy.
         split: adds `trunk` and `head_step` where a frozen part is worth it, so that its outputs can be kept.
-        storage: in how many bytes frozen weights are stored, for one runtime alone if not in float32; trainable ones
-            kept, in int8 for onnxruntime alone.
+        storage: how frozen weights are stored, which but for float32 is for one runtime alone, and how trainable
+            ones are kept: int8 is for onnxruntime alone.
         executorch_style: "functional"; "training-module" adds a program for ExecuTorch's own TrainingModule.
 
     Returns:
@@ -108,7 +108,7 @@ def export_bundle(
         storage.check_clipping()
     example = read_example(example_batch, micro_batch)
     prepared = prepare(module, trainable)
-    problem = _problem(prepared, loss, example, metrics, ignore_index)
+    problem = make_problem(prepared, loss, example, metrics, ignore_index)
     locate.refuse_randomness(problem)
     calibration = calibration_data(problem, storage)
     report: TrainableStorage | None = None
@@ -187,14 +187,26 @@ def _unused(prepared: Prepared, expected: parity.Reference) -> list[str]:
     return [f"{name} has no influence on the loss: its gradient is zero" for name in unused]
 
 
-def _problem(
+def make_problem(
     prepared: Prepared,
     loss: Loss,
     example: Example,
-    metrics: Mapping[str, Metric] | None,
-    ignore_index: int | None,
+    metrics: Mapping[str, Metric] | None = None,
+    ignore_index: int | None = None,
 ) -> Problem:
-    """Runs the module once to learn the shape of the weights and which metrics fit."""
+    """Runs the module once to learn the shape of the weights and which metrics fit.
+
+    Args:
+        prepared: the module.
+        loss: see `export_bundle`.
+        example: the example batch.
+        metrics: see `export_bundle`.
+        ignore_index: see `export_bundle`.
+
+    Raises:
+        BatchError: the example batch, the loss or a metric does not fit.
+        SourceError: the user's code raised.
+    """
     probe = Problem(prepared, loss, {}, example, torch.ones(()))
     inputs, targets = probe.split(example.leaves)
     with plain_math(prepared.module), torch.no_grad():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgetrain.export.batch import read_example
-from edgetrain.export.exporter import _problem
+from edgetrain.export.exporter import make_problem
 from edgetrain.export.graph import decompositions
 from edgetrain.export.graph.attention import attention
 from edgetrain.export.graph.before_autograd import BeforeAutograd
@@ -239,9 +239,7 @@ def test_a_graph_for_inference_has_standard_operators():
         def forward(self, x):
             return F.gelu(super().forward(x), approximate="tanh")
 
-    problem = _problem(
-        prepare(Network(), "all"), squared, read_example((torch.randn(2, 3, 8, 8), ()), None), None, None
-    )
+    problem = make_problem(prepare(Network(), "all"), squared, read_example((torch.randn(2, 3, 8, 8), ()), None))
     model = onnx.load_from_string(Translator(OnnxLowering(), problem).translate(trace_infer)[1].data)
     assert {opset.domain for opset in model.opset_import} <= {""}
     assert [node.op_type for node in model.graph.node].count("Conv") == 3
