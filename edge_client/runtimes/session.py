@@ -21,7 +21,7 @@ from edgetrain.edge_client.runtimes.base import (
     StepResult,
     Vector,
 )
-from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
+from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import FEATURE, PARTS, TRUNK, head_manifest, parameter_specs
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
@@ -47,7 +47,7 @@ class GraphSession(ABC):
     takes_int8 = False
 
     def __init__(self, runtime: str, bundle: Bundle, *, threads: int, head: bool = False) -> None:
-        self.in_int8 = any(entry.dtype == "int8" for entry in bundle.manifest.parameters)
+        self.in_int8 = any_in_int8(bundle.manifest.parameters)
         if self.in_int8 and not self.takes_int8:
             raise SessionError(f"bundle {bundle.manifest.name!r} keeps weights in int8, which {runtime} cannot bind")
         self.runtime = runtime
