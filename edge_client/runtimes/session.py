@@ -145,9 +145,13 @@ class GraphSession(ABC):
         """A session that trains on features, or None."""
         if TRUNK not in self._graphs:
             return None
-        head = type(self)(self.runtime, self.bundle, threads=self.threads, head=True)
+        head = self.on_features()
         head._frugal = self._frugal  # noqa: SLF001 - of the same class
         return head
+
+    def on_features(self) -> GraphSession:
+        """A new session like this one, that trains on features."""
+        return type(self)(self.runtime, self.bundle, threads=self.threads, head=True)
 
     def _run(self, name: str, parameters: Parameters) -> list[Array]:
         if isinstance(parameters, Int8Parameters):
