@@ -101,6 +101,16 @@ def parse_chunk(payload: bytes) -> Chunk:
     return Chunk(digest, offset, size, data, sha256)
 
 
+def check_size(ref: BlobRef, limit: int) -> None:
+    """What is announced must not be larger than what is taken.
+
+    Raises:
+        BlobError: it is.
+    """
+    if ref.size > limit:
+        raise BlobError(f"blob of {ref.size} bytes exceeds the limit of {limit}")
+
+
 class Assembler:
     """Puts one blob together.
 
@@ -113,8 +123,7 @@ class Assembler:
     """
 
     def __init__(self, ref: BlobRef, *, limit: int) -> None:
-        if ref.size > limit:
-            raise BlobError(f"blob of {ref.size} bytes exceeds the limit of {limit}")
+        check_size(ref, limit)
         self.ref = ref
         self._data: bytearray | None = None
         self._have = RangeSet()

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Collection
 from pathlib import Path
 
-from edgetrain.protocol.blobs import Assembler, Chunk, check_of
+from edgetrain.protocol.blobs import Assembler, Chunk, check_of, check_size
 from edgetrain.protocol.errors import BlobError
 from edgetrain.protocol.files import sync_directory
 from edgetrain.protocol.messages import BlobRef
@@ -46,8 +46,7 @@ class PartialBlob:
     """
 
     def __init__(self, ref: BlobRef, directory: Path, *, limit: int) -> None:
-        if ref.size > limit:
-            raise BlobError(f"blob of {ref.size} bytes exceeds the limit of {limit}")
+        check_size(ref, limit)
         self.ref = ref
         self._directory = directory
         self._data_path, self._log_path = _paths(directory, ref.digest)

@@ -71,7 +71,7 @@ class Storage:
                 f"trainable weights cannot be stored as {self.trainable!r}, only as: {', '.join(TRAINABLE_KINDS)}"
             )
         if self.kind != "float32":
-            self._check_frozen(runtimes)
+            self._check_runtimes(runtimes)
         others = ", ".join(name for name in runtimes if name != "onnxruntime")
         if self.trainable != "float32" and others:
             raise UnsupportedError(
@@ -79,7 +79,7 @@ class Storage:
                 "binds whole numbers and scales. Export a bundle of its own for each"
             )
 
-    def _check_frozen(self, runtimes: Sequence[str]) -> None:
+    def _check_runtimes(self, runtimes: Sequence[str]) -> None:
         if others := ", ".join(name for name in runtimes if name not in RUNTIME_KINDS):
             raise UnsupportedError(
                 f"frozen weights as {self.kind} are for onnxruntime and executorch, not for {others}, and the "
@@ -94,6 +94,18 @@ class Storage:
             raise UnsupportedError(
                 f"frozen weights as {self.kind} are not for executorch: XNNPACK multiplies float32 activations with "
                 "float32 weights only, and its integers want ranges known beforehand: use int8-static"
+            )
+
+    def check_frozen(self, frozen: Mapping[str, Tensor]) -> None:
+        """Refuses a storage that nothing would be stored in.
+
+        Raises:
+            UnsupportedError: no frozen weight is worth fewer bytes.
+        """
+        if self.kind != "float32" and not any(is_weight(tensor) for tensor in frozen.values()):
+            raise UnsupportedError(
+                f"no weight of {MIN_ELEMENTS} elements or more is frozen: there is nothing to store as {self.kind}. "
+                "Leave it out, or let less learn"
             )
 
     def check_clipping(self) -> None:
