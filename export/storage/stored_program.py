@@ -76,10 +76,10 @@ def make_stored_program(
         )
     if parts is None:
         whole = translator.trace(joint.trace_eval)
-        before = _mean_loss(problem, calibration, torch_run(whole), whole, None)
+        before = _mean_loss(problem, calibration, torch_run(whole), whole)
         maker.write(step, expected)
         evaluation = maker.write(whole, expected)
-        after = _mean_loss(problem, calibration, evaluation, whole, None)
+        after = _mean_loss(problem, calibration, evaluation, whole)
         unlike: tuple[str, ...] = ()
         error = None
     else:
@@ -169,15 +169,16 @@ class _Maker:
         """Trunk and head. Returns the calibration data's mean loss before and after, the features' error, and notes."""
         problem, plain = self._problem, torch_run(parts.trunk)
         trunk = self._write_trunk(parts.trunk, calibration)
-        features = trunk([tensor.numpy() for tensor in parts.trunk.example])
+        example = [tensor.numpy() for tensor in parts.trunk.example]
+        features = trunk(example)
         self.write(with_features(parts.head_step, features), expected)
         evaluate = self.write(with_features(parts.head_eval, features), expected)
-        exact = torch_run(parts.head_eval)
-        before = _mean_loss(problem, calibration, exact, parts.head_eval, (parts.trunk, plain))
-        after = _mean_loss(problem, calibration, evaluate, parts.head_eval, (parts.trunk, trunk))
-        example = (Batch(problem.example.leaves),)
-        errors = [_feature_error(problem, batches, parts.trunk, plain, trunk) for batches in (calibration, example)]
-        return before, after, errors[0], _unlike(*errors)
+        leaves = [_leaves(problem, parts.trunk, batch) for batch in calibration]
+        exact, stored = ([run(batch) for batch in leaves] for run in (plain, trunk))
+        before = _mean_loss(problem, calibration, torch_run(parts.head_eval), parts.head_eval, exact)
+        after = _mean_loss(problem, calibration, evaluate, parts.head_eval, stored)
+        error = _feature_error(exact, stored)
+        return before, after, error, _unlike(error, _feature_error([plain(example)], [features]))
 
     def _write_trunk(self, trunk: TracedGraph, calibration: Sequence[Batch]) -> Run:
         kind = self._storage.kind
@@ -210,37 +211,33 @@ def torch_run(graph: TracedGraph) -> Run:
 
 def _leaves(problem: Problem, graph: TracedGraph, batch: Batch) -> list[Array]:
     """The batch leaves that a graph takes, in its order."""
-    named = dict(zip(problem.example.leaf_names, batch.leaves, strict=True))
+    named = dict(zip(problem.example.leaf_names, batch, strict=True))
     named["weights"] = torch.ones_like(problem.weights)
     return [np.ascontiguousarray(named[spec.name].numpy()) for spec in graph.inputs if spec.name in named]
 
 
 def _mean_loss(
-    problem: Problem,
-    batches: Sequence[Batch],
-    run: Run,
-    graph: TracedGraph,
-    trunk: tuple[TracedGraph, Run] | None,
+    problem: Problem, batches: Sequence[Batch], run: Run, graph: TracedGraph, features: Sequence[list[Array]] = ()
 ) -> float:
+    """Over the batches; a graph that takes features is given these of each."""
     parameters = [parameter.numpy() for parameter in problem.parameters]
     losses = weights = 0.0
-    for batch in batches:
-        features = [] if trunk is None else trunk[1](_leaves(problem, trunk[0], batch))
-        assert len(features) == sum(spec.name.startswith(f"{FEATURES}.") for spec in graph.inputs)
-        sums = run([*parameters, *features, *_leaves(problem, graph, batch)])
+    for batch, given in zip(batches, features or [[]] * len(batches), strict=True):
+        assert len(given) == sum(spec.name.startswith(f"{FEATURES}.") for spec in graph.inputs)
+        sums = run([*parameters, *given, *_leaves(problem, graph, batch)])
         losses += float(sums[0])
         weights += float(sums[1])
     return losses / weights if weights else losses
 
 
-def _feature_error(problem: Problem, batches: Sequence[Batch], trunk: TracedGraph, plain: Run, quantized: Run) -> float:
-    """Root mean square of what quantization changes in the features, relative to them."""
+def _feature_error(exact: Sequence[list[Array]], stored: Sequence[list[Array]]) -> float:
+    """Root mean square of what storing changes in the features of some batches, relative to them."""
     error = energy = 0.0
-    for batch in batches:
-        leaves = _leaves(problem, trunk, batch)
-        for exact, rounded_one in zip(plain(leaves), quantized(leaves), strict=True):
-            error += float(np.square(exact.astype(np.float64) - rounded_one.astype(np.float64)).sum())
-            energy += float(np.square(exact.astype(np.float64)).sum())
+    for before, after in zip(exact, stored, strict=True):
+        for one, other in zip(before, after, strict=True):
+            values = one.astype(np.float64)
+            error += float(np.square(values - other.astype(np.float64)).sum())
+            energy += float(np.square(values).sum())
     return (error / energy) ** 0.5 if energy else 0.0
 
 

@@ -66,7 +66,7 @@ def _mean_loss(problem: Problem, batches: Sequence[Batch]) -> float:
     losses = weights = 0.0
     with plain_math(problem.prepared.module), torch.no_grad():
         for batch in batches:
-            found = problem.evaluate(problem.parameters, batch.leaves, torch.ones_like(problem.weights))
+            found = problem.evaluate(problem.parameters, batch, torch.ones_like(problem.weights))
             losses += float((found.losses * found.weights).sum())
             weights += float(found.weights.sum())
     return losses / weights if weights else losses
