@@ -21,10 +21,10 @@ from edgetrain.coordinator.secure.secure_round import SecureRound
 from edgetrain.coordinator.workers.foreman import Foreman
 from edgetrain.coordinator.workers.pieces import RemotePieces
 from edgetrain.protocol import BlobError
-from edgetrain.protocol.blobs import HEADER_BYTES, MAX_CHUNK_BYTES, Assembler, parse_chunk
+from edgetrain.protocol.blobs import HEADER_BYTES, MAX_CHUNK_BYTES, parse_chunk
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import Offer, Secure, Verdict, Want
-from edgetrain.protocol.partial import IN_MEMORY_BYTES, PartialBlob, forget_partial_blobs
+from edgetrain.protocol.partial import assemble, forget_partial_blobs
 from edgetrain.protocol.training import TrainingConfig
 
 # An upload that has not moved for so long is asked for again; twice as long the next time, up to a maximum.
@@ -122,26 +122,19 @@ class Uploads:
                 if self.foreman:
                     self._training_of(current, client)
                     self.foreman.on_offered(client, upload)
-                if not (isinstance(upload.assembler, Assembler) or upload.in_work) and (
-                    upload.assembler.missing() != [(0, offer.update.size)]
-                ):
+                if upload.assembler.missing() != [(0, offer.update.size)]:
                     # Begun before a restart. Else its chunks follow the offer, or are asked for.
                     self._ask_for(client, upload)
             current.state.advance(client, Part.COLLECTING)
 
     def _open_upload(self, client: str, offer: Offer, envelope: bytes) -> Upload:
-        assembler: Assembler | PartialBlob | RemotePieces
-        limit = self._max_update_bytes
+        # A directory each: two who offer the same bytes must not share a file.
+        directory = self._uploads / client
+        put_together = RemotePieces if self.foreman else assemble
         try:
-            # A directory each: two who offer the same bytes must not share a file.
-            if self.foreman:
-                assembler = RemotePieces(offer.update, self._uploads / client, limit=limit)
-            elif offer.update.size <= IN_MEMORY_BYTES:
-                assembler = Assembler(offer.update, limit=limit)
-            else:
-                assembler = PartialBlob(offer.update, self._uploads / client, limit=limit)
+            assembler = put_together(offer.update, directory, limit=self._max_update_bytes)
         except OSError as error:
-            raise RunError(f"{self._uploads / client}: cannot be used: {error}") from error
+            raise RunError(f"{directory}: cannot be used: {error}") from error
         return Upload(offer, envelope, assembler, self._clock())
 
     def _objection(self, client: str, offer: Offer, current: OpenRound) -> tuple[Kind, str] | None:
