@@ -129,6 +129,7 @@ def assemble(
         post=post,
         roster=clients.roster,
         training=invitations.training,
+        come_back=lambda client: invitations.come_back_seconds(client, directory.records),
         max_update_bytes=max_update_bytes,
         directory=directory.path / "uploads",
         observe=observe,
@@ -145,7 +146,6 @@ def assemble(
         max_update_bytes=max_update_bytes,
         clock=clock,
     )
-    uploads.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
     intake = Intake(
         topics=topics,
         agenda=agenda,

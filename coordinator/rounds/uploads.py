@@ -41,7 +41,8 @@ class Uploads:
         agenda: what is open.
         post: for answers.
         roster: the clients.
-        training: how a client trains in the open round, also for one that has not said Hello yet.
+        training: how a client trains in the open round, also for one that has not said Hello yet; noted there.
+        come_back: in how many seconds a client whose update was accepted should come back, see `pace`.
         max_update_bytes: of one update.
         directory: for updates on their way in; what is there is taken up when its client offers it again.
         observe: is told what happens.
@@ -58,6 +59,7 @@ class Uploads:
         post: Post,
         roster: Roster,
         training: Callable[[OpenRound, str], TrainingConfig],
+        come_back: Callable[[str], float],
         max_update_bytes: int,
         directory: Path,
         observe: events.Observer,
@@ -70,6 +72,7 @@ class Uploads:
         self._post = post
         self._roster = roster
         self._training = training
+        self.come_back = come_back
         self._max_update_bytes = max_update_bytes
         self._uploads = directory
         self._observe = observe
@@ -83,8 +86,6 @@ class Uploads:
         self._tidied = False
         # Leads the workers, where they take the updates.
         self.foreman: Foreman | None = None
-        # When a client whose update was accepted should come back, see `pace`.
-        self.come_back: Callable[[str], float] = lambda _client: 0.0
 
     def on_offer(self, record: ClientRecord, offer: Offer, envelope: bytes) -> None:
         """A client has an update for us. `envelope` is the offer as it came, signed."""
@@ -120,6 +121,7 @@ class Uploads:
                     known.assembler.discard()
                 upload = current.uploads[client] = self._open_upload(client, offer, envelope)
                 if self.foreman:
+                    # Noted before a worker is told, with the update.
                     self._training_of(current, client)
                     self.foreman.on_offered(client, upload)
                 if upload.assembler.missing() != [(0, offer.update.size)]:
