@@ -93,7 +93,7 @@ class Uploads:
         in_round = current.collection.digests.get(client) if current else None
         if offer.update.digest == in_round or record.last_accepted == (offer.round, offer.update.digest):
             # A duplicate of what is already in: say so once more.
-            self._verdicts.append((client, _accepted(offer, self.come_back(client))))
+            self._verdicts.append((client, accepted_verdict(offer, self.come_back(client))))
         elif offer.run != self._run:
             self._reject(client, offer, "replay", "is of another run")
         elif current and offer.round == current.state.number and offer.nonce not in current.nonces:
@@ -201,7 +201,7 @@ class Uploads:
         record.resources, record.state = offer.resources, offer.state
         current.durations[client] = self._clock() - current.invited.get(client, self._clock())
         current.state.advance(client, Part.ACCEPTED)
-        self._verdicts.append((client, _accepted(offer, self.come_back(client))))
+        self._verdicts.append((client, accepted_verdict(offer, self.come_back(client))))
         self._audit.append(accepted_record(current.collection.rows[-1], offer.update.digest))
         accepted = len(current.collection.digests)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
@@ -354,5 +354,11 @@ def _finish(upload: Upload) -> bytes:
         raise RunError(f"cannot read an update that has arrived: {error}") from error
 
 
-def _accepted(offer: Offer, come_back: float) -> Verdict:
+def accepted_verdict(offer: Offer, come_back: float) -> Verdict:
+    """What a client is told whose update is in the sum.
+
+    Args:
+        offer: of the update.
+        come_back: in so many seconds; 0 for: stay.
+    """
     return Verdict(round=offer.round, digest=offer.update.digest, accepted=True, come_back_seconds=come_back)
