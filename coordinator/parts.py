@@ -75,7 +75,7 @@ def assemble(
         AuthorityError: the settings name a federation directory that is none.
         RunError: the run directory is damaged.
     """
-    downlink = Downlink(CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest))
+    downlink = Downlink(CodecSpec.parse(config.downlink_codec), directory.load_public())
     history = History()
     history.add(read_rows(directory.path / "clients.csv"))
     clients = KnownClients(directory, clock)
