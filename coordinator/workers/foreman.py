@@ -310,7 +310,10 @@ class Foreman:
         self._deaths += 1
         logger.warning("worker %d has died (%s); another takes its place", worker, died.reason)
         if self._deaths >= MAX_DEATHS:
-            raise RunError(f"workers die without having done anything, the last one of: {died.reason}")
+            raise RunError(
+                f"workers die without having done anything, the last one of: {died.reason}; look at what they said "
+                "before, or go on without workers"
+            )
         crew.start(worker, died.life + 1)
         if self._round is None:
             return
