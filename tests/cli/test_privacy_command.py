@@ -137,4 +137,4 @@ def test_of_a_device_and_what_is_damaged(tmp_path, ledger):
     assert isinstance(result.exception, PrivacyError)
     assert "is damaged (its checksum is another)" in str(result.exception)
     result = CliRunner().invoke(command, ["show", str(tmp_path / "none")])
-    assert "cannot read the privacy ledger" in str(result.exception)
+    assert "there is no privacy ledger" in str(result.exception)
