@@ -19,6 +19,7 @@ from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph import joint
 from edgetrain.export.graph.joint import Problem, TracedGraph
 from edgetrain.export.graph.partition import FEATURES, Split, with_features
+from edgetrain.export.graph.tidy import frozen_attribute
 from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering
 from edgetrain.export.parity import Expected, Reference
 from edgetrain.export.program import Translator, graph_entry, split_problem
@@ -126,7 +127,7 @@ def _quantized(problem: Problem, lowering: StoringLowering, parts: Split | None,
     for node in parts.trunk.module.graph.nodes:
         if node.op == "get_attr" and any(user.target in _LOOKED_UP for user in node.users):
             float32.add(str(node.target))
-    return {name: "int8" for name in large if f"frozen_{name.replace('.', '_')}" not in float32}
+    return {name: "int8" for name in large if frozen_attribute(name) not in float32}
 
 
 class _Maker:
