@@ -92,15 +92,14 @@ class Int8Lowering(OnnxLowering):
     def load(self, lowered: LoweredGraph) -> Run:
         """Takes the float32 parameters of the traced graph, which int8 must be able to hold."""
         run = super().load(lowered)
-        names = [value.name for value in onnx.load_from_string(lowered.data).graph.input]
-        scaled = {name.removeprefix(_SCALES) for name in names if name.startswith(_SCALES)}
-        parameters = [name.removeprefix(_PARAMETER) for name in names if name.startswith(_PARAMETER)]
+        assert lowered.inputs is not None, "lowered here"
+        parameters = [spec for spec in lowered.inputs if spec.name.startswith(_PARAMETER)]
 
         def widened(arrays: Sequence[Array]) -> list[Array]:
             given: list[Array] = list(arrays[: len(parameters)])
             scales: list[Array] = []
-            for index, name in enumerate(parameters):
-                if name in scaled:
+            for index, spec in enumerate(parameters):
+                if spec.dtype == "int8":
                     given[index], scale = nearest(given[index].astype(np.float32))
                     scales.append(scale.ravel())
             return run([*given, *scales, *arrays[len(parameters) :]])
