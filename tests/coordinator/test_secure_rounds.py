@@ -25,10 +25,10 @@ from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
 from edgetrain.coordinator.secure.secure_coordinator import SecureCoordinator
 from edgetrain.coordinator.secure.secure_round import SecureRound
 from edgetrain.coordinator.secure.secure_settings import round_settings
-from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.config import SecureAggregationConfig as Demands
-from edgetrain.edge_client.enrolled import read_enrolled
+from edgetrain.edge_client.privacy import secure_aggregation as participation
+from edgetrain.edge_client.privacy.enrolled import read_enrolled
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.enrolment import Authority, authority_key, prove_enrolment
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError

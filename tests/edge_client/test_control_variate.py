@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from edgetrain.edge_client.control_variate import ControlVariate, control_change
-from edgetrain.edge_client.personal import PersonalParameters
+from edgetrain.edge_client.durable.control_variate import ControlVariate, control_change
+from edgetrain.edge_client.durable.personal import PersonalParameters
 from edgetrain.protocol.codecs import SparseOrDense
 from edgetrain.protocol.training import ScheduleConfig, TrainingConfig
 

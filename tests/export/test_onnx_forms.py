@@ -306,7 +306,7 @@ def test_no_strips_where_something_else_reads_them():
 
 
 def test_no_strips_in_what_is_frozen_and_in_inference():
-    problem = _problem(
+    problem = make_problem(
         prepare(Tower(), r"down\.3"), squared, read_example((torch.randn(4, 96, 48), ()), None), None, None
     )
     translator = Translator(OnnxLowering(), problem)

@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.device import device_state
-from edgetrain.edge_client.enrolled import who_is_enrolled
-from edgetrain.edge_client.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.installation import Fetch
+from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.edge_client.errors import StateError
-from edgetrain.edge_client.installation import Fetch
+from edgetrain.edge_client.host.device import device_state
 from edgetrain.edge_client.mailbox import Mailbox
-from edgetrain.edge_client.state import ClientState
-from edgetrain.edge_client.sum_budget import SumBudget
+from edgetrain.edge_client.privacy.enrolled import who_is_enrolled
+from edgetrain.edge_client.privacy.sum_budget import SumBudget
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.files import write_atomically

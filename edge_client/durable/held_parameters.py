@@ -7,7 +7,7 @@ import logging
 
 import numpy as np
 
-from edgetrain.edge_client.installation import Fetch
+from edgetrain.edge_client.durable.installation import Fetch
 from edgetrain.edge_client.runtimes.base import Vector
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.codecs import Limits, decode
