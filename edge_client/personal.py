@@ -68,15 +68,15 @@ class PersonalParameters:
         """Stores this device's own part of parameters that were trained in (run, round).
 
         Raises:
-            StateError: not writable.
+            StateError: not writable; nothing has changed.
         """
         values = trained[self.mask]
         before = self._before if self._made_in(training) else self._values
         run, number = training
-        self._header = msgspec.structs.replace(self._header, run=run, round=number)
+        header = msgspec.structs.replace(self._header, run=run, round=number)
         parts = [values] if before is None else [values, before]
-        self._file.write(self._header, np.concatenate(parts).astype("<f4").tobytes())
-        self._values, self._before = values, before
+        self._file.write(header, np.concatenate(parts).astype("<f4").tobytes())
+        self._header, self._values, self._before = header, values, before
 
     def _made_in(self, training: tuple[bytes, int] | None) -> bool:
         return training is not None and training == (self._header.run, self._header.round)
