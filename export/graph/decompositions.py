@@ -310,15 +310,12 @@ def layer_norm_backward(
     product = grad_ND * centred
     by_x = by_weight = by_bias = None
     if mask[0]:
-        if weight is None:
-            scaled = grad_ND
-            sums, products = grad_ND.sum(1, keepdim=True), product.sum(1, keepdim=True)
-        else:
-            column = weight.reshape(D, 1)
-            scaled = grad_ND * weight.reshape(1, D)
-            sums, products = torch.mm(grad_ND, column), torch.mm(product, column)
-        slope = products * rstd_N1 * rstd_N1 * (1 / D)
-        by_x = (((scaled - sums * (1 / D)) - centred * slope) * rstd_N1).reshape(x.shape)
+        # Divided here and not in the means: with columns, and factors within products, onnxruntime is slow.
+        shares = (torch.ones(D, dtype=grad.dtype) if weight is None else weight.reshape(D)) * (1 / D)
+        column = shares.reshape(D, 1)
+        scaled = grad_ND if weight is None else grad_ND * weight.reshape(1, D)
+        slope = torch.mm(product, column) * rstd_N1 * rstd_N1
+        by_x = (((scaled - torch.mm(grad_ND, column)) - centred * slope) * rstd_N1).reshape(x.shape)
     if mask[1]:
         by_weight = torch.mm(rstd_N1.reshape(1, -1), product).reshape(shape)
     if mask[2]:
