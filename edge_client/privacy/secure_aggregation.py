@@ -279,11 +279,12 @@ class SecureParticipation:
     def _keep(self, of: Plan | Secure, member: Member) -> None:
         if self._stored and self._stored.member == member:
             return
-        self._stored = _Stored(run=of.run, round=of.round, nonce=of.nonce, member=member)
+        stored = _Stored(run=of.run, round=of.round, nonce=of.nonce, member=member)
         try:
-            write_atomically(self._path, msgspec.msgpack.encode(self._stored), mode=0o600)
+            write_atomically(self._path, msgspec.msgpack.encode(stored), mode=0o600)
         except OSError as error:
             raise StateError(f"{self._path}: cannot store the session: {error}") from error
+        self._stored = stored
 
     def _load(self) -> _Stored | None:
         try:

@@ -297,7 +297,7 @@ class Disk:
 
 
 def test_a_full_disk_declines_with_the_reason_sends_nothing_and_is_survived(scene, monkeypatch, caplog):
-    disk = Disk(monkeypatch, "checked_file")
+    disk = Disk(monkeypatch, "durable.checked_file")
     coordinator = scene.coordinator
     plans = [coordinator.plan(START, number, codec="dense|float32") for number in (1, 2)]
 
@@ -326,7 +326,7 @@ def test_a_full_disk_declines_with_the_reason_sends_nothing_and_is_survived(scen
 
 def test_a_disk_that_is_full_when_the_verdict_comes_settles_later(scene, monkeypatch):
     """The update was accepted, the disk does not know: it is offered again, not made again, and settled once."""
-    disk = Disk(monkeypatch, "checked_file")
+    disk = Disk(monkeypatch, "durable.checked_file")
     disk.full = False
     coordinator = scene.coordinator
     plans = [coordinator.plan(START, number, codec="topk:0.1|float32") for number in (1, 2)]
