@@ -101,6 +101,16 @@ def parse_chunk(payload: bytes) -> Chunk:
     return Chunk(digest, offset, size, data, sha256)
 
 
+def check_size(ref: BlobRef, limit: int) -> None:
+    """What is announced must not be larger than what is taken.
+
+    Raises:
+        BlobError: it is.
+    """
+    if ref.size > limit:
+        raise BlobError(f"blob of {ref.size} bytes exceeds the limit of {limit}")
+
+
 class Assembler:
     """Puts one blob together.
 
@@ -113,8 +123,7 @@ class Assembler:
     """
 
     def __init__(self, ref: BlobRef, *, limit: int) -> None:
-        if ref.size > limit:
-            raise BlobError(f"blob of {ref.size} bytes exceeds the limit of {limit}")
+        check_size(ref, limit)
         self.ref = ref
         self._data: bytearray | None = None
         self._have = RangeSet()
@@ -164,6 +173,6 @@ class Assembler:
             return bytes(self._whole)
         data = bytes(self._data or b"")
         if hashlib.sha256(data).digest() != self.ref.digest:
-            self._data, self._have = None, RangeSet()
+            self.discard()
             raise BlobError("the chunks add up to another blob than the one announced")
         return data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgetrain.protocol.errors import BlobError
+from edgetrain.protocol.blobs import check_size
 from edgetrain.protocol.messages import BlobRef
 from edgetrain.protocol.partial import PartialBlob, has_pieces
 
@@ -23,8 +23,7 @@ class RemotePieces:
     """
 
     def __init__(self, ref: BlobRef, directory: Path, *, limit: int) -> None:
-        if ref.size > limit:
-            raise BlobError(f"blob of {ref.size} bytes exceeds the limit of {limit}")
+        check_size(ref, limit)
         self.ref = ref
         self.directory = directory
         self._limit = limit

@@ -14,9 +14,9 @@ from edgetrain.coordinator.rounds.collection import Collection
 from edgetrain.coordinator.rounds.rounds import OUTSTANDING
 from edgetrain.coordinator.rounds.selection import SelectionConfig
 from edgetrain.coordinator.run.requests import write_request
-from edgetrain.edge_client.data import Dataset
 from edgetrain.edge_client.rounds import Rounds
 from edgetrain.edge_client.runtimes import open_session
+from edgetrain.edge_client.training.data import Dataset
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.groups import elements_of
@@ -266,12 +266,17 @@ def test_one_who_stays_away_is_banned_and_comes_back(federation, monkeypatch):
         else:
             train(rounds, plan)
 
+    def observe(event):
+        # All others have done their part: the deadline passes.
+        if isinstance(event, events.UpdateAccepted) and event.accepted == 2:
+            federation.leap(60.0)
+
     monkeypatch.setattr(Rounds, "train", stay_away)
-    selection = SelectionConfig(ban_after=1, ban_rounds=2)
     run(
         federation,
-        rounds=RoundsConfig(total=5, goal=3, minimum=2, deadline_seconds=1.5),
-        selection=selection,
+        rounds=RoundsConfig(total=5, goal=3, minimum=2, deadline_seconds=60.0),
+        selection=SelectionConfig(ban_after=1, ban_rounds=2),
+        observe=observe,
     )
     invited = [
         json.loads(line)["invited"] for line in (federation.directory / "run" / "rounds.jsonl").read_text().splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from edgetrain.edge_client import open_session  # noqa: E402
 from edgetrain.edge_client.errors import DataError, SessionError  # noqa: E402
 from edgetrain.edge_client.runtimes import executorch_build, find_runtime  # noqa: E402
 from edgetrain.edge_client.runtimes.executorch_library import Program, ProgramError  # noqa: E402
-from edgetrain.edge_client.selftest import run_self_test  # noqa: E402
+from edgetrain.edge_client.training.selftest import run_self_test  # noqa: E402
 from edgetrain.protocol.bundle import Bundle  # noqa: E402
 from edgetrain.protocol.errors import BundleError  # noqa: E402
 from support.bundles import eager_step, flat_parameters  # noqa: E402
@@ -248,7 +249,7 @@ except SessionError as error:
     ran = subprocess.run(
         [sys.executable, "-c", code, str(cnn_bundle())],
         capture_output=True, text=True, check=True,
-        env={**__import__("os").environ, "LD_PRELOAD": str(library)},
+        env={**os.environ, "LD_PRELOAD": str(library)},
     )  # fmt: skip
     assert "XNNPACK does not know this processor" in ran.stdout
     assert "--runtime onnxruntime" in ran.stdout
@@ -298,7 +299,7 @@ import sys
 sys.modules["torch"] = None  # an import of torch fails
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.edge_client import open_session
-from edgetrain.edge_client.selftest import run_self_test
+from edgetrain.edge_client.training.selftest import run_self_test
 bundle = Bundle(sys.argv[1])
 report = run_self_test(bundle, open_session(bundle, "executorch"))
 assert report.worst < 1e-5, report

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import DataError
-from edgetrain.edge_client.memory import MappedRows
+from edgetrain.edge_client.host.memory import MappedRows
 from edgetrain.edge_client.runtimes.base import Batch, Half
 from edgetrain.edge_client.runtimes.leaves import (
     Array,
@@ -62,7 +62,7 @@ class Dataset:
         return Dataset(
             map_half(lambda array: _taken(array, rows), self.inputs),
             map_half(lambda array: _taken(array, rows), self.targets),
-            None if self.weights is None else self.weights[rows],
+            None if self.weights is None else _taken(self.weights, rows),
             self.augment,
         )
 

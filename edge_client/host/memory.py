@@ -6,8 +6,10 @@ import ctypes
 import gc
 import os
 import weakref
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,20 +22,26 @@ _LARGE = 1 << 20
 
 def return_what_is_freed() -> None:
     """Has the C library keep little for later: for processes that load and drop programs. Call it before any thread."""
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return  # no glibc
-    set_option(_M_MMAP_THRESHOLD, _LARGE)
-    set_option(_M_ARENA_MAX, 1)
+    set_option = _of_glibc("mallopt")
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _LARGE)
+        set_option(_M_ARENA_MAX, 1)
 
 
 def trim() -> None:
     """Returns free pages, which the C library would keep for later."""
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None where that is another one."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError):
-        return  # no glibc
+        return None
+    return function
 
 
 def give_back_memory() -> None:
@@ -43,17 +51,15 @@ def give_back_memory() -> None:
 
 
 class MappedRows(np.memmap):
-    """A memory-mapped array whose rows are read, not mapped: what a process reads by mapping counts as its memory.
+    """A memory-mapped array whose rows are read, not mapped: what a process reads by mapping counts as its memory."""
 
-    Only the whole array knows its file; views of it are ordinary ones.
-    """
-
-    _descriptor: int | None = None
+    # Of the file, if this is the whole array: views of it are ordinary ones.
+    descriptor: int | None = None
 
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
         """The samples at `indices`, copied."""
         part = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        if self._descriptor is None:
+        if self.descriptor is None:
             part[...] = self[indices]
             return part
         size = self.nbytes // max(1, len(self))
@@ -62,16 +68,18 @@ class MappedRows(np.memmap):
         for first, last in pairwise(starts if len(indices) else []):
             where = self.offset + int(indices[first]) * size
             # A file that was cut short gives fewer bytes: a mapping would end the process there.
-            if os.preadv(self._descriptor, [part[first:last].data], where) != (last - first) * size:
+            if os.preadv(self.descriptor, [part[first:last].data], where) != (last - first) * size:
                 raise OSError(f"{self.filename}: is shorter than it was")
         return part
 
 
-def map_rows(path: Path, dtype: npt.DTypeLike, offset: int, shape: tuple[int, ...], order: str = "C") -> MappedRows:
+def map_rows(
+    path: Path, dtype: npt.DTypeLike, offset: int, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
+) -> MappedRows:
     """Maps a part of a file, for reading."""
     with path.open("rb") as file:
-        array = np.memmap(file, dtype, "r", offset, shape, "F" if order == "F" else "C").view(MappedRows)
+        array = np.memmap(file, dtype, "r", offset, shape, order).view(MappedRows)
         if order == "C" and array.dtype.kind in "fiub" and hasattr(os, "preadv"):
-            array._descriptor = os.dup(file.fileno())  # noqa: SLF001 - of this module
-            weakref.finalize(array, os.close, array._descriptor)  # noqa: SLF001
+            array.descriptor = os.dup(file.fileno())
+            weakref.finalize(array, os.close, array.descriptor)
     return array
