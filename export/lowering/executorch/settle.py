@@ -51,8 +51,7 @@ def settle_shapes(module: fx.GraphModule) -> PassResult:
     """The pass, for `to_edge_transform_and_lower`."""
     graph = module.graph
     changed = False
-    if any(node.target == _aten.as_strided_copy.default for node in graph.nodes):
-        # Windows are gathered from images outside of XNNPACK, where views are free: five percent slower when settled.
+    if any(_has_reasons(node) for node in graph.nodes):
         return PassResult(module, False)
     for _ in range(_SWEEPS):
         # A list: each change adds nodes.
@@ -67,6 +66,15 @@ def settle_shapes(module: fx.GraphModule) -> PassResult:
         graph.lint()
         module.recompile()
     return PassResult(module, changed)
+
+
+def _has_reasons(node: fx.Node) -> bool:
+    """Whether it tells of a program whose shapes are chosen already.
+
+    Windows are gathered from images outside of XNNPACK, where views are free: five percent slower when settled. Integers
+    are recognised by XNNPACK where an operator stands right between their conversions.
+    """
+    return node.target == _aten.as_strided_copy.default or "quantized_decomposed" in str(node.target)
 
 
 def shape_of(node: fx.Node) -> Shape:
