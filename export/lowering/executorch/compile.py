@@ -39,8 +39,14 @@ def compile_module(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Comp
     return emit(delegate(module, example))
 
 
-def delegate(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
-    """ExecuTorch's edge program with all that XNNPACK takes given to it."""
+def delegate(module: torch.nn.Module, example: tuple[Tensor, ...], *, held_inputs: bool = False) -> Any:
+    """ExecuTorch's edge program with all that XNNPACK takes given to it.
+
+    Args:
+        module: a rewritten graph.
+        example: its inputs.
+        held_inputs: some of them will be held by the program.
+    """
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform  # noqa: PLC0415
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower  # noqa: PLC0415
 
@@ -61,7 +67,7 @@ def delegate(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
                     simplify_turns,
                     settle_shapes,
                 ],
-                partitioner=[partitioner()],
+                partitioner=[partitioner(held_inputs=held_inputs)],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
     except RuntimeError as error:

@@ -26,7 +26,15 @@ class BorderViewConfig(ViewCopyConfig):  # type: ignore[misc]  # executorch is u
 
 
 class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch is untyped
-    """XNNPACK's, but views at the border of a partition stand outside."""
+    """XNNPACK's, but views at the border of a partition stand outside.
+
+    Args:
+        held_inputs: the program will hold some of its inputs itself; of such, ExecuTorch has no views.
+    """
+
+    def __init__(self, *, held_inputs: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._held_inputs = held_inputs
 
     def partition(self, exported_program: ExportedProgram) -> Any:
         """See `executorch.exir.backend.partitioner.Partitioner`."""
@@ -34,8 +42,7 @@ class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch
         nodes = list(result.tagged_exported_program.graph_module.graph.nodes)
         # What enters comes first, what leaves last: chains of views go out one after the other.
         for node in nodes:
-            entering = _is_view(node) and _tag(node) != _tag(node.args[0])
-            if entering and not is_constant_data(exported_program, node.args[0]):
+            if _is_view(node) and _tag(node) != _tag(node.args[0]) and not self._stays(node.args[0], exported_program):
                 node.meta.pop(_TAG, None)
         for node in reversed(nodes):
             # Results of the program are copied in any case.
@@ -44,6 +51,10 @@ class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch
         left = {_tag(node) for node in nodes}
         result.partition_tags = {tag: spec for tag, spec in result.partition_tags.items() if tag in left}
         return result
+
+    def _stays(self, source: fx.Node, program: ExportedProgram) -> bool:
+        """Whether a view of something outside must be XNNPACK's."""
+        return bool(is_constant_data(program, source)) or (self._held_inputs and source.op == "placeholder")
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -54,7 +65,7 @@ def _tag(node: fx.Node) -> str | None:
     return node.meta.get(_TAG)
 
 
-def partitioner() -> Any:
+def partitioner(*, held_inputs: bool) -> Any:
     """The partitioner for one program."""
     configs = [BorderViewConfig if c is ViewCopyConfig else c for c in ALL_PARTITIONER_CONFIGS]
-    return BorderPartitioner(configs=configs)
+    return BorderPartitioner(configs=configs, held_inputs=held_inputs)

@@ -41,7 +41,7 @@ def lower(module: fx.GraphModule, example: tuple[Tensor, ...], graph: TracedGrap
         example: its inputs.
         graph: the traced step, whose names it takes.
     """
-    edge = delegate(module, example)
+    edge = delegate(module, example, held_inputs=True)
     program = edge.exported_program()
     parameters = _sign(program, graph)
     program._state_dict.update(zip(parameters, example, strict=False))  # noqa: SLF001
