@@ -293,6 +293,8 @@ class Coordinator:
         self._history.add(rows)
         self._history.durations.extend(current.durations.values())
         self._chronicle.aggregated(record)
+        # Before it is deleted: that takes longer while it is open.
+        collection.close()
         self._directory.close_round(
             record,
             parameters,
@@ -301,12 +303,11 @@ class Coordinator:
             strategy=described(self._strategy),
             clients=self._clients.listed(),
         )
-        collection.close()
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._agenda.current = None
         self._uploads.forget(current, asynchronous=self._strategy.asynchronous)
-        self._chronicle.publish()
+        self._chronicle.note_checkpoint()
         self._observe(events.RoundEnded(record))
 
     def _pay(self, current: OpenRound) -> float | None:

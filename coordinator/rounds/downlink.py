@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.protocol.codecs import CodecSpec, Limits, decode, encode
+from edgetrain.protocol.blobs import blob_ref
+from edgetrain.protocol.codecs import CodecSpec, encode, encode_and_restore
+from edgetrain.protocol.messages import BlobRef
 
 Vector = npt.NDArray[np.float32]
 
@@ -34,6 +36,8 @@ class EncodedPatch:
 
     base: bytes
     data: bytes
+    # Of `data`.
+    ref: BlobRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Release:
     digest: bytes
     # `public`, encoded whole.
     whole: bytes
+    whole_ref: BlobRef
     # Oldest first, ending at `public`.
     patches: tuple[EncodedPatch, ...]
 
@@ -61,27 +66,36 @@ class Downlink:
     def __init__(self, codec: CodecSpec, public: Vector | None = None) -> None:
         self._codec = codec
         self._public = public
+        # Of `_public`, where it is known.
+        self._digest: bytes | None = None
         self._patches: deque[EncodedPatch] = deque(maxlen=KEEP_PATCHES)
 
-    def release(self, parameters: Vector, *, seed: int) -> Release:
-        """The next link.
+    def advance(self, parameters: Vector, *, seed: int) -> Vector:
+        """Makes the next link; `current` gives it out.
 
         Args:
             parameters: the true ones, float32 [num_parameters].
             seed: of stochastic codecs.
+
+        Returns:
+            The public parameters.
         """
         if self._public is None or not self.compresses:
-            self._public = parameters
+            self._public, self._digest = parameters, None
             self._patches.clear()
         else:
-            base = self._public
-            data = encode(parameters - base, self._codec, seed=seed)
-            change = decode(data, Limits(max_parameters=len(parameters)))
+            base, digest = self._public, self._public_digest()
+            data, change = encode_and_restore(parameters - base, self._codec, seed=seed)
             # float32 additions in order: clients do the same and get the same bits.
             public = base.copy()
             change.add_to(public)
-            self._public = public
-            self._patches.append(EncodedPatch(vector_digest(base), data))
+            self._public, self._digest = public, None
+            self._patches.append(EncodedPatch(digest, data, blob_ref(data)))
+        return self._public
+
+    def release(self, parameters: Vector, *, seed: int) -> Release:
+        """The next link, given out; arguments as of `advance`."""
+        self.advance(parameters, seed=seed)
         return self.current()
 
     @property
@@ -96,19 +110,27 @@ class Downlink:
 
     def holds(self, digest: bytes) -> bool:
         """Whether the last link is the one with this digest."""
-        return self._public is not None and vector_digest(self._public) == digest
+        return self._public is not None and self._public_digest() == digest
 
     def current(self) -> Release:
         """The last link again."""
-        assert self._public is not None, "release comes first"
+        assert self._public is not None, "advance comes first"
+        whole = encode(self._public, WHOLE)
         return Release(
             public=self._public,
-            digest=vector_digest(self._public),
-            whole=encode(self._public, WHOLE),
+            digest=self._public_digest(),
+            whole=whole,
+            whole_ref=blob_ref(whole),
             patches=tuple(self._patches),
         )
+
+    def _public_digest(self) -> bytes:
+        assert self._public is not None
+        if self._digest is None:
+            self._digest = vector_digest(self._public)
+        return self._digest
 
 
 def vector_digest(vector: Vector) -> bytes:
     """SHA-256 of a vector as little-endian float32."""
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).digest()
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).digest()

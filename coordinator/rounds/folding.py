@@ -101,6 +101,16 @@ class FixedPointSum:
         """The weighted mean, float64 [num_parameters]; zeros if nothing was added."""
         return self.over(self.weight)
 
+    def added_to(self, parameters: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Parameters plus the weighted mean: the sum is float64 and rounded once, float32 [num_parameters]."""
+        divisor = float(self.weight or 1) * 2.0**FRACTION_BITS
+        result = np.empty(len(self.total), np.float32)
+        for start in range(0, len(result), _PIECE):
+            piece = slice(start, start + _PIECE)
+            # With nothing added, the total is zero.
+            result[piece] = parameters[piece] + self.total[piece] / divisor
+        return result
+
     def over(self, divisor: float) -> npt.NDArray[np.float64]:
         """The sum divided by something else than the weights, float64 [num_parameters]; zeros for 0."""
         if divisor == 0:

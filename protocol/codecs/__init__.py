@@ -9,7 +9,7 @@ The payload describes itself; `docs/codecs.md` gives every bit of it for decoder
 """
 
 from edgetrain.protocol.codecs.feedback import received, residual
-from edgetrain.protocol.codecs.layout import decode, encode
+from edgetrain.protocol.codecs.layout import decode, encode, encode_and_restore
 from edgetrain.protocol.codecs.negotiate import negotiate
 from edgetrain.protocol.codecs.result import Limits, SparseOrDense
 from edgetrain.protocol.codecs.spec import CodecSpec, supported_stages
@@ -20,6 +20,7 @@ __all__ = [
     "SparseOrDense",
     "decode",
     "encode",
+    "encode_and_restore",
     "negotiate",
     "received",
     "residual",

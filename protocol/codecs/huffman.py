@@ -20,6 +20,8 @@ _FIRST_LENGTH = 7
 _TABLE_BITS_PER_SYMBOL = 31
 # Counts summed over so many neighbours give lengths that are cheaper to send; it pays for short updates.
 _WINDOWS = (1, 3, 9, 17)
+# Symbols that are encoded at a time.
+_PIECE = 1 << 16
 
 
 def encode_symbols(symbols: Bytes) -> bytes:
@@ -111,16 +113,18 @@ def _read_table(reader: Reader, size: int) -> Bytes:
 
 
 def _pack_codes(symbols: Bytes, lengths: Bytes) -> bytes:
-    codes = np.take(_canonical(lengths), symbols)
-    left = np.take(lengths, symbols)
-    shortest, longest = int(lengths.min()), int(lengths.max())
-    levels = []
-    for level in range(1, longest + 1):
-        if level > shortest:
-            pending = np.flatnonzero(left >= level)
-            codes, left = codes[pending], left[pending]
-        levels.append(((codes >> (MAX_LENGTH - level)) & 1).astype(np.uint8))
-    return pack_bits(np.concatenate(levels))
+    canonical = _canonical(lengths)
+    # Canonical: of the codes that end before a level, all are lower than the first that does not.
+    firsts = [int(canonical[lengths >= level].min()) for level in range(1, int(lengths.max()) + 1)]
+    levels: list[list[npt.NDArray[np.bool_]]] = [[] for _ in firsts]
+    # In pieces that stay in the processor's cache.
+    for start in range(0, len(symbols), _PIECE):
+        codes = np.take(canonical, symbols[start : start + _PIECE])
+        for level, first in enumerate(firsts):
+            if first:
+                codes = codes.take(np.flatnonzero(codes >= first))
+            levels[level].append((codes & (1 << (MAX_LENGTH - 1 - level))) != 0)
+    return pack_bits(np.concatenate([bits for level in levels for bits in level]))
 
 
 def _read_codes(reader: Reader, count: int, order: Bytes, per_length: list[int]) -> Bytes:
