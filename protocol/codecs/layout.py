@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import TypeVar
@@ -128,10 +129,8 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits) -> SparseOrDens
         raise CodecError(f"not an encoded update: it starts with 0x{magic:02x}, not 0x{MAGIC:02x}")
     if version != VERSION:
         raise CodecError(f"an update of codec version {version}, this edgetrain reads {VERSION}: upgrade")
-    index_coding = _member(IndexCoding, first & 0xF, "index coding")
-    quantizer = _member(Quantizer, first >> 4, "quantizer")
-    coding = _member(ValueCoding, second & 0xF, "value coding")
-    if _member(Wrap, second >> 4, "wrap") is Wrap.ZSTD:
+    index_coding, quantizer, coding, wrapped = _stages(first, second)
+    if wrapped is Wrap.ZSTD:
         size = reader.varint(limits.payload_bytes, "decompressed size")
         reader = Reader(wrap.decompress(reader.take(reader.remaining, "zstd frame").tobytes(), size))
     num_parameters = reader.varint(min(limits.max_parameters, MAX_PARAMETERS), "number of parameters")
@@ -215,7 +214,7 @@ def _decode_values(reader: Reader, quantizer: Quantizer, coding: ValueCoding, co
             raise CodecError("values that are not finite")
         return values
     starts = _decode_blocks(reader, count)
-    scales = reader.array(len(starts), "<u2", "scales").astype(np.uint16)
+    scales = reader.array(len(starts), "<u2", "scales")
     if quantizer is Quantizer.SIGN:
         check_scales(scales, 1)
         return from_signs(reader.bits(count, "signs"), scales, starts)
@@ -253,6 +252,17 @@ def _decode_blocks(reader: Reader, count: int) -> Indices:
 def _is_finite(values: Vector) -> bool:
     # A NaN is the largest and the smallest of all.
     return not len(values) or bool(np.isfinite(values.max()) and np.isfinite(values.min()))
+
+
+@functools.cache
+def _stages(first: int, second: int) -> tuple[IndexCoding, Quantizer, ValueCoding, Wrap]:
+    """What bytes 2 and 3 name; few combinations come again and again."""
+    return (
+        _member(IndexCoding, first & 0xF, "index coding"),
+        _member(Quantizer, first >> 4, "quantizer"),
+        _member(ValueCoding, second & 0xF, "value coding"),
+        _member(Wrap, second >> 4, "wrap"),
+    )
 
 
 _Enum = TypeVar("_Enum", bound=IntEnum)
