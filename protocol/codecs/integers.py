@@ -66,7 +66,7 @@ def _with_signs(reader: Reader, magnitudes: Bytes, num_nonzero: int) -> Codes:
     factors = np.int8(1) - np.int8(2) * negative.view(np.int8)
     if num_nonzero == len(codes):
         return codes * factors
-    codes[codes != 0] *= factors
+    codes[codes.nonzero()[0]] *= factors
     return codes
 
 
