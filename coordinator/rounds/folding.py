@@ -75,7 +75,7 @@ class FixedPointSum:
             if update.indices is None:
                 self.total[piece] += quantized
             else:
-                self.total[update.indices[piece]] += quantized
+                np.add.at(self.total, update.indices[piece], quantized)
         self._bound += largest + 1
         self.weight += weight
         self.count += 1
