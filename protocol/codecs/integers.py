@@ -82,7 +82,7 @@ def _pack(codes: Codes, largest: int) -> bytes:
 
 def _unpack(reader: Reader, count: int, largest: int) -> Codes:
     if largest == 127:
-        codes = reader.array(count, "<i1", "int8 codes").copy()
+        codes = reader.array(count, "<i1", "int8 codes")
     else:
         raw = reader.take((count + 1) // 2, "int4 codes")
         nibbles = np.empty(2 * len(raw), np.uint8)
