@@ -29,7 +29,7 @@ from edgetrain.export.storage.frozen_weights import Storage
 from edgetrain.export.storage.stored_program import make_stored_program
 from edgetrain.export.storage.trainable_weights import Int8Lowering, in_int8, int8_program
 from edgetrain.export.user_code import user_code
-from edgetrain.protocol.bundle import file_entry, write_bundle
+from edgetrain.protocol.bundle import check_target, file_entry, write_bundle
 from edgetrain.protocol.int8 import encode_parameters
 from edgetrain.protocol.manifest import (
     FrozenSummary,
@@ -97,6 +97,7 @@ def export_bundle(
         ParityError: the exported numbers are not eager torch's. Nothing is written.
         BundleError: `out` cannot be written.
     """
+    check_target(out)
     lowerings = _lowerings(runtimes, executorch_style)
     storage.check(tuple(lowering.runtime for lowering in lowerings))
     if storage.kind != "float32" and executorch_style != "functional":
@@ -108,6 +109,7 @@ def export_bundle(
         storage.check_clipping()
     example = read_example(example_batch, micro_batch)
     prepared = prepare(module, trainable)
+    storage.check_frozen(prepared.frozen)
     problem = _problem(prepared, loss, example, metrics, ignore_index)
     locate.refuse_randomness(problem)
     calibration = calibration_data(problem, storage)

@@ -67,14 +67,14 @@ class Storage:
             )
         others = ", ".join(name for name in runtimes if name != "onnxruntime")
         if self.kind != "float32":
-            self._check_frozen(tuple(dict.fromkeys(runtimes)))
+            self._check_runtimes(tuple(dict.fromkeys(runtimes)))
         if self.trainable != "float32" and others:
             raise UnsupportedError(
                 f"trainable weights as {self.trainable} are for onnxruntime only, not for {others}: no other session "
                 "binds whole numbers and scales. Export a bundle of its own for each"
             )
 
-    def _check_frozen(self, runtimes: tuple[str, ...]) -> None:
+    def _check_runtimes(self, runtimes: tuple[str, ...]) -> None:
         if others := ", ".join(name for name in runtimes if name not in RUNTIME_KINDS):
             raise UnsupportedError(
                 f"frozen weights as {self.kind} are for onnxruntime and executorch, not for {others}, and the "
@@ -89,6 +89,18 @@ class Storage:
             raise UnsupportedError(
                 f"frozen weights as {self.kind} are not for executorch: XNNPACK multiplies float32 activations with "
                 "float32 weights only, and its integers want ranges known beforehand: use int8-static"
+            )
+
+    def check_frozen(self, frozen: Mapping[str, Tensor]) -> None:
+        """Refuses a storage that nothing would be stored in.
+
+        Raises:
+            UnsupportedError: no frozen weight is worth fewer bytes.
+        """
+        if self.kind != "float32" and not quantized_names(frozen, self.kind):
+            raise UnsupportedError(
+                f"no weight of {MIN_ELEMENTS} elements or more is frozen: there is nothing to store as {self.kind}. "
+                "Leave it out, or let less learn"
             )
 
     def check_clipping(self) -> None:
