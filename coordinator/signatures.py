@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 from edgetrain.coordinator.clients.clients import Roster
 from edgetrain.coordinator.side_by_side import SideBySide
@@ -44,7 +45,7 @@ class Signatures:
             record = self._roster.get(sender[0]) if sender else None
             if record and record.banned_until <= now:
                 jobs.append((record.public_key, event.payload))
-        self._right = {job for job, right in zip(jobs, self._side_by_side.map(self._is_right, jobs)) if right}
+        self._right = set(compress(jobs, self._side_by_side.map(self._is_right, jobs)))
 
     def check(self, envelope: Envelope, payload: bytes, public_key: bytes) -> None:
         """Checks that the owner of a key signed a message.

@@ -79,8 +79,8 @@ class Reader:
     def integers(self, count: int, width: int, what: str) -> npt.NDArray[np.int64]:
         """The next `count` integers of `width` bits each, lowest bit first, int64 [count]."""
         columns = self.bits(count * width, what).reshape(count, width)
-        kind = np.uint8 if width <= 8 else np.int64
-        return (columns @ (1 << np.arange(width)).astype(kind)).astype(np.int64)
+        values: npt.NDArray[Any] = columns @ (1 << np.arange(width)).astype(np.uint8 if width <= 8 else np.int64)
+        return values.astype(np.int64)
 
     def peek(self, count: int) -> Bytes:
         """Up to `count` of the next bytes, without reading them."""

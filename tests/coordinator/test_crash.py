@@ -289,7 +289,12 @@ def test_how_a_round_began_is_on_the_disk_before_any_update_is(tiny_bundle, ram_
     federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
     directory = RunDirectory(federation.config, federation.bundle.manifest, federation.bundle.digest)
     synced, sync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (sync(file), synced.append(os.readlink(f"/proc/self/fd/{file}"))))
+
+    def fsync(file):
+        sync(file)
+        synced.append(Path(f"/proc/self/fd/{file}").readlink())
+
+    monkeypatch.setattr(os, "fsync", fsync)
     collection = Collection(make_strategy("fedavg"), 4, {}, Limits(max_parameters=4), 1000)
     opened = RoundOpened(run=directory.run, round=1, nonce=bytes(16), parameters=bytes(32), salt=bytes(16))
     collection.open(directory, opened)
@@ -297,7 +302,7 @@ def test_how_a_round_began_is_on_the_disk_before_any_update_is(tiny_bundle, ram_
     assert synced == []
     collection.invite(["a", "b"])
     collection.close()
-    assert synced == [str(journal), str(journal.parent)]
+    assert synced == [journal, journal.parent]
     assert [meta for meta, _ in read_journal(journal)] == [opened, Invited(clients=("a", "b"))]
     directory.close()
 

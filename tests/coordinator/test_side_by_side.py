@@ -113,7 +113,12 @@ def test_what_was_looked_at_ahead_is_not_checked_again(checked):
 def test_a_forged_message_is_refused_whatever_is_around_it(checked):
     checks, look, _ = checked
     payloads = [forged(name) if name in "cf" else message(name) for name in "abcdefgh"]
-    junk = [arrived("a", b"\xc1junk"), arrived("b", b""), Received("elsewhere/message", b"x"), arrived("c", b"", "blob")]
+    junk = [
+        arrived("a", b"\xc1junk"),
+        arrived("b", b""),
+        Received("elsewhere/message", b"x"),
+        arrived("c", b"", "blob"),
+    ]
     look(junk + [arrived(name, payload) for name, payload in zip("abcdefgh", payloads, strict=True)])
     refused = []
     for name, payload in zip("abcdefgh", payloads, strict=True):
