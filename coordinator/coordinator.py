@@ -298,14 +298,16 @@ class Coordinator:
         self._chronicle.aggregated(record)
         # Before it is deleted: that takes longer while it is open.
         collection.close()
+        clients = self._clients.changed()
         self._directory.close_round(
             record,
             parameters,
             rows,
             server_state=server_state,
             strategy=described(self._strategy),
-            clients=self._clients.listed(),
+            clients=clients,
         )
+        self._clients.note_saved(clients)
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._agenda.current = None
