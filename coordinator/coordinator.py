@@ -306,6 +306,7 @@ class Coordinator:
             server_state=server_state,
             strategy=described(self._strategy),
             clients=clients,
+            tidy_later=True,
         )
         self._clients.note_saved(clients)
         self._parameters, self._server_state = parameters, server_state

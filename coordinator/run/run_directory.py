@@ -176,8 +176,9 @@ class RunDirectory:
         server_state: ServerState | None = None,
         strategy: str = "",
         clients: list[KnownClient] | None = None,
+        tidy_later: bool = False,
     ) -> None:
-        """Writes state and parameters, then the database's row that makes the round count; begins to tidy up.
+        """Writes state and parameters, then the database's row that makes the round count, then tidies up.
 
         Args:
             record: of the round.
@@ -186,6 +187,8 @@ class RunDirectory:
             server_state: what the strategy remembers.
             strategy: its name, for people.
             clients: as for `save_clients`.
+            tidy_later: do not wait until what nobody needs any more is deleted. What a stop leaves of it is done at
+                the next start.
 
         Raises:
             RunError: not writable; then the round has not closed and its journal is still there.
@@ -199,10 +202,11 @@ class RunDirectory:
             self._log.close_round(record, rows, clients)
             best = self.best_round()
             self._vectors.name_latest(record.round, best)
+            self._tidying = Beside(lambda: self._tidy(record.round, best))
+            if not tidy_later:
+                self._end_tidying()
         except OSError as error:
             raise RunError(f"{self.path}: cannot write round {record.round}: {error}") from error
-        # Nobody waits for it; and what a stop leaves of it is done at the next start.
-        self._tidying = Beside(lambda: self._tidy(record.round, best))
 
     def _end_tidying(self) -> None:
         tidying, self._tidying = self._tidying, None
