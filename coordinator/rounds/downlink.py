@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edgetrain.coordinator.beside import Beside
 from edgetrain.protocol.blobs import blob_ref
-from edgetrain.protocol.codecs import CodecSpec, encode, encode_and_restore
+from edgetrain.protocol.codecs import CodecSpec, Encoding, begin_encoding, encode
 from edgetrain.protocol.messages import BlobRef
 
 Vector = npt.NDArray[np.float32]
@@ -28,6 +29,8 @@ Vector = npt.NDArray[np.float32]
 WHOLE = "dense|float32"
 # Older links are not worth their memory: whoever is further behind takes the parameters whole.
 KEEP_PATCHES = 8
+# Parameters from which on a patch is packed beside what else is to be done.
+WORTH_A_THREAD = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class Downlink:
         # Of `_public`, where it is known.
         self._digest: bytes | None = None
         self._patches: deque[EncodedPatch] = deque(maxlen=KEEP_PATCHES)
+        # The last patch, until its bytes are made: its base, and it.
+        self._unpacked: tuple[bytes, Encoding] | None = None
 
     def advance(self, parameters: Vector, *, seed: int) -> Vector:
         """Makes the next link; `current` gives it out.
@@ -80,17 +85,18 @@ class Downlink:
         Returns:
             The public parameters.
         """
+        self._pack()
         if self._public is None or not self.compresses:
             self._public, self._digest = parameters, None
             self._patches.clear()
         else:
             base, digest = self._public, self._public_digest()
-            data, change = encode_and_restore(parameters - base, self._codec, seed=seed)
+            encoding = begin_encoding(parameters - base, self._codec, seed=seed)
             # float32 additions in order: clients do the same and get the same bits.
             public = base.copy()
-            change.add_to(public)
+            encoding.restored().add_to(public)
             self._public, self._digest = public, None
-            self._patches.append(EncodedPatch(digest, data, blob_ref(data)))
+            self._unpacked = (digest, encoding)
         return self._public
 
     def release(self, parameters: Vector, *, seed: int) -> Release:
@@ -115,14 +121,21 @@ class Downlink:
     def current(self) -> Release:
         """The last link again."""
         assert self._public is not None, "advance comes first"
+        packing = Beside(self._pack) if len(self._public) >= WORTH_A_THREAD else None
+        digest = self._public_digest()
         whole = encode(self._public, WHOLE)
-        return Release(
-            public=self._public,
-            digest=self._public_digest(),
-            whole=whole,
-            whole_ref=blob_ref(whole),
-            patches=tuple(self._patches),
-        )
+        ref = blob_ref(whole)
+        if packing:
+            packing.result()
+        self._pack()
+        return Release(public=self._public, digest=digest, whole=whole, whole_ref=ref, patches=tuple(self._patches))
+
+    def _pack(self) -> None:
+        if self._unpacked:
+            base, encoding = self._unpacked
+            data = encoding.payload()
+            self._patches.append(EncodedPatch(base, data, blob_ref(data)))
+            self._unpacked = None
 
     def _public_digest(self) -> bytes:
         assert self._public is not None

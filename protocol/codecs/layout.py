@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
 
@@ -29,6 +30,8 @@ from edgetrain.protocol.errors import CodecError
 MAGIC = 0xE7
 VERSION = 1
 _INFINITY = 0x7F800000
+# How values are coded, and their bytes in pieces.
+_Packed = tuple[ValueCoding, tuple[bytes | memoryview, ...]]
 
 
 class IndexCoding(IntEnum):
@@ -71,23 +74,31 @@ def encode(delta: Vector, spec: str | CodecSpec, *, seed: int = 0, offsets: Sequ
     Raises:
         CodecError: no such codec, or a delta that it cannot carry.
     """
-    return _encode(delta, spec, seed, offsets)[0]
+    return begin_encoding(delta, spec, seed=seed, offsets=offsets).payload()
 
 
-def encode_and_restore(
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """A vector whose values are selected and quantized, so that what its receivers will see is settled."""
+
+    num_parameters: int
+    _indices: Indices | None
+    _restored: Callable[[], Vector]
+    _payload: Callable[[], bytes]
+
+    def payload(self) -> bytes:
+        """What `encode` returns."""
+        return self._payload()
+
+    def restored(self) -> SparseOrDense:
+        """What `decode` makes of the payload, which need not be there for it."""
+        return SparseOrDense(self.num_parameters, self._indices, self._restored())
+
+
+def begin_encoding(
     delta: Vector, spec: str | CodecSpec, *, seed: int = 0, offsets: Sequence[int] | None = None
-) -> tuple[bytes, SparseOrDense]:
-    """`encode`, and what `decode` makes of its bytes, which takes much less time than decoding them.
-
-    Arguments and errors as of `encode`.
-    """
-    data, indices, restored = _encode(delta, spec, seed, offsets)
-    return data, SparseOrDense(len(delta), indices, restored())
-
-
-def _encode(
-    delta: Vector, spec: str | CodecSpec, seed: int, offsets: Sequence[int] | None
-) -> tuple[bytes, Indices | None, Callable[[], Vector]]:
+) -> Encoding:
+    """The first half of `encode`; arguments and errors as there. The vector must not change before the second."""
     spec = CodecSpec.parse(spec) if isinstance(spec, str) else spec
     delta = np.asarray(delta)
     if delta.dtype != np.float32 or delta.ndim != 1:
@@ -101,17 +112,22 @@ def _encode(
     tensors = _boundaries(spec, len(delta), offsets)
     indices = select(spec, delta, tensors, seed)
     values = delta if indices is None else delta[indices]
-    index_coding, head = _encode_indices(spec, indices, len(delta), seed)
-    quantizer, coding, tail, restored = _encode_values(spec, values, indices, tensors, seed)
-    body = (head, *tail)
-    method = Wrap.NONE
-    if spec.zstd:
-        plain = b"".join(body)
-        smaller = pack_varint(len(plain)) + wrap.compress(plain)
-        if len(smaller) < len(plain):
-            method, body = Wrap.ZSTD, (smaller,)
-    first = bytes([MAGIC, VERSION, index_coding | quantizer << 4, coding | method << 4])
-    return b"".join((first, *body)), indices, restored
+    quantizer, restored, packed = _quantize(spec, values, indices, tensors, seed)
+
+    def payload() -> bytes:
+        index_coding, head = _encode_indices(spec, indices, len(delta), seed)
+        coding, tail = packed()
+        body: tuple[bytes | memoryview, ...] = (head, *tail)
+        method = Wrap.NONE
+        if spec.zstd:
+            plain = b"".join(body)
+            smaller = pack_varint(len(plain)) + wrap.compress(plain)
+            if len(smaller) < len(plain):
+                method, body = Wrap.ZSTD, (smaller,)
+        first = bytes([MAGIC, VERSION, index_coding | quantizer << 4, coding | method << 4])
+        return b"".join((first, *body))
+
+    return Encoding(len(delta), indices, restored, payload)
 
 
 def decode(data: bytes | bytearray | memoryview, limits: Limits) -> SparseOrDense:
@@ -178,30 +194,36 @@ def _decode_indices(reader: Reader, coding: IndexCoding, size: int) -> tuple[int
     return count, indices
 
 
-def _encode_values(
+def _quantize(
     spec: CodecSpec, values: Vector, indices: Indices | None, tensors: Indices, seed: int
-) -> tuple[Quantizer, ValueCoding, tuple[bytes | memoryview, ...], Callable[[], Vector]]:
-    """How they are coded, their bytes in pieces, and what makes of them what a receiver decodes."""
+) -> tuple[Quantizer, Callable[[], Vector], Callable[[], _Packed]]:
+    """How they are coded, what makes of them what a receiver decodes, and what makes their bytes."""
     if spec.quantize == "float32":
-        return Quantizer.FLOAT32, ValueCoding.PACKED, (values.astype("<f4", copy=False).data,), values.copy
+        return Quantizer.FLOAT32, values.copy, lambda: (ValueCoding.PACKED, (values.astype("<f4", copy=False).data,))
     if spec.quantize == "float16":
         with np.errstate(over="ignore", under="ignore"):
             halves = values.astype("<f2")
         if not np.isfinite(halves).all():
             raise CodecError(f"a value of {np.abs(values).max():.3g} is beyond float16: use int8 or float32")
-        return Quantizer.FLOAT16, ValueCoding.PACKED, (halves.data,), lambda: halves.astype(np.float32)
+        return Quantizer.FLOAT16, lambda: halves.astype(np.float32), lambda: (ValueCoding.PACKED, (halves.data,))
     starts, blocks = _encode_blocks(spec, len(values), indices, tensors)
     if spec.quantize in LARGEST:
         largest = LARGEST[spec.quantize]
         scales, codes = to_integers(
             values, starts, largest, stochastic=spec.stochastic, seed=seed, quantizer=spec.quantize
         )
-        coding, coded = encode_codes(codes, largest, huffman=spec.values == "huffman")
-        tail = (blocks, scales.astype("<u2").tobytes(), coded)
-        return Quantizer[spec.quantize.upper()], coding, tail, lambda: from_integers(codes, scales, starts)
+
+        def packed() -> _Packed:
+            coding, coded = encode_codes(codes, largest, huffman=spec.values == "huffman")
+            return coding, (blocks, scales.astype("<u2").tobytes(), coded)
+
+        return Quantizer[spec.quantize.upper()], lambda: from_integers(codes, scales, starts), packed
     scales, negative = to_signs(values, starts)
-    tail = (blocks, scales.astype("<u2").tobytes(), pack_bits(negative))
-    return Quantizer.SIGN, ValueCoding.PACKED, tail, lambda: from_signs(negative, scales, starts)
+    return (
+        Quantizer.SIGN,
+        lambda: from_signs(negative, scales, starts),
+        lambda: (ValueCoding.PACKED, (blocks, scales.astype("<u2").tobytes(), pack_bits(negative))),
+    )
 
 
 def _decode_values(reader: Reader, quantizer: Quantizer, coding: ValueCoding, count: int) -> Vector:

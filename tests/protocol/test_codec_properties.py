@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edgetrain.protocol import CodecError, CodecSpec, Limits, decode, encode
-from edgetrain.protocol.codecs import encode_and_restore, residual, supported_stages, wrap
+from edgetrain.protocol.codecs import begin_encoding, residual, supported_stages, wrap
 from edgetrain.protocol.codecs.bits import Reader
 from edgetrain.protocol.codecs.huffman import code_lengths, decode_symbols, encode_symbols
 from edgetrain.protocol.codecs.rice import decode_positions, encode_positions
@@ -86,11 +86,12 @@ def test_what_is_restored_is_what_is_decoded(delta, spec, seed):
         payload = encode(delta, spec, seed=seed, offsets=offsets)
     except CodecError as error:
         with pytest.raises(CodecError, match=re.escape(str(error))):
-            encode_and_restore(delta, spec, seed=seed, offsets=offsets)
+            begin_encoding(delta, spec, seed=seed, offsets=offsets).payload()
         return
-    data, restored = encode_and_restore(delta, spec, seed=seed, offsets=offsets)
+    encoding = begin_encoding(delta, spec, seed=seed, offsets=offsets)
+    restored = encoding.restored()
     decoded = decode(payload, Limits(max_parameters=len(delta)))
-    assert (data, restored.num_parameters) == (payload, decoded.num_parameters)
+    assert (encoding.payload(), restored.num_parameters) == (payload, decoded.num_parameters)
     assert restored.values.tobytes() == decoded.values.tobytes()
     assert restored.values.dtype == np.float32
     assert not np.shares_memory(restored.values, delta)
