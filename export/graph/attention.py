@@ -2,7 +2,7 @@
 
 A score matrix is the largest tensor of a Transformer's step. Autograd on the plain formula scales queries and keys,
 looks for rows that are masked whole by comparing and choosing, and needs the sum of dP * P for the softmax. Here
-the queries alone are scaled, rows without any key are zeroed in the output, which is smaller, and that sum is taken as
+products take the scale along, rows without any key are zeroed in the output, which is smaller, and that sum is taken as
 the one of dO * O (Dao et al. 2022, "FlashAttention", section 3.1), smaller too.
 
 Shape letters: T target and S source positions, K width of a head; dimensions before are the batch.
@@ -40,28 +40,28 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, checked: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Output [N..., T, K'], scaled queries, probabilities [N..., T, S], and 1 for rows that attend to anything."""
-        scaled = query * scale
-        scores = _product(scaled, key, transpose_second=True)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [N..., T, K'], probabilities [N..., T, S], and 1 for rows that attend to anything."""
+        scores = _product(query, key, transpose_second=True, scale=scale)
         alive = torch.ones((), dtype=scores.dtype)
         if mask is not None:
             scores = scores + mask
-            largest = torch.amax(scores, -1, keepdim=True)
+            # Without a last dimension of 1, with which onnxruntime works element by element.
+            largest = torch.amax(scores, -1)
             if not checked:
-                alive = (largest > _LOWEST).to(scores.dtype)
+                alive = (largest > _LOWEST).to(scores.dtype).unsqueeze(-1)
                 largest = torch.clamp(largest, min=_LOWEST)
-            scores = torch.maximum(scores, largest - MASKED)
+            scores = torch.maximum(scores, (largest - MASKED).unsqueeze(-1))
         probabilities = torch.softmax(scores, -1)
         output = _product(probabilities, value)
-        return output if checked else output * alive, scaled, probabilities, alive
+        return output if checked else output * alive, probabilities, alive
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keeps what the backward pass reads."""
-        _, key, value, mask, ctx.scale, ctx.checked = inputs
+        query, key, value, mask, ctx.scale, ctx.checked = inputs
         ctx.mask_shape = None if mask is None else mask.shape
-        ctx.save_for_backward(key, value, *output)
+        ctx.save_for_backward(query, key, value, *output)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -70,21 +70,23 @@ class Attention(torch.autograd.Function):
         """Gradients by query, key, value and mask."""
         if grad is None:
             return (None,) * 6
-        key, value, output, scaled, probabilities, alive = ctx.saved_tensors
+        query, key, value, output, probabilities, alive = ctx.saved_tensors
         if not ctx.checked:
             grad = grad * alive
         by_value = _product(probabilities, grad, transpose_first=True)
         by_probabilities = _product(grad, value, transpose_second=True)
         total = (grad * output).sum(-1, keepdim=True)
         by_scores = probabilities * (by_probabilities - total)
-        by_query = _product(by_scores, key) * ctx.scale
-        by_key = _product(by_scores, scaled, transpose_first=True)
+        by_query = _product(by_scores, key, scale=ctx.scale)
+        by_key = _product(by_scores, query, transpose_first=True, scale=ctx.scale)
         by_mask = by_scores.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[3] else None
         return by_query, by_key, by_value, by_mask, None, None
 
 
-def _product(first: Tensor, second: Tensor, *, transpose_first: bool = False, transpose_second: bool = False) -> Tensor:
-    """A matrix product over the same batch dimensions, as one over a single one.
+def _product(
+    first: Tensor, second: Tensor, *, transpose_first: bool = False, transpose_second: bool = False, scale: float = 1.0
+) -> Tensor:
+    """A matrix product over the same batch dimensions, as one over a single one, times a number.
 
     With a reshape between the transposition that splits the heads and the one of the matrices, onnxruntime makes the
     latter a part of its product; else it would make both transpositions one, of the whole tensor.
@@ -92,7 +94,10 @@ def _product(first: Tensor, second: Tensor, *, transpose_first: bool = False, tr
     a, b = (x.reshape(-1, *x.shape[-2:]) for x in (first, second))
     a = a.transpose(1, 2) if transpose_first else a
     b = b.transpose(1, 2) if transpose_second else b
-    return torch.bmm(a, b).reshape(*first.shape[:-2], a.shape[1], b.shape[2])
+    product = torch.bmm(a, b)
+    # Right behind it, so that it becomes a part of the product.
+    product = product if scale == 1 else product * scale
+    return product.reshape(*first.shape[:-2], a.shape[1], b.shape[2])
 
 
 def attention(

@@ -10,6 +10,7 @@ from torch import fx
 
 from edgetrain.export.graph.attention import MASKED
 from edgetrain.export.graph.decompositions import GELU_CUBIC, GELU_LINEAR
+from edgetrain.export.lowering.onnx_strips import in_strips
 
 aten = torch.ops.aten
 
@@ -28,6 +29,11 @@ def for_onnxruntime(module: fx.GraphModule) -> fx.GraphModule:
         elif node.target is aten.expand.default:
             _expand_late(module.graph, node)
     module.graph.eliminate_dead_code()
+    module.recompile()
+    module = in_strips(module)
+    for node in list(module.graph.nodes):
+        if node.target is aten.sum.dim_IntList:
+            _sum_as_product(module.graph, node)
     module.recompile()
     return module
 
@@ -119,3 +125,18 @@ def _raise_masks(graph: fx.Graph, softmax: fx.Node) -> None:
         largest = graph.call_function(aten.amax.default, (scores, [dim], True))
         lowest = graph.call_function(aten.sub.Tensor, (largest, MASKED))
         softmax.replace_input_with(scores, graph.call_function(aten.maximum.default, (scores, lowest)))
+
+
+def _sum_as_product(graph: fx.Graph, node: fx.Node) -> None:
+    """The sum of a matrix's rows, such as the gradient of a bias, as a product with ones: half the time."""
+    matrix, dims, *rest = node.args
+    value = matrix.meta.get("val") if isinstance(matrix, fx.Node) else None
+    if not isinstance(value, torch.Tensor) or value.ndim != 2 or value.dtype != torch.float32 or dims != [0]:
+        return
+    with graph.inserting_before(node):
+        ones = graph.call_function(aten.full.default, ([1, value.shape[0]], 1.0), {"dtype": value.dtype})
+        total = graph.call_function(aten.mm.default, (ones, matrix))
+        if not (rest and rest[0]):
+            total = graph.call_function(aten.reshape.default, (total, [value.shape[1]]))
+    node.replace_all_uses_with(total)
+    graph.erase_node(node)

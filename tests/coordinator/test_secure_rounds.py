@@ -28,6 +28,7 @@ from edgetrain.coordinator.secure.secure_settings import round_settings
 from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.config import SecureAggregationConfig as Demands
+from edgetrain.edge_client.enrolled import read_enrolled
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.enrolment import Authority, authority_key, prove_enrolment
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
@@ -594,10 +595,10 @@ def test_what_a_client_asks_for(tmp_path, federate):
     secure.close()
     path = tmp_path / "enrolled"
     path.write_text(f"# ours\nc {'ab' * 32}\n\n")
-    is_enrolled = participation.read_enrolled(path)
+    is_enrolled = read_enrolled(path)
     assert is_enrolled("c", b"\xab" * 32)
     assert not is_enrolled("c", bytes(32))
     assert not is_enrolled("d", b"\xab" * 32)
     path.write_text("c abc\n")
     with pytest.raises(ConfigError, match="line 1"):
-        participation.read_enrolled(path)
+        read_enrolled(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import onnx
 import pytest
@@ -12,14 +13,15 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgetrain.export.batch import read_example
-from edgetrain.export.exporter import _problem
+from edgetrain.export.exporter import make_problem
 from edgetrain.export.graph import decompositions
 from edgetrain.export.graph.attention import attention
 from edgetrain.export.graph.before_autograd import BeforeAutograd
-from edgetrain.export.graph.joint import trace_infer
+from edgetrain.export.graph.joint import trace_infer, trace_step
 from edgetrain.export.lowering import onnx_convolution
 from edgetrain.export.lowering.onnx import OnnxLowering
 from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
+from edgetrain.export.lowering.onnx_strips import in_strips
 from edgetrain.export.prepare import prepare
 from edgetrain.export.program import Translator
 from support.layers import squared
@@ -158,13 +160,11 @@ def test_attention_with_a_mask_that_learns_and_sample_by_sample():
     def loss(function, mask, *sample):
         return function(*sample, attn_mask=mask).square().sum()
 
-    for one in (attention, F.scaled_dot_product_attention):
-        per_sample = torch.func.vmap(torch.func.grad(lambda *a, f=one: loss(f, *a), (0, 1)), in_dims=(None, 0, 0, 0))
-        got = per_sample(mask, query, key, value)
-        if one is attention:
-            ours = got
-    for mine, theirs in zip(ours, got, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    def per_sample(function):
+        gradients = torch.func.grad(lambda *a: loss(function, *a), (0, 1))
+        return torch.func.vmap(gradients, in_dims=(None, 0, 0, 0))(mask, query, key, value)
+
+    torch.testing.assert_close(per_sample(attention), per_sample(F.scaled_dot_product_attention))
 
 
 def test_what_is_not_ours_is_left_to_torch():
@@ -239,9 +239,77 @@ def test_a_graph_for_inference_has_standard_operators():
         def forward(self, x):
             return F.gelu(super().forward(x), approximate="tanh")
 
-    problem = _problem(
-        prepare(Network(), "all"), squared, read_example((torch.randn(2, 3, 8, 8), ()), None), None, None
-    )
+    problem = make_problem(prepare(Network(), "all"), squared, read_example((torch.randn(2, 3, 8, 8), ()), None))
     model = onnx.load_from_string(Translator(OnnxLowering(), problem).translate(trace_infer)[1].data)
     assert {opset.domain for opset in model.opset_import} <= {""}
     assert [node.op_type for node in model.graph.node].count("Conv") == 3
+
+
+class Tower(nn.Module):
+    """Wide layers with the activations that people use, between narrow ones."""
+
+    ACTIVATIONS = (partial(F.gelu, approximate="tanh"), F.gelu, F.silu, lambda x: torch.relu(x) ** 2)
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(48, 512) for _ in self.ACTIVATIONS)
+        self.down = nn.ModuleList(nn.Linear(512, 48, bias=i != 1) for i, _ in enumerate(self.ACTIVATIONS))
+
+    def forward(self, x):
+        for up, activation, down in zip(self.up, self.ACTIVATIONS, self.down, strict=True):
+            x = x + down(activation(up(x)))
+        return x
+
+
+# With the last selection, only the last activation is differentiated.
+@pytest.mark.parametrize(("trainable", "blocks"), [("all", 4), (r"down\.2|up\.3\.bias", 1)])
+def test_wide_activations_in_strips(trainable, blocks):
+    step = Step(Tower(), squared, (torch.randn(4, 96, 48), ()), trainable)
+    step.assert_matches_eager()
+    # Two weights and a bias each.
+    assert step.ops.count("Split") == 3 * blocks
+
+
+def test_strips_compute_what_the_whole_does():
+    def function(x, up, bias, down, grad):
+        h = torch.addmm(bias, x.reshape(-1, 32), up.T).reshape(4, 200, 256)
+        gate = torch.sigmoid(h * 1.7)
+        y = torch.addmm(grad.reshape(-1, 32)[0], (h * gate).reshape(-1, 256), down.T)
+        by_h = torch.mm(y * grad.reshape(-1, 32), down).reshape(4, 200, 256) * (gate + h * gate - h * gate * gate)
+        flat = by_h.reshape(-1, 256)
+        return y, flat @ up, flat.T @ x.reshape(-1, 32), (y * 2).T @ (h * gate).reshape(-1, 256), flat.sum(0)
+
+    values = [torch.randn(shape) / 4 for shape in ((4, 200, 32), (256, 32), (256,), (32, 256), (4, 200, 32))]
+    module = make_fx(function, decomposition_table=decompositions.for_onnx())(*values)
+    for node in module.graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+    tiled = in_strips(module)
+    assert any(node.target is aten.split_with_sizes.default for node in tiled.graph.nodes)
+    largest = max(
+        node.meta["val"].numel() for node in tiled.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)
+    )
+    assert largest == 800 * 64
+    for ours, theirs in zip(tiled(*values), function(*values), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_no_strips_where_something_else_reads_them():
+    class Seen(Tower):
+        def forward(self, x):
+            wide = F.silu(self.up[0](x))
+            return torch.cat([self.down[0](wide), wide.amax(-1, keepdim=True)], -1)
+
+    step = Step(Seen(), squared, (torch.randn(4, 96, 48), ()))
+    step.assert_matches_eager()
+    assert "Split" not in step.ops
+
+
+def test_no_strips_in_what_is_frozen_and_in_inference():
+    problem = _problem(
+        prepare(Tower(), r"down\.3"), squared, read_example((torch.randn(4, 96, 48), ()), None), None, None
+    )
+    translator = Translator(OnnxLowering(), problem)
+    for trace in (trace_infer, trace_step):
+        model = onnx.load_from_string(translator.translate(trace)[1].data)
+        assert "Split" not in [node.op_type for node in model.graph.node]
