@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgetrain.coordinator.rounds.downlink import KEEP_PATCHES, Downlink, vector_digest
-from edgetrain.edge_client.held_parameters import HeldParameters
+from edgetrain.edge_client.durable.held_parameters import HeldParameters
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import CodecSpec, Limits, decode, encode

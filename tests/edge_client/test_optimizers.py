@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgetrain.edge_client.optimizers import OptimizerState, clip_by_global_norm, sgd
+from edgetrain.edge_client.training.optimizers import OptimizerState, clip_by_global_norm, sgd
 from edgetrain.protocol.errors import ConfigError
 
 VARIANTS = {

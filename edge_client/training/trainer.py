@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import TrainingError
-from edgetrain.edge_client.local_parameters import local_parameters
-from edgetrain.edge_client.optimizers import clip_by_global_norm, sgd
-from edgetrain.edge_client.private_steps import PrivateSteps
 from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult, Vector
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
 from edgetrain.edge_client.runtimes.staging import check_vector
-from edgetrain.edge_client.schedules import learning_rate_factor
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.local_parameters import local_parameters
+from edgetrain.edge_client.training.optimizers import clip_by_global_norm, sgd
+from edgetrain.edge_client.training.private_steps import PrivateSteps
+from edgetrain.edge_client.training.schedules import learning_rate_factor
 from edgetrain.protocol.privacy.randomness import RandomBytes
 from edgetrain.protocol.training import TrainingConfig, count_steps
 
