@@ -105,6 +105,18 @@ def test_a_client_that_was_away_applies_several_patches_or_takes_the_whole():
     assert fetch.bytes == len(release.whole)
 
 
+def test_a_release_is_the_same_whether_it_is_made_by_one_thread_or_two(monkeypatch):
+    releases = []
+    for worth in (0, N + 1):
+        monkeypatch.setattr("edgetrain.coordinator.rounds.downlink.WORTH_A_THREAD", worth)
+        downlink = Downlink(INT8)
+        releases.append([downlink.release(vector, seed=number) for number, vector in enumerate(walk(4))])
+    for one, other in zip(*releases, strict=True):
+        assert (one.digest, one.whole, one.patches) == (other.digest, other.whole, other.patches)
+        assert (one.digest, one.whole_ref) == (vector_digest(one.public), blob_ref(one.whole))
+        assert [patch.ref for patch in one.patches] == [blob_ref(patch.data) for patch in one.patches]
+
+
 def test_the_same_plan_again_fetches_nothing():
     release = Downlink(INT8).release(next(walk(1)), seed=0)
     held, fetch = HeldParameters(N), Fetcher(release)
