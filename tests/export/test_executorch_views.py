@@ -19,6 +19,7 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
 )
 from executorch.exir import EdgeCompileConfig, to_edge
 
+from edgetrain.export.lowering.executorch.compile import delegate
 from edgetrain.export.lowering.executorch.peephole import TRANSPOSE_B, turn_inside
 from edgetrain.export.lowering.executorch.settle import settle_shapes
 from edgetrain.export.lowering.executorch.turns import PERMUTE, VIEW, simplify_turns
@@ -156,6 +157,25 @@ def test_an_operand_that_repeats_over_the_batch_keeps_the_shape():
     (add,) = [n for n in module.graph.nodes if n.name.startswith("aten_add")]
     assert tuple(add.meta["val"].shape) == (2, 3, 4)
     check(module, positions, *tensors)
+
+
+class Border(torch.nn.Module):
+    """A view of an input, one between two products, and one that a kernel outside of XNNPACK reads."""
+
+    def forward(self, x, weight):
+        y = torch.bmm(x.reshape(1, 4, 6), weight)
+        z = torch.bmm(y.reshape(2, 2, 6), weight.expand(2, 6, 6) + 1)
+        return (z.reshape(4, 6).cumsum(0),)
+
+
+@pytest.mark.parametrize(("held", "inside"), [(False, [(2, 2, 6)]), (True, [(1, 4, 6), (2, 2, 6)])])
+def test_views_at_the_border_of_a_partition_stand_outside(held, inside):
+    with quiet():
+        edge = delegate(Border(), (torch.randn(4, 6), torch.randn(1, 6, 6)), held_inputs=held)
+    module = edge.exported_program().graph_module
+    parts = [part.original_module.graph_module for part in module.children() if hasattr(part, "original_module")]
+    views = [tuple(n.meta["val"].shape) for part in parts for n in part.graph.nodes if n.target == VIEW]
+    assert sorted(views) == inside
 
 
 def subgraph(*nodes, outputs):

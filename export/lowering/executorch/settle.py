@@ -71,8 +71,8 @@ def settle_shapes(module: fx.GraphModule) -> PassResult:
 def _has_reasons(node: fx.Node) -> bool:
     """Whether it tells of a program whose shapes are chosen already.
 
-    Windows are gathered from images outside of XNNPACK, where views are free: five percent slower when settled. Integers
-    are recognised by XNNPACK where an operator stands right between their conversions.
+    Windows are gathered from images outside of XNNPACK, where views are free: five percent slower when settled.
+    Integers are recognised by XNNPACK where an operator stands right between their conversions.
     """
     return node.target == _aten.as_strided_copy.default or "quantized_decomposed" in str(node.target)
 
