@@ -29,8 +29,10 @@ class LocalParameters(Protocol):
         """As float32 [num_parameters]; not to be changed."""
         ...
 
-    def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
-        """One step of the optimizer, which treats every element for itself."""
+    def descend(
+        self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float, divisor: float = 1.0
+    ) -> OptimizerState:
+        """One step of the optimizer, which treats every element for itself, along `gradient / divisor`."""
         ...
 
     def trained(self, received: Vector) -> Vector:
@@ -54,17 +56,20 @@ def local_parameters(manifest: Manifest, received: Vector, seed: int) -> LocalPa
 class _Steps:
     """One step of an optimizer on pieces of a vector."""
 
-    def __init__(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> None:
+    def __init__(
+        self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float, divisor: float
+    ) -> None:
         self._optimizer = optimizer
         self._gradient = gradient
+        self._divisor = divisor
         self._before = state.velocity
         self._rate = rate
         self._after = state.velocity
 
-    def __call__(self, part: slice, old: Vector) -> Vector:
-        """The new piece there."""
+    def __call__(self, part: slice, old: Vector, room: Vector | None = None) -> Vector:
+        """The new piece there; with `room`, in the place of the old one."""
         before = OptimizerState(None if self._before is None else self._before[part])
-        new, after = self._optimizer.apply(old, self._gradient[part], before, self._rate)
+        new, after = self._optimizer.apply(old, self._gradient[part], before, self._rate, self._divisor, room)
         if after.velocity is not None:
             if self._after is None:
                 self._after = np.empty_like(self._gradient)
@@ -83,6 +88,7 @@ class FloatParameters:
     def __init__(self, received: Vector) -> None:
         self._received = received
         self._vector = received
+        self._room = np.empty(min(_BLOCK, len(received)), np.float32)
 
     @property
     def given(self) -> Parameters:
@@ -93,14 +99,17 @@ class FloatParameters:
         """The vector."""
         return self._vector
 
-    def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
+    def descend(
+        self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float, divisor: float = 1.0
+    ) -> OptimizerState:
         """One step, a piece of the vector at a time."""
         if self._vector is self._received:
             self._vector = self._received.copy()
-        steps = _Steps(optimizer, gradient, state, rate)
+        steps = _Steps(optimizer, gradient, state, rate, divisor)
         for first in range(0, len(gradient), _BLOCK):
-            part = slice(first, first + _BLOCK)
-            self._vector[part] = steps(part, self._vector[part])
+            part = self._vector[first : first + _BLOCK]
+            # Always the same room, which stays in the processor's cache.
+            steps(slice(first, first + _BLOCK), part, self._room[: len(part)])
         return steps.state
 
     def trained(self, received: Vector) -> Vector:
@@ -125,9 +134,11 @@ class RoundedParameters:
         """All of it widened."""
         return self._int8.vector()
 
-    def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
+    def descend(
+        self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float, divisor: float = 1.0
+    ) -> OptimizerState:
         """One step, a piece of the vector at a time, so that it is never widened whole."""
-        steps = _Steps(optimizer, gradient, state, rate)
+        steps = _Steps(optimizer, gradient, state, rate, divisor)
         self._int8.update(steps, self._rng)
         return steps.state
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.local_parameters import local_parameters
-from edgetrain.edge_client.optimizers import clip_by_global_norm, sgd
+from edgetrain.edge_client.optimizers import clipping_factor, norm_of, sgd
 from edgetrain.edge_client.private_steps import PrivateSteps
 from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult, Vector
 from edgetrain.edge_client.runtimes.staging import check_vector
@@ -142,16 +142,22 @@ def train(
             break
         if sums.weight_sum == 0 and not private:
             continue
-        mean = private.mean_gradient(sums.gradient_sum(), len(dataset)) if private else sums.mean_gradient()
-        gradient, norm = clip_by_global_norm(mean, config.max_grad_norm)
+        gradient, divisor = sums.gradient_sum(), sums.weight_sum
+        if private:
+            gradient, divisor = private.mean_gradient(gradient, len(dataset)), 1.0
+        norm = norm_of(gradient) / divisor
+        # The mean is made, and clipped, where it is used: a whole vector of its own costs time and memory.
+        divisor /= clipping_factor(norm, config.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainingError(_astray("gradient", step, config, _Sums() if private else means))
+        if gradient_correction is not None or config.proximal_mu:
+            gradient, divisor = gradient / np.float32(divisor), 1.0
         if gradient_correction is not None:
             gradient = gradient + gradient_correction
         if config.proximal_mu:
             gradient = gradient + np.float32(config.proximal_mu) * (local.vector() - parameters)
         rate = config.learning_rate * learning_rate_factor(config.schedule, step, total_steps)
-        state = local.descend(optimizer, gradient, state, rate)
+        state = local.descend(optimizer, gradient, state, rate, divisor)
         means.add(sums)
         step += 1
         if on_step is not None:
@@ -233,11 +239,6 @@ class _Sums:
     def gradient_sum(self) -> Vector:
         assert self.gradient is not None
         return self.gradient
-
-    def mean_gradient(self) -> Vector:
-        """In place: what follows clears it, or is the session's next step, which overwrites it."""
-        gradient = self.gradient_sum()
-        return np.divide(gradient, np.float32(self.weight_sum), out=gradient if gradient.flags.writeable else None)
 
     def mean_loss(self) -> float:
         return self.loss_sum / self.weight_sum if self.weight_sum else math.nan
