@@ -80,7 +80,8 @@ class Coordinator:
         self._clock = clock
         self._strategy = self._make_strategy()
         self._server_state = directory.load_server_state()
-        self._lottery = Lottery.of(self._strategy.private)
+        shown = config.rounds.least if config.secure_aggregation.enabled else 0
+        self._lottery = Lottery.of(self._strategy.private, least=shown)
         # What the devices keep to themselves stays as it was exported here.
         self._personal = elements_of(bundle.manifest, config.personal)
         self._round_number, self._parameters = directory.load_parameters(bundle.initial_parameters())
@@ -157,9 +158,9 @@ class Coordinator:
             write_request(self._directory.path, "run")
         for entry in self._bundle.manifest.files():
             self._blobs.add(self._bundle.map(entry))
-        # The announcement follows when the transport says that it is connected.
         if self._uploads.foreman:
             self._uploads.foreman.start()
+        # The announcement follows when the transport says that it is connected.
         for kind in ("message",) if self._uploads.foreman else ("message", "blob"):
             self._transport.subscribe(self._topics.from_client("+", kind))
         if self._round_number == 0:

@@ -75,7 +75,7 @@ def assemble(
         AuthorityError: the settings name a federation directory that is none.
         RunError: the run directory is damaged.
     """
-    downlink = Downlink(CodecSpec.parse(config.downlink_codec), directory.load_public(bundle.manifest))
+    downlink = Downlink(CodecSpec.parse(config.downlink_codec), directory.load_public())
     history = History()
     history.add(read_rows(directory.path / "clients.csv"))
     clients = KnownClients(directory, clock)
@@ -129,6 +129,7 @@ def assemble(
         post=post,
         roster=clients.roster,
         training=invitations.training,
+        come_back=lambda client: invitations.come_back_seconds(client, directory.records),
         max_update_bytes=max_update_bytes,
         directory=directory.path / "uploads",
         observe=observe,
@@ -145,7 +146,6 @@ def assemble(
         max_update_bytes=max_update_bytes,
         clock=clock,
     )
-    uploads.come_back = lambda client: invitations.come_back_seconds(client, directory.records)
     intake = Intake(
         topics=topics,
         agenda=agenda,

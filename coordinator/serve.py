@@ -47,20 +47,18 @@ def serve(config: FederationConfig, observe: Observer) -> Summary:
     CodecSpec.parse(config.codec)
     CodecSpec.parse(config.downlink_codec)
     check_workers(config, make_strategy(config.strategy))
+    if config.start_broker == "embedded" and config.enrolments:
+        raise ConfigError("start_broker: the embedded broker knows no certificates; with enrolments use mosquitto")
+    reload_broker: Callable[[], None] = reload_by(config.reload_command) if config.reload_command else _tell_to_reload
     bundle = Bundle(config.bundle)
     evaluator = Evaluator(bundle, config) if config.evaluation.data else None
     with contextlib.ExitStack() as stack:
         directory = RunDirectory(config, bundle.manifest, bundle.digest)
         stack.callback(directory.close)
-        reload_broker: Callable[[], None] = (
-            reload_by(config.reload_command) if config.reload_command else _tell_to_reload
-        )
         if config.start_broker == "mosquitto" and config.enrolments:
             broker = FederationBroker(Path(config.enrolments), config.broker.port)
             stack.callback(broker.stop)
             reload_broker = broker.reload
-        elif config.start_broker == "embedded" and config.enrolments:
-            raise ConfigError("start_broker: the embedded broker knows no certificates; with enrolments use mosquitto")
         elif config.start_broker:
             stack.callback(start_broker(config.start_broker, port=config.broker.port).stop)
         # One coordinator per run directory: the broker's session is the run's.
@@ -93,9 +91,9 @@ def coordinator_kind(config: FederationConfig) -> type[Coordinator]:
     Raises:
         ConfigError: there is no such strategy.
     """
-    if make_strategy(config.strategy).asynchronous and not config.secure_aggregation.enabled:
-        return BufferedCoordinator
-    return SecureCoordinator if config.secure_aggregation.enabled else Coordinator
+    if config.secure_aggregation.enabled:
+        return SecureCoordinator
+    return BufferedCoordinator if make_strategy(config.strategy).asynchronous else Coordinator
 
 
 class Evaluator:

@@ -53,17 +53,26 @@ def load_dataset(source: str | os.PathLike[str], manifest: Manifest) -> Dataset:
     return load_samples(source, manifest.batch)
 
 
-def load_samples(source: str | os.PathLike[str], batch: BatchSpec) -> Dataset:
-    """As `load_dataset`, for a batch of that structure."""
+def find_source(source: str | os.PathLike[str]) -> tuple[Path, str, str]:
+    """The file that holds local data or loads it, its kind ("npz", "csv" or "py"), and what follows the colon.
+
+    Raises:
+        DataError: no such file, or of another kind.
+    """
     text = os.fspath(source)
     found = re.fullmatch(r"(.+?\.(npz|csv|py))(?::(.*))?", text, re.IGNORECASE)
     if found is None:
         raise DataError(f"{text}: data is a file.npz, a file.csv[:targets] or a file.py:function")
-    path, rest = Path(found[1]), found[3] or ""
+    path = Path(found[1])
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    return path, found[2].lower(), found[3] or ""
+
+
+def load_samples(source: str | os.PathLike[str], batch: BatchSpec) -> Dataset:
+    """As `load_dataset`, for a batch of that structure."""
+    path, kind, rest = find_source(source)
     where = f"{path}: "
-    kind = found[2].lower()
     if kind == "npz":
         dataset = _read_npz(path, batch)
     elif kind == "csv":

@@ -62,7 +62,7 @@ class Dataset:
         return Dataset(
             map_half(lambda array: _taken(array, rows), self.inputs),
             map_half(lambda array: _taken(array, rows), self.targets),
-            None if self.weights is None else self.weights[rows],
+            None if self.weights is None else _taken(self.weights, rows),
             self.augment,
         )
 

@@ -231,9 +231,10 @@ def _fill(session: Session, dataset: Dataset, file: BinaryIO, stored: list[_Stor
             values = features[entry.spec.name]
             kept, scales = _keep(entry, values)
             if values.dtype.kind == "f":
+                exact = values.astype(np.float64)
                 restored = kept.astype(np.float64) * (1 if scales is None else scales.astype(np.float64))
-                error += float(np.square(restored - values.astype(np.float64)).sum())
-                energy += float(np.square(values.astype(np.float64)).sum())
+                error += float(np.square(restored - exact).sum())
+                energy += float(np.square(exact).sum())
             if entry.scales is not None and scales is not None:
                 file.seek(entry.scales + 4 * first)
                 file.write(scales.ravel().tobytes())
@@ -251,7 +252,7 @@ def _features(session: Session, dataset: Dataset) -> Iterator[tuple[int, dict[st
 
 
 def _keep(entry: _Stored, values: Array) -> tuple[Array, npt.NDArray[np.float32] | None]:
-    """Values as they are stored, and with int8 their scales, [count, 1, …]."""
+    """Values as they are stored, and their scales, [count, 1, …], where they have any."""
     if not np.isfinite(values).all():
         raise DataError(f"{entry.spec.name}: the trunk gives a value that is NaN or infinite")
     if entry.scales is None:

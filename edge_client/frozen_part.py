@@ -19,12 +19,8 @@ logger = logging.getLogger(__name__)
 def keeps_features(session: Session, config: ClientConfig) -> bool:
     """Whether a client trains on the features of a bundle, unless its data or its disk are against it."""
     graphs = session.manifest.program(session.runtime).graphs
-    if config.feature_cache == "off" or TRUNK not in graphs:
-        return False
-    if STEP_CLIPPED in graphs:
-        logger.info("feature cache off: the bundle clips the gradient of each sample")
-        return False
-    return True
+    # Clipping each sample's gradient takes the whole graph.
+    return config.feature_cache != "off" and TRUNK in graphs and STEP_CLIPPED not in graphs
 
 
 def skip_frozen_part(
@@ -48,6 +44,8 @@ def skip_frozen_part(
     """
     precision = config.feature_cache
     if precision == "off" or not keeps_features(session, config):
+        if precision != "off" and TRUNK in session.manifest.program(session.runtime).graphs:
+            logger.info("feature cache off: the bundle clips the gradient of each sample")
         return session, training, validation
     if training.augment is not None:
         logger.info("feature cache off: the data changes in every epoch (augment)")
@@ -74,7 +72,7 @@ def skip_frozen_part(
             "%s features of %d samples as %s: %.1f MB, relative error %.1e",
             "kept" if cached.reused else "computed",
             len(part),
-            config.feature_cache,
+            precision,
             cached.size / 1e6,
             cached.error,
         )

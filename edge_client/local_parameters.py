@@ -8,8 +8,8 @@ import numpy as np
 
 from edgetrain.edge_client.optimizers import Optimizer, OptimizerState
 from edgetrain.edge_client.runtimes.base import Parameters, Vector
-from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
-from edgetrain.protocol.manifest import Manifest
+from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
+from edgetrain.protocol.manifest import ParameterEntry
 
 # Of the generator that rounds, beside the seed.
 _STREAM = 2
@@ -35,25 +35,25 @@ class LocalParameters(Protocol):
         """One step of the optimizer, which treats every element for itself, along `gradient / divisor`."""
         ...
 
-    def trained(self, received: Vector) -> Vector:
-        """Where the training has led from there, float32 [num_parameters]."""
+    def trained(self) -> Vector:
+        """Where the training has led, float32 [num_parameters], fresh memory."""
         ...
 
 
-def local_parameters(manifest: Manifest, received: Vector, seed: int) -> LocalParameters:
+def local_parameters(entries: tuple[ParameterEntry, ...], received: Vector, seed: int) -> LocalParameters:
     """Where a local training starts.
 
     Args:
-        manifest: whether the bundle keeps weights in int8.
+        entries: the manifest's parameters.
         received: float32 [num_parameters]; left as it is.
         seed: of the rounding.
     """
-    if any(entry.dtype == "int8" for entry in manifest.parameters):
-        return RoundedParameters(manifest, received, np.random.Generator(np.random.PCG64([seed, _STREAM])))
+    if any_in_int8(entries):
+        return RoundedParameters(entries, received, np.random.Generator(np.random.PCG64([seed, _STREAM])))
     return FloatParameters(received)
 
 
-class _Steps:
+class _Step:
     """One step of an optimizer on pieces of a vector."""
 
     def __init__(
@@ -105,24 +105,25 @@ class FloatParameters:
         """One step, a piece of the vector at a time."""
         if self._vector is self._received:
             self._vector = self._received.copy()
-        steps = _Steps(optimizer, gradient, state, rate, divisor)
+        step = _Step(optimizer, gradient, state, rate, divisor)
         for first in range(0, len(gradient), _BLOCK):
             part = self._vector[first : first + _BLOCK]
             # Always the same room, which stays in the processor's cache.
-            steps(slice(first, first + _BLOCK), part, self._room[: len(part)])
-        return steps.state
+            step(slice(first, first + _BLOCK), part, self._room[: len(part)])
+        return step.state
 
-    def trained(self, received: Vector) -> Vector:
-        """The vector, wherever it began."""
-        return received.copy() if self._vector is self._received else self._vector
+    def trained(self) -> Vector:
+        """The vector; a copy if nothing has changed it."""
+        return self._received.copy() if self._vector is self._received else self._vector
 
 
 class RoundedParameters:
     """Weights in int8; see `runtimes.int8_parameters`."""
 
-    def __init__(self, manifest: Manifest, received: Vector, rng: np.random.Generator) -> None:
-        self._manifest = manifest
-        self._int8 = Int8Parameters(manifest.parameters, received)
+    def __init__(self, entries: tuple[ParameterEntry, ...], received: Vector, rng: np.random.Generator) -> None:
+        self._entries = entries
+        self._received = received
+        self._int8 = Int8Parameters(entries, received)
         self._rng = rng
 
     @property
@@ -138,14 +139,14 @@ class RoundedParameters:
         self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float, divisor: float = 1.0
     ) -> OptimizerState:
         """One step, a piece of the vector at a time, so that it is never widened whole."""
-        steps = _Steps(optimizer, gradient, state, rate, divisor)
-        self._int8.update(steps, self._rng)
-        return steps.state
+        step = _Step(optimizer, gradient, state, rate, divisor)
+        self._int8.update(step, self._rng)
+        return step.state
 
-    def trained(self, received: Vector) -> Vector:
+    def trained(self) -> Vector:
         """The received vector and the way from its rounding, so that this rounding is nothing that was learnt."""
-        result = received.copy()
-        began = Int8Parameters(self._manifest.parameters, received)
+        result = self._received.copy()
+        began = Int8Parameters(self._entries, self._received)
         for (part, start), (_, end) in zip(began.blocks(), self._int8.blocks(), strict=True):
             result[part] += end - start
         return result

@@ -7,8 +7,10 @@ import gc
 import os
 import re
 import weakref
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +31,26 @@ _LARGE = 1 << 20
 
 def return_what_is_freed() -> None:
     """Has the C library keep little for later: for processes that load and drop programs. Call it before any thread."""
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return  # no glibc
-    set_option(_M_MMAP_THRESHOLD, _LARGE)
-    set_option(_M_ARENA_MAX, 1)
+    set_option = _of_glibc("mallopt")
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _LARGE)
+        set_option(_M_ARENA_MAX, 1)
 
 
 def trim() -> None:
     """Returns free pages, which the C library would keep for later."""
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None where that is another one."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError):
-        return  # no glibc
+        return None
+    return function
 
 
 def give_back_memory() -> None:
@@ -101,10 +109,12 @@ class MappedRows(np.memmap):
         return part
 
 
-def map_rows(path: Path, dtype: npt.DTypeLike, offset: int, shape: tuple[int, ...], order: str = "C") -> MappedRows:
+def map_rows(
+    path: Path, dtype: npt.DTypeLike, offset: int, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
+) -> MappedRows:
     """Maps a part of a file, for reading."""
     with path.open("rb") as file:
-        array = np.memmap(file, dtype, "r", offset, shape, "F" if order == "F" else "C").view(MappedRows)
+        array = np.memmap(file, dtype, "r", offset, shape, order).view(MappedRows)
         if order == "C" and array.dtype.kind in "fiub" and hasattr(os, "preadv"):
             array._descriptor = os.dup(file.fileno())  # noqa: SLF001 - of this module
             weakref.finalize(array, os.close, array._descriptor)  # noqa: SLF001

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.device import device_state
+from edgetrain.edge_client.enrolled import who_is_enrolled
 from edgetrain.edge_client.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import StateError
 from edgetrain.edge_client.installation import Fetch
@@ -24,8 +24,7 @@ from edgetrain.edge_client.mailbox import Mailbox
 from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.sum_budget import SumBudget
 from edgetrain.protocol.blobs import blob_ref
-from edgetrain.protocol.enrolment import Authority
-from edgetrain.protocol.errors import ConfigError, SecureAggregationError
+from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.messages import BlobRef, Decline, Offer, Plan, Resources, Secure
 from edgetrain.protocol.privacy.randomness import Keystream
@@ -307,49 +306,3 @@ def limited(values: Values, max_norm: float) -> Values:
     if not max_norm or norm <= max_norm:
         return values
     return (values.astype(np.float64) * (max_norm / norm)).astype(np.float32)
-
-
-def who_is_enrolled(config: ClientConfig) -> members.IsEnrolled:
-    """Whom this client's settings let take part: by the file of names, and by the CA, where they name them.
-
-    Raises:
-        ConfigError: the file cannot be read, or the CA's key is none.
-    """
-    settings = config.secure_aggregation
-    listed = read_enrolled(Path(settings.enrolled)) if settings.enrolled else None
-    try:
-        authority = Authority(settings.authority, config.federation) if settings.authority else None
-    except ValueError as error:
-        raise ConfigError(f"secure_aggregation.authority: is no P-256 key as in a device file: {error}") from error
-
-    def is_enrolled(name: str, identity: bytes, proof: bytes) -> bool:
-        if listed is not None and not listed(name, identity):
-            return False
-        return authority is None or authority.has_enrolled(name, identity, proof)
-
-    return is_enrolled
-
-
-def read_enrolled(path: Path) -> Callable[[str, bytes], bool]:
-    """Whether a name and a public key are in a file of them.
-
-    Raises:
-        ConfigError: it cannot be read, or a line is not a name and 64 hexadecimal digits.
-    """
-    known: dict[str, bytes] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"secure_aggregation.enrolled: {path}: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        fields = line.partition("#")[0].split()
-        if not fields:
-            continue
-        try:
-            name, key = fields
-            known[name] = bytes.fromhex(key)
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: write a name and its public key in hex") from error
-        if len(known[name]) != 32:
-            raise ConfigError(f"{path}, line {number}: a public key has 64 hexadecimal digits")
-    return lambda name, identity: known.get(name) == identity

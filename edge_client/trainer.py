@@ -20,6 +20,7 @@ from edgetrain.edge_client.local_parameters import local_parameters
 from edgetrain.edge_client.optimizers import clipping_factor, norm_of, sgd
 from edgetrain.edge_client.private_steps import PrivateSteps
 from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult, Vector
+from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
 from edgetrain.edge_client.runtimes.staging import check_vector
 from edgetrain.edge_client.schedules import learning_rate_factor
 from edgetrain.protocol.privacy.randomness import RandomBytes
@@ -114,7 +115,7 @@ def train(
         check_vector(gradient_correction, length, "gradient_correction")
     optimizer = sgd(momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)
     state = optimizer.init()
-    local = local_parameters(session.manifest, parameters, seed)
+    local = local_parameters(session.manifest.parameters, parameters, seed)
     total_steps = count_steps(len(dataset), config)
     if dataset.augment is not None:
         dataset = dataset.augmented(np.random.Generator(np.random.PCG64([seed, 1])))
@@ -163,7 +164,7 @@ def train(
         if on_step is not None:
             on_step(StepProgress(step, total_steps, sums.mean_loss(), rate, norm))
     return TrainingResult(
-        parameters=local.trained(parameters),
+        parameters=local.trained(),
         num_examples=len(dataset),
         steps=step,
         loss=means.mean_loss(),
@@ -180,7 +181,9 @@ def evaluate(session: Session, parameters: Vector, dataset: Dataset) -> EvalSumm
         DataError: `parameters` or a batch does not fit the bundle.
     """
     sums = _Sums()
-    given = local_parameters(session.manifest, parameters, 0).given
+    entries = session.manifest.parameters
+    # Rounded once, not for every micro-batch.
+    given = Int8Parameters(entries, parameters) if any_in_int8(entries) else parameters
     size = session.manifest.micro_batch
     for start in range(0, len(dataset), size):
         chunk = np.arange(start, min(start + size, len(dataset)))
@@ -218,11 +221,11 @@ class _Sums:
         self.loss_sum = self.weight_sum = 0.0
         self.metrics = {}
         self.gradient = None
-        if length and self._own is None:
-            self._own = np.zeros(length, np.float32)
-        if length and self._own is not None:
+        if length:
+            if self._own is None:
+                self._own = np.empty(length, np.float32)
+            self._own.fill(0)
             self.gradient = self._own
-            self.gradient.fill(0)
 
     def add(self, result: StepResult | EvalResult | _Sums) -> None:
         self.loss_sum += result.loss_sum

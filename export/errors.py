@@ -6,8 +6,10 @@ EdgetrainError
     ├── BatchError          the example batch, the loss or a metric has a wrong structure or value
     ├── SelectionError      the selection matches nothing, or cannot be read
     ├── UnsupportedError    an op, a control flow or a combination that cannot be exported
-    ├── ToleranceError      storing the frozen weights in fewer bytes changes the loss too much
-    ├── ParityError         the exported gradients are not those of eager torch
+    │   └── OperatorError   an operator that a lowering cannot translate
+    ├── ToleranceError      storing weights in fewer bytes changes the loss too much
+    ├── ParityError         the exported numbers are not those of eager torch
+    │   └── GradientError   a gradient is not
     └── MergeError          parameters that do not belong to the bundle, or an unknown output format
 """
 
@@ -61,7 +63,7 @@ class GradientError(ParityError):
 
 
 class ToleranceError(ExportError):
-    """Quantization changes the loss by more than the user allows; nothing was written."""
+    """Storing weights in fewer bytes changes the loss by more than the user allows; nothing was written."""
 
 
 class MergeError(ExportError):

@@ -27,9 +27,9 @@ from edgetrain.export.program import make_program
 from edgetrain.export.storage.calibration import calibration_data
 from edgetrain.export.storage.frozen_weights import Storage
 from edgetrain.export.storage.stored_program import make_stored_program
-from edgetrain.export.storage.trainable_weights import Int8Lowering, in_int8, int8_program
+from edgetrain.export.storage.trainable_weights import Int8Lowering, in_int8
 from edgetrain.export.user_code import user_code
-from edgetrain.protocol.bundle import file_entry, write_bundle
+from edgetrain.protocol.bundle import check_target, file_entry, write_bundle
 from edgetrain.protocol.int8 import encode_parameters
 from edgetrain.protocol.manifest import (
     FrozenSummary,
@@ -82,8 +82,8 @@ def export_bundle(
             for its own if this is None. Needs integer targets in the shape of the losses.
         per_sample_clipping: adds the graph `step_per_sample_clipped`, for differential privacy.
         split: adds `trunk` and `head_step` where a frozen part is worth it, so that its outputs can be kept.
-        storage: in how many bytes frozen weights are stored, for one runtime alone if not in float32; trainable ones
-            kept, in int8 for onnxruntime alone.
+        storage: how frozen weights are stored, which but for float32 is for one runtime alone, and how trainable
+            ones are kept: int8 is for onnxruntime alone.
         executorch_style: "functional"; "training-module" adds a program for ExecuTorch's own TrainingModule.
 
     Returns:
@@ -97,6 +97,7 @@ def export_bundle(
         ParityError: the exported numbers are not eager torch's. Nothing is written.
         BundleError: `out` cannot be written.
     """
+    check_target(out)
     lowerings = _lowerings(runtimes, executorch_style)
     storage.check(tuple(lowering.runtime for lowering in lowerings))
     if storage.kind != "float32" and executorch_style != "functional":
@@ -108,13 +109,14 @@ def export_bundle(
         storage.check_clipping()
     example = read_example(example_batch, micro_batch)
     prepared = prepare(module, trainable)
-    problem = _problem(prepared, loss, example, metrics, ignore_index)
+    storage.check_frozen(prepared.frozen)
+    problem = make_problem(prepared, loss, example, metrics, ignore_index)
     locate.refuse_randomness(problem)
     calibration = calibration_data(problem, storage)
     report: TrainableStorage | None = None
     if storage.trainable == "int8":
         problem, report = in_int8(problem, storage, calibration.batches)
-        lowerings = [Int8Lowering(lowering, problem.int8) for lowering in lowerings]
+        lowerings = [Int8Lowering(problem.int8)]  # checked above: onnxruntime alone
     problem, expected = parity.expectations(problem, clipping=per_sample_clipping)
     parity.check_finite(problem, expected.initial)
     notes = (*prepared.notes, *calibration.notes, *_unused(prepared, expected.initial))
@@ -127,7 +129,6 @@ def export_bundle(
         stored = make_stored_program(lowerings[0], problem, expected, files, storage, calibration.batches)
         programs, found, notes = (stored.program,), stored.expected, (*notes, *stored.notes)
         quantized = stored.quantized
-    programs = tuple(int8_program(program, problem.int8) for program in programs)
     table = _table(problem)
     parameters_file = "parameters.i8" if problem.int8 else "parameters.f32"
     files[parameters_file] = encode_parameters(_flat(problem.parameters), table)
@@ -188,14 +189,26 @@ def _unused(prepared: Prepared, expected: parity.Reference) -> list[str]:
     return [f"{name} has no influence on the loss: its gradient is zero" for name in unused]
 
 
-def _problem(
+def make_problem(
     prepared: Prepared,
     loss: Loss,
     example: Example,
-    metrics: Mapping[str, Metric] | None,
-    ignore_index: int | None,
+    metrics: Mapping[str, Metric] | None = None,
+    ignore_index: int | None = None,
 ) -> Problem:
-    """Runs the module once to learn the shape of the weights and which metrics fit."""
+    """Runs the module once to learn the shape of the weights and which metrics fit.
+
+    Args:
+        prepared: the module.
+        loss: see `export_bundle`.
+        example: the example batch.
+        metrics: see `export_bundle`.
+        ignore_index: see `export_bundle`.
+
+    Raises:
+        BatchError: the example batch, the loss or a metric does not fit.
+        SourceError: the user's code raised.
+    """
     probe = Problem(prepared, loss, {}, example, torch.ones(()))
     inputs, targets = probe.split(example.leaves)
     with plain_math(prepared.module), torch.no_grad():

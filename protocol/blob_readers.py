@@ -1,8 +1,7 @@
-"""Where the bytes of an outgoing blob are: in memory, or in a file that is read piece by piece."""
+"""Where the bytes of an outgoing blob are: in memory, or in a file that is mapped there."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 from edgetrain.protocol.blobs import blob_ref
@@ -18,16 +17,12 @@ class BlobReader(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> bytes | memoryview:
-        """Bytes [start, stop) of the blob.
-
-        Raises:
-            OSError: they cannot be read (any more).
-        """
+        """Bytes [start, stop) of the blob."""
         ...
 
 
 class MemoryBlob:
-    """A blob in memory.
+    """A blob in memory; of a mapped file only what is being sent.
 
     Args:
         data: the whole of it.
@@ -41,25 +36,3 @@ class MemoryBlob:
     def read(self, start: int, stop: int) -> memoryview:
         """See `BlobReader`."""
         return self._data[start:stop]
-
-
-class FileBlob:
-    """A blob in a file, which is opened for every piece: nothing is kept in memory, and the file may be deleted.
-
-    Args:
-        ref: digest and size; trusted, since the receiver checks them.
-        path: the file.
-    """
-
-    def __init__(self, ref: BlobRef, path: Path) -> None:
-        self.ref = ref
-        self._path = path
-
-    def read(self, start: int, stop: int) -> bytes:
-        """See `BlobReader`."""
-        with self._path.open("rb") as file:
-            file.seek(start)
-            data = file.read(stop - start)
-        if len(data) != stop - start:
-            raise OSError(f"{self._path} is shorter than it was")
-        return data

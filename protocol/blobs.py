@@ -173,6 +173,6 @@ class Assembler:
             return bytes(self._whole)
         data = bytes(self._data or b"")
         if hashlib.sha256(data).digest() != self.ref.digest:
-            self._data, self._have = None, RangeSet()
+            self.discard()
             raise BlobError("the chunks add up to another blob than the one announced")
         return data

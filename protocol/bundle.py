@@ -10,6 +10,7 @@ import mmap
 import os
 import shutil
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -171,6 +172,30 @@ def file_entry(name: str, data: bytes) -> FileEntry:
     return FileEntry(file=name, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
 
 
+def check_target(out: str | os.PathLike[str]) -> None:
+    """Whether a bundle can be written there: to be asked before the work of making one.
+
+    Args:
+        out: as of `write_bundle`.
+
+    Raises:
+        BundleError: `out` exists and is no bundle, or its directory cannot be written to.
+    """
+    out = Path(out)
+    if out.name in {"", ".."}:
+        raise BundleError(f"{out}: has no name of its own; choose a name for the bundle")
+    if out.suffix == ARCHIVE_SUFFIX and out.is_dir():
+        raise BundleError(f"{out}: is a directory; choose another name for the archive")
+    if out.exists() and not _is_bundle(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise BundleError(f"{out}: exists and is not a bundle; choose another -o or remove it")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise BundleError(f"{out}: cannot write to {parent}: {error.strerror}; choose another -o") from error
+
+
 def write_bundle(out: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, bytes]) -> Path:
     """Writes a bundle atomically: `out` is whole or not there.
 
@@ -184,8 +209,7 @@ def write_bundle(out: str | os.PathLike[str], manifest: Manifest, files: Mapping
         BundleError: `out` exists and is no bundle, or cannot be written.
     """
     out = Path(out)
-    if out.name in {"", ".."}:
-        raise BundleError(f"{out}: has no name of its own; choose a name for the bundle")
+    check_target(out)
     contents = {MANIFEST_FILE: encode_manifest(manifest), **files}
     assert set(files) == {entry.file for entry in manifest.files()}, "the manifest names exactly these files"
     try:
@@ -200,10 +224,6 @@ def write_bundle(out: str | os.PathLike[str], manifest: Manifest, files: Mapping
 
 
 def _write_archive(out: Path, contents: Mapping[str, bytes]) -> None:
-    if out.is_dir():
-        raise BundleError(f"{out}: is a directory; choose another name for the archive")
-    if out.exists() and not _is_bundle(out):
-        raise BundleError(f"{out}: exists and is not a bundle; choose another -o or remove it")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -220,8 +240,6 @@ def _write_archive(out: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def _write_directory(out: Path, contents: Mapping[str, bytes]) -> None:
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or _is_bundle(out))):
-        raise BundleError(f"{out}: exists and is not a bundle; choose another -o or remove it")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     # Remains of a killed process that had our id.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -55,7 +57,22 @@ def convert(tables: dict[str, Any], kind: type[T], *, where: str) -> T:
         message = str(error).replace("`$.", "`")
         message = message.replace("Object missing required field", "a setting is missing:")
         message = message.replace("Object contains unknown field", "there is no setting called")
+        if unknown := re.fullmatch(r"there is no setting called `(.+?)`(?: - at `(.+)`)?", message):
+            message += _instead(kind, *unknown.groups(""))
         raise ConfigError(f"{where}: {message[0].lower()}{message[1:]}") from error
+
+
+def _instead(kind: Any, unknown: str, table: str) -> str:
+    """What may have been meant, of the settings in a table of a struct; nothing for a table in a list."""
+    for name in filter(None, table.split(".")):
+        kind = get_type_hints(kind).get(name)
+        kinds = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, msgspec.Struct)]
+        if not kinds:
+            return ""
+        kind = kinds[0]
+    names = [field.encode_name for field in msgspec.structs.fields(kind)]
+    near = difflib.get_close_matches(unknown, names, n=1)
+    return f"; did you mean `{near[0]}`?" if near else f"; there are: {', '.join(names)}"
 
 
 def set_dotted(tables: dict[str, Any], dotted: str, value: Any) -> None:

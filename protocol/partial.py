@@ -18,7 +18,7 @@ import struct
 from collections.abc import Collection
 from pathlib import Path
 
-from edgetrain.protocol.blobs import Assembler, Chunk, check_of, check_size
+from edgetrain.protocol.blobs import MAX_CHUNK_BYTES, Assembler, Chunk, check_of, check_size
 from edgetrain.protocol.errors import BlobError
 from edgetrain.protocol.files import sync_directory
 from edgetrain.protocol.messages import BlobRef
@@ -28,8 +28,6 @@ from edgetrain.protocol.ranges import RangeSet
 IN_MEMORY_BYTES = 64 << 10
 _RECORD = struct.Struct("<QI8s")
 _BLOCK = 1 << 16
-# Longer chunks are not made, and would have to be read whole.
-_MAX_LENGTH = 1 << 20
 
 
 class PartialBlob:
@@ -140,7 +138,8 @@ class PartialBlob:
         with log, data:
             while len(record := log.read(_RECORD.size)) == _RECORD.size:
                 offset, length, check = _RECORD.unpack(record)
-                if length > _MAX_LENGTH or offset + length > self.ref.size:
+                # Longer chunks are not made, and would have to be read whole.
+                if length > MAX_CHUNK_BYTES or offset + length > self.ref.size:
                     break
                 data.seek(offset)
                 part = data.read(length)
@@ -180,11 +179,6 @@ def has_pieces(directory: Path, digest: bytes) -> bool:
     return _paths(directory, digest)[1].exists()
 
 
-def _paths(directory: Path, digest: bytes) -> tuple[Path, Path]:
-    """Data, and the log of what is in it."""
-    return directory / f"{digest.hex()}.part", directory / f"{digest.hex()}.have"
-
-
 def assemble(ref: BlobRef, directory: Path, *, limit: int) -> Assembler | PartialBlob:
     """Puts a small blob together in memory, any other in `directory`.
 
@@ -213,6 +207,11 @@ def forget_partial_blobs(directory: Path, *, keep: Collection[bytes] = ()) -> in
                 freed += path.stat().st_size
                 path.unlink()
     return freed
+
+
+def _paths(directory: Path, digest: bytes) -> tuple[Path, Path]:
+    """Data, and the log of what is in it."""
+    return directory / f"{digest.hex()}.part", directory / f"{digest.hex()}.have"
 
 
 def _write_at(path: Path, data: bytes | memoryview, offset: int | None) -> None:

@@ -26,7 +26,6 @@ from edgetrain.protocol.errors import ConfigError, MessageError, SignatureError
 from edgetrain.protocol.files import write_atomically
 
 PROTOCOL_VERSION = 1
-PUBLIC_KEY_BYTES = 32
 # Messages carry metadata only; blobs travel in chunks. A plan with every option is under 2 KiB.
 MAX_MESSAGE_BYTES = 64 << 10
 

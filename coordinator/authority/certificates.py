@@ -99,12 +99,12 @@ def revocation_list(
     return builder.sign(_private_key(authority), hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
-def prove(authority: Issued, federation: str, name: str, public_key: bytes) -> bytes:
+def enrolment_proof(authority: Issued, federation: str, name: str, public_key: bytes) -> bytes:
     """The CA's proof that a client is enrolled with an Ed25519 key."""
     return prove_enrolment(_private_key(authority), federation=federation, name=name, public_key=public_key)
 
 
-def point(authority: Issued) -> str:
+def key_for_devices(authority: Issued) -> str:
     """The CA's public key, as devices have it."""
     return authority_key(_private_key(authority).public_key())
 

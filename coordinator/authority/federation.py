@@ -43,11 +43,11 @@ from edgetrain.coordinator.authority.broker_files import (
 )
 from edgetrain.coordinator.authority.certificates import (
     Issued,
+    enrolment_proof,
     issue_client,
     issue_server,
+    key_for_devices,
     make_authority,
-    point,
-    prove,
     revocation_list,
 )
 from edgetrain.coordinator.authority.registry import AuthorityError, Enrolment, read_registry, write_registry
@@ -283,8 +283,8 @@ class FederationDirectory:
             "data": data,
             "coordinator_key": SigningKey.load_or_create(self.path / "coordinator.key").public_key.hex(),
             "signing_key": key.secret(),
-            "enrolment": prove(ca, known.federation, name, key.public_key).hex(),
-            "secure_aggregation": {"authority": point(ca)},
+            "enrolment": enrolment_proof(ca, known.federation, name, key.public_key).hex(),
+            "secure_aggregation": {"authority": key_for_devices(ca)},
             "broker": {
                 "host": known.host,
                 "port": known.port,

@@ -22,12 +22,14 @@ def reload_by(command: str) -> Callable[[], None]:
         command: as for a shell, which there is none of: a program and its arguments.
 
     Raises:
-        ConfigError: no such thing.
+        ConfigError: it names no program, or its quotation marks do not match.
     """
     try:
         arguments = shlex.split(command)
     except ValueError as error:
-        raise ConfigError(f"reload_command: {command!r}: {error}") from error
+        raise ConfigError(f"reload_command: {command!r}: {error}; quote arguments as for a shell") from error
+    if not arguments:
+        raise ConfigError(f"reload_command: {command!r} names no program: leave it out, or write one")
     lock = threading.Lock()
 
     def run() -> None:

@@ -108,15 +108,10 @@ class Presence:
         record = self._roster.get(client)
         if record is None:
             return
-        was_ready = record.ready
-        record.online = record.ready = False
         if self._agenda.current:
             self._agenda.current.drop_upload(client)
-            if self._agenda.current.state.waits_for(client):
-                self._agenda.current.state.advance(client, Part.LOST)
         self._post.send(client, Refusal(reason=reason, connection=record.connection))
-        if was_ready:
-            self._observe(events.ClientLeft(client, reason))
+        self._left(record, reason)
 
     def on_ready(self, record: ClientRecord, ready: Ready) -> None:
         """A client has the bundle and its self-test passed."""
@@ -151,9 +146,12 @@ class Presence:
         """A client leaves, or its last will says so."""
         if goodbye.connection != record.connection or not record.online:
             return
+        self._left(record, goodbye.reason)
+
+    def _left(self, record: ClientRecord, reason: str) -> None:
         was_ready = record.ready
         record.online = record.ready = False
         if self._agenda.current and self._agenda.current.state.waits_for(record.name):
             self._agenda.current.state.advance(record.name, Part.LOST)
         if was_ready:
-            self._observe(events.ClientLeft(record.name, goodbye.reason))
+            self._observe(events.ClientLeft(record.name, reason))

@@ -15,9 +15,6 @@ from edgetrain.protocol.privacy.errors import BudgetExhausted, PrivacyError
 from edgetrain.protocol.privacy.ledger import Budget, Ledger
 from edgetrain.protocol.privacy.release import Release
 
-# Below this part of an epsilon, a record and the ledger agree.
-_SAME = 1e-6
-
 
 class FederationBudget:
     """Pays for rounds out of a ledger.

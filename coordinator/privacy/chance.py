@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
+from edgetrain.protocol.combinatorics import log_binomial
 from edgetrain.protocol.privacy.release import Release
+from edgetrain.protocol.secure_aggregation.graph import SECURITY_BITS
 
 # What happens less often than this does not count: as for the graph of secure aggregation.
-NEGLIGIBLE = 2.0**-40
+NEGLIGIBLE = 2.0**-SECURITY_BITS
 
 
 def chance_of_fewer(release: Release, population: int, present: int, least: int) -> float:
@@ -26,12 +29,12 @@ def chance_of_fewer(release: Release, population: int, present: int, least: int)
     return min(1.0, math.fsum(math.exp(log_chance(number)) for number in range(min(least, present + 1))))
 
 
+@functools.lru_cache(maxsize=16)
 def most_drawn(release: Release, population: int) -> int:
     """The smallest number that a draw from the whole population exceeds with a negligible probability only."""
     log_chance = _log_chance(release, population, population)
     beyond, number = 0.0, population
-    while number > 0 and beyond + math.exp(log_chance(number)) <= NEGLIGIBLE:
-        beyond += math.exp(log_chance(number))
+    while number > 0 and (beyond := beyond + math.exp(log_chance(number))) <= NEGLIGIBLE:
         number -= 1
     return number
 
@@ -40,18 +43,12 @@ def _log_chance(release: Release, population: int, present: int) -> Callable[[in
     rate, size = release.sampling_rate, round(release.sampling_rate * population)
     if release.sampling == "fixed":
         return lambda number: (
-            _log_binomial(present, number)
-            + _log_binomial(population - present, size - number)
-            - _log_binomial(population, size)
+            log_binomial(present, number)
+            + log_binomial(population - present, size - number)
+            - log_binomial(population, size)
         )
     if rate >= 1:
         return lambda number: 0.0 if number == present else -math.inf
     return lambda number: (
-        _log_binomial(present, number) + number * math.log(rate) + (present - number) * math.log1p(-rate)
+        log_binomial(present, number) + number * math.log(rate) + (present - number) * math.log1p(-rate)
     )
-
-
-def _log_binomial(of: int, number: int) -> float:
-    if not 0 <= number <= of:
-        return -math.inf
-    return math.lgamma(of + 1) - math.lgamma(number + 1) - math.lgamma(of - number + 1)

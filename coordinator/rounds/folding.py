@@ -80,9 +80,9 @@ class FixedPointSum:
         self.weight += weight
         self.count += 1
 
-    def check(self, update: SparseOrDense, weight: int, scale: float = 1.0) -> None:
+    def check(self, update: SparseOrDense, weight: int) -> None:
         """Raises what `add` would raise, and adds nothing: for those who fill two sums with one update."""
-        self._checked(update, weight, scale)
+        self._checked(update, weight, 1.0)
 
     def _checked(self, update: SparseOrDense, weight: int, scale: float) -> tuple[float, int]:
         """What makes values units of 2^-30, and the largest of them in these units."""

@@ -131,7 +131,7 @@ class Invitations:
         codec = CodecSpec.parse(rule.codec) if rule.codec else self._codec
         if record:
             codec = negotiate(codec, record.stages)
-        training = self.training(current, client)
+        training = current.trainings[client] = self._training(current, rule)
         reads_patches = record is not None and self._downlink_codec.stages <= record.stages
         left = max(0.0, current.state.deadline_at - self._clock())
         return Plan(

@@ -63,7 +63,6 @@ class OpenRound:
     invitations: int = 0
     # Of earlier rounds whose updates still count, by number; none in synchronous rounds.
     earlier: dict[int, bytes] = field(default_factory=dict)
-
     # Nonces of attempts at this round that were given up.
     given_up: frozenset[bytes] = frozenset()
     # The session of secure aggregation, where updates are only summed.

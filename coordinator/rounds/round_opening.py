@@ -38,6 +38,7 @@ class RoundOpening:
         roster: the clients.
         max_update_bytes: of one update.
         clock: monotonic seconds.
+        workers: that take the updates; 0 if none do.
     """
 
     def __init__(
@@ -51,11 +52,8 @@ class RoundOpening:
         roster: Roster,
         max_update_bytes: int,
         clock: Callable[[], float],
-        workers: int = 0,
+        workers: int,
     ) -> None:
-        self._workers = workers
-        # Of a round that is not open yet: its number, its parameters, what its clients get.
-        self._prepared: tuple[int, Vector, Beside[Release]] | None = None
         self._config = config
         self._strategy = strategy
         self._directory = directory
@@ -64,6 +62,9 @@ class RoundOpening:
         self._roster = roster
         self._max_update_bytes = max_update_bytes
         self._clock = clock
+        self._workers = workers
+        # Of a round that is not open yet: its number, its parameters, what its clients get.
+        self._prepared: tuple[int, Vector, Beside[Release]] | None = None
 
     def prepare(self, number: int, parameters: Vector) -> None:
         """Begins to make what the clients of a round will get, beside what else is to be done before it.
@@ -77,7 +78,8 @@ class RoundOpening:
     def close(self) -> None:
         """Waits for what was begun."""
         if self._prepared:
-            self._prepared[2].join()
+            *_, making = self._prepared
+            making.join()
 
     def open(self, number: int, parameters: Vector, server_state: ServerState) -> OpenRound:
         """Opens a round.
@@ -141,10 +143,10 @@ class RoundOpening:
 
     def _release(self, number: int, parameters: Vector) -> Release:
         """The parameters of the round as clients see them; on disk before any update can name them."""
-        prepared, self._prepared = self._prepared, None
-        if prepared:
-            release = prepared[2].result()
-            if prepared[0] == number and prepared[1] is parameters:
+        if self._prepared:
+            (prepared, vector, making), self._prepared = self._prepared, None
+            release = making.result()
+            if prepared == number and vector is parameters:
                 return release
         opened = self._directory.opened_round(number)
         if opened and self._downlink.holds(opened.parameters):

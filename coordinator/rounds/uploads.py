@@ -21,10 +21,10 @@ from edgetrain.coordinator.secure.secure_round import SecureRound
 from edgetrain.coordinator.workers.foreman import Foreman
 from edgetrain.coordinator.workers.pieces import RemotePieces
 from edgetrain.protocol import BlobError
-from edgetrain.protocol.blobs import HEADER_BYTES, MAX_CHUNK_BYTES, Assembler, parse_chunk
+from edgetrain.protocol.blobs import HEADER_BYTES, MAX_CHUNK_BYTES, parse_chunk
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import Offer, Secure, Verdict, Want
-from edgetrain.protocol.partial import IN_MEMORY_BYTES, PartialBlob, forget_partial_blobs
+from edgetrain.protocol.partial import assemble, forget_partial_blobs
 from edgetrain.protocol.training import TrainingConfig
 
 # An upload that has not moved for so long is asked for again; twice as long the next time, up to a maximum.
@@ -41,7 +41,8 @@ class Uploads:
         agenda: what is open.
         post: for answers.
         roster: the clients.
-        training: how a client trains in the open round, also for one that has not said Hello yet.
+        training: how a client trains in the open round, also for one that has not said Hello yet; noted there.
+        come_back: in how many seconds a client whose update was accepted should come back, see `pace`.
         max_update_bytes: of one update.
         directory: for updates on their way in; what is there is taken up when its client offers it again.
         observe: is told what happens.
@@ -58,6 +59,7 @@ class Uploads:
         post: Post,
         roster: Roster,
         training: Callable[[OpenRound, str], TrainingConfig],
+        come_back: Callable[[str], float],
         max_update_bytes: int,
         directory: Path,
         observe: events.Observer,
@@ -70,6 +72,7 @@ class Uploads:
         self._post = post
         self._roster = roster
         self._training = training
+        self.come_back = come_back
         self._max_update_bytes = max_update_bytes
         self._uploads = directory
         self._observe = observe
@@ -83,8 +86,6 @@ class Uploads:
         self._tidied = False
         # Leads the workers, where they take the updates.
         self.foreman: Foreman | None = None
-        # When a client whose update was accepted should come back, see `pace`.
-        self.come_back: Callable[[str], float] = lambda _client: 0.0
 
     def on_offer(self, record: ClientRecord, offer: Offer, envelope: bytes) -> None:
         """A client has an update for us. `envelope` is the offer as it came, signed."""
@@ -92,7 +93,7 @@ class Uploads:
         in_round = current.collection.digests.get(client) if current else None
         if offer.update.digest == in_round or record.last_accepted == (offer.round, offer.update.digest):
             # A duplicate of what is already in: say so once more.
-            self._verdicts.append((client, _accepted(offer, self.come_back(client))))
+            self._verdicts.append((client, accepted_verdict(offer, self.come_back(client))))
         elif offer.run != self._run:
             self._reject(client, offer, "replay", "is of another run")
         elif current and offer.round == current.state.number and offer.nonce not in current.nonces:
@@ -120,28 +121,22 @@ class Uploads:
                     known.assembler.discard()
                 upload = current.uploads[client] = self._open_upload(client, offer, envelope)
                 if self.foreman:
+                    # Noted before a worker is told, with the update.
                     self._training_of(current, client)
                     self.foreman.on_offered(client, upload)
-                if not (isinstance(upload.assembler, Assembler) or upload.in_work) and (
-                    upload.assembler.missing() != [(0, offer.update.size)]
-                ):
+                if upload.assembler.missing() != [(0, offer.update.size)]:
                     # Begun before a restart. Else its chunks follow the offer, or are asked for.
                     self._ask_for(client, upload)
             current.state.advance(client, Part.COLLECTING)
 
     def _open_upload(self, client: str, offer: Offer, envelope: bytes) -> Upload:
-        assembler: Assembler | PartialBlob | RemotePieces
-        limit = self._max_update_bytes
+        # A directory each: two who offer the same bytes must not share a file.
+        directory = self._uploads / client
+        put_together = RemotePieces if self.foreman else assemble
         try:
-            # A directory each: two who offer the same bytes must not share a file.
-            if self.foreman:
-                assembler = RemotePieces(offer.update, self._uploads / client, limit=limit)
-            elif offer.update.size <= IN_MEMORY_BYTES:
-                assembler = Assembler(offer.update, limit=limit)
-            else:
-                assembler = PartialBlob(offer.update, self._uploads / client, limit=limit)
+            assembler = put_together(offer.update, directory, limit=self._max_update_bytes)
         except OSError as error:
-            raise RunError(f"{self._uploads / client}: cannot be used: {error}") from error
+            raise RunError(f"{directory}: cannot be used: {error}") from error
         return Upload(offer, envelope, assembler, self._clock())
 
     def _objection(self, client: str, offer: Offer, current: OpenRound) -> tuple[Kind, str] | None:
@@ -206,7 +201,7 @@ class Uploads:
         record.resources, record.state = offer.resources, offer.state
         current.durations[client] = self._clock() - current.invited.get(client, self._clock())
         current.state.advance(client, Part.ACCEPTED)
-        self._verdicts.append((client, _accepted(offer, self.come_back(client))))
+        self._verdicts.append((client, accepted_verdict(offer, self.come_back(client))))
         self._audit.append(accepted_record(current.collection.rows[-1], offer.update.digest))
         accepted = len(current.collection.digests)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
@@ -359,5 +354,11 @@ def _finish(upload: Upload) -> bytes:
         raise RunError(f"cannot read an update that has arrived: {error}") from error
 
 
-def _accepted(offer: Offer, come_back: float) -> Verdict:
+def accepted_verdict(offer: Offer, come_back: float) -> Verdict:
+    """What a client is told whose update is in the sum.
+
+    Args:
+        offer: of the update.
+        come_back: in so many seconds; 0 for: stay.
+    """
     return Verdict(round=offer.round, digest=offer.update.digest, accepted=True, come_back_seconds=come_back)

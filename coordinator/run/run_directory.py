@@ -156,10 +156,10 @@ class RunDirectory:
         self._saving = (number, parameters, Beside(lambda: self._vectors.save_parameters(number, parameters)))
 
     def _save_parameters(self, number: int, parameters: Vector) -> None:
-        begun, self._saving = self._saving, None
-        if begun:
-            begun[2].result()
-            if begun[0] == number and begun[1] is parameters:
+        if self._saving:
+            (begun, vector, saving), self._saving = self._saving, None
+            saving.result()
+            if begun == number and vector is parameters:
                 return
         self._vectors.save_parameters(number, parameters)
 
@@ -237,14 +237,14 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"{self.path / 'public'}: {error}") from error
 
-    def load_public(self, manifest: Manifest) -> Vector | None:
-        """What `save_public` kept of the last round that was opened, if it is right in length for this manifest.
+    def load_public(self) -> Vector | None:
+        """What `save_public` kept of the last round that was opened, if it is right in length.
 
         What was kept for a round that was then not opened does not count: opened now, it gets the same again.
         """
         closed = len(self.records)
         opened = self.opened_round(closed + 1) is not None
-        return RunVectors(self.path, manifest).load_public(closed + opened)
+        return self._vectors.load_public(closed + opened)
 
     # --- the rest ------------------------------------------------------------------------------------
 

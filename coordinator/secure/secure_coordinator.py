@@ -21,10 +21,9 @@ import numpy.typing as npt
 from edgetrain.coordinator import events
 from edgetrain.coordinator.coordinator import MAX_RETRY_SECONDS, Coordinator
 from edgetrain.coordinator.errors import RoundFailed, RunError, UpdateRefused
-from edgetrain.coordinator.privacy.lottery import Lottery
 from edgetrain.coordinator.rounds.open_round import OpenRound
 from edgetrain.coordinator.rounds.rounds import Part
-from edgetrain.coordinator.rounds.uploads import accepted_record
+from edgetrain.coordinator.rounds.uploads import accepted_record, accepted_verdict
 from edgetrain.coordinator.run.records import ClientRow
 from edgetrain.coordinator.secure.secure_records import SecureOpened, SecureRecord
 from edgetrain.coordinator.secure.secure_round import SecureRound
@@ -45,7 +44,6 @@ class SecureCoordinator(Coordinator):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self._lottery = Lottery.of(self._strategy.private, least=self._config.rounds.least)
         # Rounds in a row that have ended without a change.
         self._spent = 0
 
@@ -97,10 +95,11 @@ class SecureCoordinator(Coordinator):
 
     def _open_round(self, number: int) -> OpenRound:
         current = super()._open_round(number)
-        if not current.collection.secure_records:
+        records = current.collection.secure_records
+        if not records:
             # Drawn perhaps, but not invited: there is no session yet that a plan could name.
             current.state.parts.clear()
-        if records := current.collection.secure_records:
+        else:
             opened = records[0][0]
             assert isinstance(opened, SecureOpened), "a session's first record"
             try:
@@ -195,9 +194,11 @@ class SecureCoordinator(Coordinator):
         settings = decode_settings(secure.settings)
         num_parameters, state = len(self._parameters), current.state
         support = support_of(settings, num_parameters, self._positions(settings))
-        # With noise, every client in it or not must make the same difference: so not by the number that came.
-        fixed = total.mean * (len(secure.survivors) / self._config.rounds.goal)
-        mean = fixed.astype(np.float32) if settings.noise_multiplier else limited(total.mean, settings.max_norm)
+        if settings.noise_multiplier:
+            # Every client in it or not must make the same difference: so not by the number that came.
+            mean = (total.mean * (len(secure.survivors) / self._config.rounds.goal)).astype(np.float32)
+        else:
+            mean = limited(total.mean, settings.max_norm)
         indices = support if len(support) < num_parameters else None
         roster = self._clients.roster
         rows = [
@@ -217,17 +218,16 @@ class SecureCoordinator(Coordinator):
         )
         self._server_state = remembered(self._config, self._server_state, settings, total, support, num_parameters)
         now = self._clock()
-        for accepted, name in enumerate(secure.survivors, start=1):
-            offer = secure.offers[name]
+        for accepted, row in enumerate(rows, start=1):
+            name, offer = row.client, secure.offers[row.client]
             state.parts[name] = Part.ACCEPTED
             current.durations[name] = now - current.invited.get(name, now)
             if record := roster.get(name):
                 record.last_accepted = (state.number, offer.update.digest)
-            self._directory.audit.append(accepted_record(rows[accepted - 1], offer.update.digest))
+            self._directory.audit.append(accepted_record(row, offer.update.digest))
             self._observe(events.UpdateAccepted(state.number, name, offer.update.size, accepted))
             # The journal has everything that the sum is made of: it counts, whatever happens to this process.
-            self._post.send(name, Verdict(round=state.number, digest=offer.update.digest, accepted=True,
-                                          come_back_seconds=self._uploads.come_back(name)))  # fmt: skip
+            self._post.send(name, accepted_verdict(offer, self._uploads.come_back(name)))
 
     def _give_up(self, current: OpenRound, reason: str, *, again: bool) -> None:
         offers = {name: upload.offer for name, upload in current.uploads.items()}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients.clients import Roster
 from edgetrain.coordinator.post import Post
+from edgetrain.coordinator.rounds.contributions import offer_in
 from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
 from edgetrain.coordinator.secure.secure_records import (
     SecureClosed,
@@ -22,7 +23,7 @@ from edgetrain.coordinator.secure.secure_records import (
 )
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.errors import SecureAggregationError
-from edgetrain.protocol.messages import BlobRef, Offer, Secure, decode_from_client
+from edgetrain.protocol.messages import BlobRef, Offer, Secure
 from edgetrain.protocol.secure_aggregation import server as servers
 from edgetrain.protocol.secure_aggregation.arithmetic import Total, dequantize, unpack
 from edgetrain.protocol.secure_aggregation.masks import Masker, Words
@@ -35,7 +36,6 @@ from edgetrain.protocol.secure_aggregation.messages import (
     session_digest,
 )
 from edgetrain.protocol.secure_aggregation.unmasking import unmask
-from edgetrain.protocol.signing import unseal
 
 logger = logging.getLogger(__name__)
 
@@ -167,9 +167,7 @@ class SecureRound:
                 message = decode_from_member(record.body)
                 self.server = servers.receive(self.server, record.client, record.identity, message)
             case SecureMasked():
-                offer = decode_from_client(unseal(record.envelope).body)
-                assert isinstance(offer, Offer), "journalled as one"
-                self._add(record.client, offer, payload)
+                self._add(record.client, offer_in(record.envelope), payload)
             case SecureClosed():
                 self.server = self._closed()
             case SecureOpened():

@@ -20,9 +20,7 @@ from pathlib import Path
 import msgspec
 
 from edgetrain.coordinator.errors import RunError, UpdateRefused
-from edgetrain.coordinator.rounds.collection import Collection
 from edgetrain.coordinator.rounds.open_round import OpenRound, Upload
-from edgetrain.coordinator.run.journal import RoundOpened
 from edgetrain.coordinator.run.segments import segment_path
 from edgetrain.coordinator.strategies import ServerState
 from edgetrain.coordinator.workers import messages as say
@@ -47,7 +45,6 @@ class _Round:
 
     current: OpenRound
     command: Callable[[int], say.OpenRound]
-    opened: RoundOpened
     # Updates that are with a worker, by client.
     in_work: dict[str, tuple[int, Upload]] = field(default_factory=dict)
     # What came ahead of its offer: (client, digest) to (worker, what it holds).
@@ -158,7 +155,7 @@ class Foreman:
                 shares=len(self._lives),
             )
 
-        self._round = _Round(current, command, collection.opened)
+        self._round = _Round(current, command)
         for worker in self._lives:
             self._tell(worker, command(worker))
         self.flush()
@@ -313,7 +310,10 @@ class Foreman:
         self._deaths += 1
         logger.warning("worker %d has died (%s); another takes its place", worker, died.reason)
         if self._deaths >= MAX_DEATHS:
-            raise RunError(f"workers die without having done anything, the last one of: {died.reason}")
+            raise RunError(
+                f"workers die without having done anything, the last one of: {died.reason}; look at what they said "
+                "before, or go on without workers"
+            )
         crew.start(worker, died.life + 1)
         if self._round is None:
             return
@@ -326,8 +326,8 @@ class Foreman:
 
     def _take_up(self, at: _Round, worker: int) -> None:
         """What a dead worker has folded counts; of the rest, nobody knows what it held."""
-        collection: Collection = at.current.collection
-        for client, offer in collection.list_segment(at.command(worker).segment, at.opened):
+        collection = at.current.collection
+        for client, offer in collection.list_segment(at.command(worker).segment, collection.opened):
             found = self._resolved(worker, client)
             if found:
                 found.assembler.discard()
@@ -348,7 +348,8 @@ class Foreman:
 
     def _fold_here(self, at: _Round, worker: int) -> None:
         """The share of a worker that died before it could give it."""
-        at.current.collection.fold_segment(at.command(worker).segment, at.opened)
+        collection = at.current.collection
+        collection.fold_segment(at.command(worker).segment, collection.opened)
         at.shares[worker] = None
 
     # --- what they are told --------------------------------------------------------------------------

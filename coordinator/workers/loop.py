@@ -28,7 +28,7 @@ class WorkerSetting:
 
     config: FederationConfig
     run: bytes
-    # Which of the workers it is, from 0, and the how-manieth in that place.
+    # Which of the workers it is, from 0, and how many had its place before it.
     number: int
     life: int
 

@@ -2,7 +2,7 @@
 
 An update:   Held (whole) -> Take -> Taken | Refused
 in pieces:   Held -> Spool -> Spooled, … until it is whole, then as above
-A round:     OpenRound -> Opened, updates, CloseRound -> Share
+A round:     OpenRound, updates, CloseRound -> Share
 """
 
 from __future__ import annotations
@@ -108,20 +108,18 @@ class Spooled:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """An update is folded, and on the disk."""
+    """The update of a client is folded, and on the disk."""
 
     client: str
-    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An update is not folded."""
+    """The update of a client is not folded."""
 
     client: str
-    digest: bytes
     reason: str
-    # It is not the update's fault: it is not here, or not what it was to be.
+    # It is not the update's fault: it is not here any more.
     missing: bool = False
 
 

@@ -53,17 +53,13 @@ class Worker:
     Args:
         config: of the federation.
         report: gets reports, some at a time.
-        held_bytes: most to hold.
     """
 
-    def __init__(
-        self, config: FederationConfig, report: Callable[[Sequence[Report]], None], *, held_bytes: int = HELD_BYTES
-    ) -> None:
+    def __init__(self, config: FederationConfig, report: Callable[[Sequence[Report]], None]) -> None:
         self._strategy = checked_strategy(config)
         self._max_examples = config.limits.max_examples
         self._topics = Topics(config.federation)
         self._report = report
-        self._held_bytes = held_bytes
         # Pieces by client and blob, the oldest first.
         self._pieces: OrderedDict[tuple[str, bytes], list[Chunk]] = OrderedDict()
         self._held = 0
@@ -88,7 +84,7 @@ class Worker:
             return
         self._pieces.setdefault((client, chunk.digest), []).append(chunk)
         self._held += len(chunk.data)
-        while self._held > self._held_bytes:
+        while self._held > HELD_BYTES:
             self._drop(*next(iter(self._pieces)))
         stop = chunk.offset + len(chunk.data)
         self._reports.append(Held(client, chunk.digest, chunk.size, chunk.offset, stop, chunk.is_whole))
@@ -160,20 +156,19 @@ class Worker:
 
     def _take(self, command: Take) -> None:
         client, offer = command.client, offer_in(command.envelope)
-        digest = offer.update.digest
         assert self._collection, "a round was opened before"
         try:
             update = self._whole(command, offer.update)
             if update is None:
-                self._reports.append(Refused(client, digest, "it is not here any more", missing=True))
+                self._reports.append(Refused(client, "it is not here any more", missing=True))
                 return
             self._collection.accept(client, offer, command.envelope, update, _training(command.training))
         except (UpdateRefused, BlobError) as error:
-            self._reports.append(Refused(client, digest, str(error)))
+            self._reports.append(Refused(client, str(error)))
         else:
-            self._receipts.append(Taken(client, digest))
+            self._receipts.append(Taken(client))
         finally:
-            self._drop(client, digest)
+            self._drop(client, offer.update.digest)
 
     def _whole(self, command: Take, ref: BlobRef) -> bytes | memoryview | None:
         """The update's bytes, verified; None if they are not here."""

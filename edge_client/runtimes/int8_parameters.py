@@ -18,7 +18,7 @@ a new scale in the same rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,11 @@ _BLOCK = 1 << 16
 _SHRUNK = 0.25
 # A new scale leaves so much room above the largest value.
 _ROOM = 1.25
+
+
+def any_in_int8(entries: Iterable[ParameterEntry]) -> bool:
+    """Whether a bundle with these parameters keeps weights in int8."""
+    return any(entry.dtype == "int8" for entry in entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,10 @@ class Int8Parameters:
 
     def vector(self) -> Vector:
         """The flat vector, float32 [num_parameters], fresh memory."""
-        parts = [np.empty(0, np.float32), *(values for _, values in self._blocks())]
-        return np.concatenate([part.ravel() for part in parts])
+        vector = np.empty(sum(held.entry.numel for held in self._held), np.float32)
+        for part, values in self.blocks():
+            vector[part] = values
+        return vector
 
     def blocks(self) -> Iterator[tuple[slice, Vector]]:
         """The flat vector piece by piece."""

@@ -21,7 +21,7 @@ from edgetrain.edge_client.runtimes.base import (
     StepResult,
     Vector,
 )
-from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
+from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import FEATURE, PARTS, TRUNK, head_manifest, parameter_specs
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
@@ -47,7 +47,7 @@ class GraphSession(ABC):
     takes_int8 = False
 
     def __init__(self, runtime: str, bundle: Bundle, *, threads: int, head: bool = False) -> None:
-        self.in_int8 = any(entry.dtype == "int8" for entry in bundle.manifest.parameters)
+        self.in_int8 = any_in_int8(bundle.manifest.parameters)
         if self.in_int8 and not self.takes_int8:
             raise SessionError(f"bundle {bundle.manifest.name!r} keeps weights in int8, which {runtime} cannot bind")
         self.runtime = runtime
@@ -145,9 +145,13 @@ class GraphSession(ABC):
         """A session that trains on features, or None."""
         if TRUNK not in self._graphs:
             return None
-        head = type(self)(self.runtime, self.bundle, threads=self.threads, head=True)
+        head = self.on_features()
         head._frugal = self._frugal  # noqa: SLF001 - of the same class
         return head
+
+    def on_features(self) -> GraphSession:
+        """A new session like this one, that trains on features."""
+        return type(self)(self.runtime, self.bundle, threads=self.threads, head=True)
 
     def _run(self, name: str, parameters: Parameters) -> list[Array]:
         if isinstance(parameters, Int8Parameters):

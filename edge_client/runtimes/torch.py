@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.runtimes.base import Batch, Parameters, Session, StepResult, Vector
+from edgetrain.edge_client.runtimes.base import Batch, Parameters, StepResult, Vector
 from edgetrain.edge_client.runtimes.leaves import Array
-from edgetrain.edge_client.runtimes.parts import TRUNK, num_parameters
+from edgetrain.edge_client.runtimes.parts import num_parameters
 from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line, view
 from edgetrain.edge_client.runtimes.torch_precision import PRECISIONS, LossScale, in_low_precision
 from edgetrain.edge_client.runtimes.versions import check_minimum
@@ -69,13 +69,9 @@ class TorchSession(GraphSession):
         self._scale = LossScale() if precision == "fp16" else None
         super().__init__(runtime, bundle, threads=threads, head=head)
 
-    def head(self) -> Session | None:
-        """A session that trains on features, or None."""
-        if TRUNK not in self._graphs:
-            return None
-        head = TorchSession(self.runtime, self.bundle, threads=self.threads, head=True, precision=self.precision)
-        head._frugal = self._frugal
-        return head
+    def on_features(self) -> TorchSession:
+        """A new session like this one, that trains on features."""
+        return TorchSession(self.runtime, self.bundle, threads=self.threads, head=True, precision=self.precision)
 
     def step(self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
         """Loss and gradients of one micro-batch; with fp16, of scaled weights."""

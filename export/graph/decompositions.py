@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -147,7 +148,7 @@ def _weight_gradient(
     if any(padding):
         large = torch.constant_pad_nd(large, [p for size in reversed(padding) for p in (size, size)])
     taps = []
-    for tap in _indices(kernel):
+    for tap in itertools.product(*map(range, kernel)):
         view = large
         for i in range(rank):
             start = tap[i] * dilation[i]
@@ -192,7 +193,7 @@ def _image_weight_gradient(
     left = torch.constant_pad_nd(small, [0, width - columns, 0, 0]).reshape(N, O, length)
     images: dict[tuple[int, int], Tensor] = {}
     taps = []
-    for tap in _indices(shape[2:]):
+    for tap in itertools.product(*map(range, shape[2:])):
         (down, y), (across, x) = (divmod(tap[i] * dilation[i], stride[i]) for i in (0, 1))
         if (y, x) not in images:
             phase = padded
@@ -216,13 +217,6 @@ def _transposing_pays(N: int, P: int, rows: int, columns: int) -> bool:
     return N > 1 and P * (rows + columns) < rows * columns
 
 
-def _indices(sizes: Sequence[int]) -> list[list[int]]:
-    indices: list[list[int]] = [[]]
-    for size in sizes:
-        indices = [[*index, i] for index in indices for i in range(size)]
-    return indices
-
-
 def as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tensor:
     """Elements by their position in a contiguous tensor."""
     return x.reshape(-1)[_positions(size, stride, storage_offset or 0)].reshape(size)
@@ -232,12 +226,12 @@ def as_strided_scatter(
     x: Tensor, source: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> Tensor:
     """Writes to positions in a contiguous tensor: the backward of in-place writes to views."""
+    positions = _positions(size, stride, storage_offset or 0)
     if source.numel() == x.numel():
         with disable_proxy_modes_tracing():
-            whole = torch.equal(_positions(size, stride, storage_offset or 0), torch.arange(x.numel()))
+            whole = torch.equal(positions, torch.arange(x.numel()))
         if whole:
             return source.reshape(x.shape)
-    positions = _positions(size, stride, storage_offset or 0)
     return x.reshape(-1).scatter(0, positions, source.reshape(-1)).reshape(x.shape)
 
 

@@ -39,7 +39,8 @@ def functional_problem(problem: Problem) -> Problem:
 
     def decomposed(module: nn.Module) -> nn.Module:
         exported = torch.export.export(module, args, kwargs, strict=False)
-        return _frozen(exported.run_decompositions(table).module(check_guards=False))
+        graph: nn.Module = exported.run_decompositions(table).module(check_guards=False)
+        return graph.requires_grad_(False)
 
     with plain_math(prepared.module), torch.no_grad(), quiet():
         module = decomposed(prepared.module)
@@ -51,9 +52,3 @@ def _copy(destination: Tensor, source: Tensor, non_blocking: bool = False) -> Te
     """What in-place writes become; autograd knows the parts but not the whole."""
     del non_blocking
     return source.to(destination.dtype).expand(destination.shape).clone()
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-    return module

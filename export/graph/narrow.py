@@ -62,8 +62,7 @@ def narrowed_problem(problem: Problem) -> Problem | None:
         except Exception:  # noqa: BLE001 - whatever it met: nothing is lost by going on without
             return None
     assert isinstance(exported, fx.GraphModule)
-    for parameter in exported.parameters():
-        parameter.requires_grad_(False)
+    exported.requires_grad_(False)
     if not set(problem.names) <= {name for name, _ in exported.named_parameters()} or not narrow(exported):
         return None
     return replace(problem, prepared=replace(problem.prepared, module=exported))

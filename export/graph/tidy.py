@@ -44,13 +44,18 @@ def name_constants(module: fx.GraphModule, names: dict[int, str]) -> None:
         label = names.get(id(tensor))
         if label is None:
             continue
-        attribute = "frozen_" + label.replace(".", "_")
+        attribute = frozen_attribute(label)
         while hasattr(module, attribute) and getattr(module, attribute) is not tensor:
             attribute += "_"
         if not hasattr(module, attribute):
             module.register_buffer(attribute, tensor.detach())
         names[id(getattr(module, attribute))] = label
         node.target = attribute
+
+
+def frozen_attribute(name: str) -> str:
+    """What a graph calls a frozen tensor of the user's module, with underscores behind it if that is taken."""
+    return "frozen_" + name.replace(".", "_")
 
 
 def simplify(module: fx.GraphModule) -> None:

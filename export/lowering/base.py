@@ -32,7 +32,7 @@ class LoweredGraph:
     extra: dict[str, bytes] = field(default_factory=dict)
     # Bytes of activations that the runtime plans for one call, where the lowering knows it.
     planned_memory: int | None = None
-    # What is passed to it, if that is not all that the graph takes.
+    # What it takes, if that is not what the traced graph takes.
     inputs: tuple[TensorSpec, ...] | None = None
 
 

@@ -65,9 +65,7 @@ class OnnxLowering:
 
     def weights(self, kind: str) -> Weights:
         """Whatever is asked for; a quantized trunk's neighbours are stored as int8."""
-        if kind == "float16":
-            return "float16"
-        return "float32" if kind == "float32" else "int8"
+        return "float16" if kind == "float16" else "int8"
 
     def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:
         """Initializers that are widened when the program is loaded."""

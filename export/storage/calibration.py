@@ -11,12 +11,8 @@ from edgetrain.export.errors import BatchError
 from edgetrain.export.graph.joint import Problem
 from edgetrain.export.storage.frozen_weights import Storage
 
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of calibration data: the leaves of the inputs, then of the targets."""
-
-    leaves: tuple[Tensor, ...]
+Batch = tuple[Tensor, ...]
+"""One micro-batch of calibration data: the leaves of the inputs, then of the targets."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ def calibration_data(problem: Problem, storage: Storage) -> Calibration:
         kinds += ["trainable int8"] if storage.trainable == "int8" else []
         samples = f"the {example.micro_batch} samples of the example"
         note = f"no calibration data: {' and '.join(kinds)} was measured on {samples}"
-        return Calibration((Batch(example.leaves),), (note,) if kinds else ())
+        return Calibration((example.leaves,), (note,) if kinds else ())
     given = read_example(storage.calibration, None)
     for mine, theirs in ((example.inputs, given.inputs), (example.targets, given.targets)):
         if mine.leaf_names != theirs.leaf_names:
@@ -55,4 +51,4 @@ def calibration_data(problem: Problem, storage: Storage) -> Calibration:
     if count < size:
         given = read_example(storage.calibration, size)
     starts = range(0, max(count - size, 0) + 1, size)
-    return Calibration(tuple(Batch(tuple(leaf[i : i + size] for leaf in given.leaves)) for i in starts), ())
+    return Calibration(tuple(tuple(leaf[i : i + size] for leaf in given.leaves) for i in starts), ())

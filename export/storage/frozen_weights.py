@@ -10,7 +10,7 @@ program: what shrinks is the file, not the memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,13 +21,15 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from edgetrain.export.batch import ExampleBatch
-from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.errors import ToleranceError, UnsupportedError
 from edgetrain.export.graph.joint import TracedGraph, round_rows
-from edgetrain.export.storage.halves import Halves
+from edgetrain.export.storage.halves import Halves, exact_in_half
 from edgetrain.export.storage.slim import slim
 from edgetrain.protocol.int8 import row_scales
 
-KINDS = ("float32", "float16", "int8", "int8-static", "int8-dynamic")
+# Kinds in which the trunk computes with integers.
+TRUNK_KINDS = ("int8-static", "int8-dynamic")
+KINDS = ("float32", "float16", "int8", *TRUNK_KINDS)
 RUNTIME_KINDS: Mapping[str, tuple[str, ...]] = {"onnxruntime": KINDS[1:], "executorch": ("int8-static",)}
 TRAINABLE_KINDS = ("float32", "int8")
 # Below this, a scale and another node cost more than they save; for half precision, another node, or another name.
@@ -51,8 +53,11 @@ class Storage:
     # "int8": weights that learn are whole numbers with a scale for each row, on the device, too.
     trainable: str = "float32"
 
-    def check(self, runtimes: tuple[str, ...]) -> None:
+    def check(self, runtimes: Sequence[str]) -> None:
         """Refuses what cannot be done, before any work.
+
+        Args:
+            runtimes: to export for, each once.
 
         Raises:
             UnsupportedError: an unknown kind, or a runtime that cannot take it.
@@ -65,16 +70,16 @@ class Storage:
             raise UnsupportedError(
                 f"trainable weights cannot be stored as {self.trainable!r}, only as: {', '.join(TRAINABLE_KINDS)}"
             )
-        others = ", ".join(name for name in runtimes if name != "onnxruntime")
         if self.kind != "float32":
-            self._check_frozen(tuple(dict.fromkeys(runtimes)))
+            self._check_runtimes(runtimes)
+        others = ", ".join(name for name in runtimes if name != "onnxruntime")
         if self.trainable != "float32" and others:
             raise UnsupportedError(
                 f"trainable weights as {self.trainable} are for onnxruntime only, not for {others}: no other session "
                 "binds whole numbers and scales. Export a bundle of its own for each"
             )
 
-    def _check_frozen(self, runtimes: tuple[str, ...]) -> None:
+    def _check_runtimes(self, runtimes: Sequence[str]) -> None:
         if others := ", ".join(name for name in runtimes if name not in RUNTIME_KINDS):
             raise UnsupportedError(
                 f"frozen weights as {self.kind} are for onnxruntime and executorch, not for {others}, and the "
@@ -91,6 +96,18 @@ class Storage:
                 "float32 weights only, and its integers want ranges known beforehand: use int8-static"
             )
 
+    def check_frozen(self, frozen: Mapping[str, Tensor]) -> None:
+        """Refuses a storage that nothing would be stored in.
+
+        Raises:
+            UnsupportedError: no frozen weight is worth fewer bytes.
+        """
+        if self.kind != "float32" and not any(is_weight(tensor) for tensor in frozen.values()):
+            raise UnsupportedError(
+                f"no weight of {MIN_ELEMENTS} elements or more is frozen: there is nothing to store as {self.kind}. "
+                "Leave it out, or let less learn"
+            )
+
     def check_clipping(self) -> None:
         """Refuses what does not go with per-sample clipping.
 
@@ -105,19 +122,27 @@ class Storage:
                 "whole numbers. Leave out one of them"
             )
 
+    def check_loss(self, what: str, before: float, after: float, remedy: str) -> None:
+        """Refuses a change of the calibration data's mean loss that is larger than allowed.
+
+        Raises:
+            ToleranceError: it is, or is not a number.
+        """
+        change = abs(after - before) / max(abs(before), 1e-12)
+        if not change <= self.max_loss_change:
+            raise ToleranceError(
+                f"{what} change the loss on the calibration data from {before:.5g} to {after:.5g}, by {change:.1%}; "
+                f"allowed are {self.max_loss_change:.1%}. No bundle was written. {remedy}"
+            )
+
     @property
     def tolerance(self) -> float:
         """Of the self-test on other machines."""
-        return 2e-2 if self.kind in ("int8-static", "int8-dynamic") else 1e-3
-
-
-def quantized_names(frozen: Mapping[str, Tensor], kind: str) -> dict[str, str]:
-    """The frozen tensors that are rounded one by one, with the dtype that they are stored in."""
-    return {} if kind == "float32" else {name: kind for name, tensor in frozen.items() if is_weight(tensor)}
+        return 2e-2 if self.kind in TRUNK_KINDS else 1e-3
 
 
 def rounded(graph: TracedGraph, kind: str) -> TracedGraph:
-    """The graph with its frozen weights rounded."""
+    """The graph with its frozen weights rounded to float16 or int8."""
     module = copy.deepcopy(graph.module)
     for name, tensor in list(module.named_buffers()):
         if not name.startswith(("frozen_", "folded_")):
@@ -131,12 +156,10 @@ def rounded(graph: TracedGraph, kind: str) -> TracedGraph:
 
 def round_weight(weight: Tensor, kind: str) -> Tensor:
     """One weight, [O, ...], rounded: float16, or int8 with a scale for every row."""
-    if kind == "float16":
-        half = weight.half()
-        return half.float() if bool(torch.isfinite(half).all()) else weight
     if kind == "int8":
         return round_rows(weight)
-    return weight
+    half = weight.half()
+    return half.float() if bool(torch.isfinite(half).all()) else weight
 
 
 def is_weight(tensor: Tensor) -> bool:
@@ -162,9 +185,7 @@ def _scales(weight: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float3
 
 
 def store(data: bytes, kind: str) -> bytes:
-    """An ONNX model with those initializers in `kind` whose values it holds exactly; the others stay as they are."""
-    if kind == "float32":
-        return data
+    """An ONNX model with those initializers in float16 or int8 whose values it holds exactly; the others stay."""
     model = onnx.load_from_string(data)
     vectors = Halves("vectors")
     kept, nodes = [], []
@@ -172,7 +193,7 @@ def store(data: bytes, kind: str) -> bytes:
         values = numpy_helper.to_array(tensor)
         if values.dtype != np.float32 or not np.isfinite(values).all():
             found = None
-        elif values.ndim == 1 and values.size >= MIN_VECTOR and _exact_in_half(values):
+        elif values.ndim == 1 and values.size >= MIN_VECTOR and exact_in_half(values):
             vectors.add(tensor.name, values)
             continue
         else:
@@ -197,13 +218,8 @@ def store(data: bytes, kind: str) -> bytes:
 Compact = tuple[list[onnx.TensorProto], list[onnx.NodeProto]]
 
 
-def _exact_in_half(values: npt.NDArray[np.float32]) -> bool:
-    with np.errstate(over="ignore"):
-        return np.array_equal(values.astype(np.float16).astype(np.float32), values)
-
-
 def _halved(values: npt.NDArray[np.float32], name: str) -> Compact | None:
-    if values.size < MIN_HALVES or not _exact_in_half(values):
+    if values.size < MIN_HALVES or not exact_in_half(values):
         return None
     cast = helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT)
     return [numpy_helper.from_array(values.astype(np.float16), f"{name}.half")], [cast]

@@ -22,6 +22,12 @@ def in_half(values: Vector) -> Vector | None:
     return half.astype(np.float32)
 
 
+def exact_in_half(values: Vector) -> bool:
+    """Whether float16 holds these very values."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(values.astype(np.float16).astype(np.float32), values)
+
+
 class Halves:
     """One such constant.
 
@@ -38,7 +44,7 @@ class Halves:
     def add(self, name: str, values: Vector) -> None:
         """Adds a vector that is exact in float16, to be found under `name`."""
         assert values.ndim == 1
-        assert np.array_equal(values.astype(np.float16).astype(np.float32), values)
+        assert exact_in_half(values)
         self._parts[name] = values
 
     def write(self, model: onnx.ModelProto, factor: float = 1.0) -> None:

@@ -17,7 +17,7 @@ import onnx
 from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.lowering.base import Array
 from edgetrain.export.quiet import quiet
-from edgetrain.export.storage.linear_convolutions import fuse_convolutions
+from edgetrain.export.storage.quantized_convolutions import fuse_convolutions
 from edgetrain.export.storage.slim import slim
 
 

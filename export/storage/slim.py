@@ -10,13 +10,13 @@ from typing import Any
 import onnx
 from onnx import helper, numpy_helper
 
+_WINDOW = {"dilations": 1, "strides": 1, "pads": 0}
 # Attributes whose absence means the same: operator -> attribute -> what each element is then.
-_CONVOLUTION = {"dilations": 1, "strides": 1, "pads": 0}
 _REPEATED = {
-    "Conv": _CONVOLUTION,
-    "QLinearConv": _CONVOLUTION,
-    "ConvTranspose": {"dilations": 1, "strides": 1, "pads": 0, "output_padding": 0},
-    "MaxPool": {"dilations": 1, "strides": 1, "pads": 0},
+    "Conv": _WINDOW,
+    "QLinearConv": _WINDOW,
+    "ConvTranspose": {**_WINDOW, "output_padding": 0},
+    "MaxPool": _WINDOW,
     "AveragePool": {"strides": 1, "pads": 0},
 }
 
@@ -33,8 +33,7 @@ def slim(model: onnx.ModelProto) -> None:
     for node in graph.node:
         _clear(node, "name", "doc_string", "overload", "metadata_props")
         _drop_defaults(node, versions.get(node.domain, 0))
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            _drop_zero_point(node, graph)
+    _drop_zero_points(graph)
     if not any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
         # A branch of its own sees names from outside.
         _share_constants(graph)
@@ -72,14 +71,20 @@ def _drop_defaults(node: onnx.NodeProto, version: int) -> None:
     node.attribute.extend(kept)
 
 
-def _drop_zero_point(node: onnx.NodeProto, graph: onnx.GraphProto) -> None:
+def _drop_zero_points(graph: onnx.GraphProto) -> None:
     """A zero point of zero is the default where it only says what the values' own dtype says, too."""
-    if node.op_type != "DequantizeLinear" or len(node.input) < 3:
-        return
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    point = constants.get(node.input[2])
-    if point is not None and not numpy_helper.to_array(point).any() and point.data_type != onnx.TensorProto.UINT8:
-        del node.input[2]
+    pointed = [node for node in graph.node if node.op_type == "DequantizeLinear" and len(node.input) > 2]
+    named = {node.input[2] for node in pointed}
+    needless = {
+        tensor.name
+        for tensor in graph.initializer
+        if tensor.name in named
+        and tensor.data_type != onnx.TensorProto.UINT8
+        and not numpy_helper.to_array(tensor).any()
+    }
+    for node in pointed:
+        if node.input[2] in needless:
+            del node.input[2]
 
 
 def _share_constants(graph: onnx.GraphProto) -> None:

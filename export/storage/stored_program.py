@@ -15,21 +15,20 @@ import numpy as np
 import torch
 
 from edgetrain.export import parity
-from edgetrain.export.errors import ToleranceError, UnsupportedError
+from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph import joint
 from edgetrain.export.graph.joint import Problem, TracedGraph
 from edgetrain.export.graph.partition import FEATURES, Split, with_features
+from edgetrain.export.graph.tidy import frozen_attribute
 from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering
 from edgetrain.export.parity import Expected, Reference
 from edgetrain.export.program import Translator, graph_entry, split_problem
 from edgetrain.export.storage.calibration import Batch
-from edgetrain.export.storage.frozen_weights import Storage, is_weight, quantized_names, rounded
+from edgetrain.export.storage.frozen_weights import TRUNK_KINDS, Storage, is_weight, rounded
 from edgetrain.protocol.manifest import Graph, Program, StorageReport
 
 logger = logging.getLogger(__name__)
 
-# Kinds in which the trunk computes with integers.
-TRUNK_KINDS = ("int8-static", "int8-dynamic")
 _LOOKED_UP = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.add.Tensor)
 # The features of the example batch may be off by this share, or so many times as much as those of the calibration data,
 # before it is said.
@@ -78,16 +77,15 @@ def make_stored_program(
         )
     if parts is None:
         whole = translator.trace(joint.trace_eval)
-        before = _mean_loss(problem, calibration, torch_run(whole), whole, None)
+        before = _mean_loss(problem, calibration, torch_run(whole), whole)
         maker.write(step, expected)
         evaluation = maker.write(whole, expected)
-        after = _mean_loss(problem, calibration, evaluation, whole, None)
+        after = _mean_loss(problem, calibration, evaluation, whole)
         unlike: tuple[str, ...] = ()
         error = None
     else:
         before, after, error, unlike = maker.write_parts(parts, expected, calibration)
     maker.write(translator.trace(joint.trace_infer), expected)
-    change = abs(after - before) / max(abs(before), 1e-12)
     report = StorageReport(
         kind=storage.kind,
         bytes_before=maker.bytes_before,
@@ -99,12 +97,12 @@ def make_stored_program(
         loss_after=after,
         feature_error=error if storage.kind in TRUNK_KINDS else None,
     )
-    if not change <= storage.max_loss_change:
-        raise ToleranceError(
-            f"frozen weights as {storage.kind} change the loss on the calibration data from {before:.5g} to "
-            f"{after:.5g}, by {change:.1%}; allowed are {storage.max_loss_change:.1%}. No bundle was "
-            "written. Use float16, give calibration data like the devices', or allow more"
-        )
+    storage.check_loss(
+        f"frozen weights as {storage.kind}",
+        before,
+        after,
+        "Use float16, give calibration data like the devices', or allow more",
+    )
     logger.info(
         f"{storage.kind}: {maker.bytes_before:,} -> {maker.bytes_after:,} bytes, loss {before:.5g} -> {after:.5g}"
     )
@@ -120,16 +118,16 @@ def make_stored_program(
 
 def _quantized(problem: Problem, lowering: StoringLowering, parts: Split | None, kind: str) -> dict[str, str]:
     """Names of the frozen tensors that are stored in fewer bytes, with how."""
-    frozen = problem.prepared.frozen
-    if (weights := lowering.weights(kind)) != "float32" or parts is None:
-        return quantized_names(frozen, weights)
+    large = [name for name, tensor in problem.prepared.frozen.items() if is_weight(tensor)]
+    if (weights := lowering.weights(kind)) != "float32":
+        return dict.fromkeys(large, weights)
+    assert parts is not None, "nothing but a trunk is quantized"
     # Only layers that the head does not read: what the trunk looks up, or computes with otherwise, stays float32.
     float32 = {str(node.target) for node in parts.head_step.module.graph.nodes if node.op == "get_attr"}
     for node in parts.trunk.module.graph.nodes:
         if node.op == "get_attr" and any(user.target in _LOOKED_UP for user in node.users):
             float32.add(str(node.target))
-    names = {name: f"frozen_{name.replace('.', '_')}" for name, tensor in frozen.items() if is_weight(tensor)}
-    return {name: "int8" for name, attribute in names.items() if attribute not in float32}
+    return {name: "int8" for name in large if frozen_attribute(name) not in float32}
 
 
 class _Maker:
@@ -150,7 +148,7 @@ class _Maker:
         weights = self._lowering.weights(self._storage.kind)
         if weights != "float32":
             graph = rounded(graph, weights)
-        lowered = self._lower(graph)
+        lowered = self._lowering.lower(graph)
         stored = self._lowering.store(lowered, weights)
         run = self._lowering.load(stored)
         points = (expected.initial, expected.neighbour)
@@ -172,31 +170,29 @@ class _Maker:
         """Trunk and head. Returns the calibration data's mean loss before and after, the features' error, and notes."""
         problem, plain = self._problem, torch_run(parts.trunk)
         trunk = self._write_trunk(parts.trunk, calibration)
-        features = trunk([tensor.numpy() for tensor in parts.trunk.example])
+        example = [tensor.numpy() for tensor in parts.trunk.example]
+        features = trunk(example)
         self.write(with_features(parts.head_step, features), expected)
         evaluate = self.write(with_features(parts.head_eval, features), expected)
-        exact = torch_run(parts.head_eval)
-        before = _mean_loss(problem, calibration, exact, parts.head_eval, (parts.trunk, plain))
-        after = _mean_loss(problem, calibration, evaluate, parts.head_eval, (parts.trunk, trunk))
-        example = (Batch(problem.example.leaves),)
-        errors = [_feature_error(problem, batches, parts.trunk, plain, trunk) for batches in (calibration, example)]
-        return before, after, errors[0], _unlike(*errors)
+        leaves = [_leaves(problem, parts.trunk, batch) for batch in calibration]
+        exact, stored = ([run(batch) for batch in leaves] for run in (plain, trunk))
+        before = _mean_loss(problem, calibration, torch_run(parts.head_eval), parts.head_eval, exact)
+        after = _mean_loss(problem, calibration, evaluate, parts.head_eval, stored)
+        error = _feature_error(exact, stored)
+        return before, after, error, _unlike(error, _feature_error([plain(example)], [features]))
 
     def _write_trunk(self, trunk: TracedGraph, calibration: Sequence[Batch]) -> Run:
         kind = self._storage.kind
         if kind in TRUNK_KINDS:
-            lowered = self._lower(trunk)
+            lowered = self._lowering.lower(trunk)
             batches = [_leaves(self._problem, trunk, batch) for batch in calibration]
             stored = self._lowering.quantize_trunk(trunk, lowered, kind, batches)
         else:
-            lowered = self._lower(rounded(trunk, kind))
+            lowered = self._lowering.lower(rounded(trunk, kind))
             stored = self._lowering.store(lowered, kind)
         self.trunk_bytes = len(lowered.data), len(stored.data)
         self._add(trunk, stored, len(lowered.data))
         return self._lowering.load(stored)
-
-    def _lower(self, graph: TracedGraph) -> LoweredGraph:
-        return self._lowering.lower(graph)
 
     def _add(self, graph: TracedGraph, stored: LoweredGraph, before: int) -> None:
         self.graphs[graph.name] = graph_entry(self._lowering.runtime, graph, stored, self._files)
@@ -216,37 +212,33 @@ def torch_run(graph: TracedGraph) -> Run:
 
 def _leaves(problem: Problem, graph: TracedGraph, batch: Batch) -> list[Array]:
     """The batch leaves that a graph takes, in its order."""
-    named = dict(zip(problem.example.leaf_names, batch.leaves, strict=True))
+    named = dict(zip(problem.example.leaf_names, batch, strict=True))
     named["weights"] = torch.ones_like(problem.weights)
     return [np.ascontiguousarray(named[spec.name].numpy()) for spec in graph.inputs if spec.name in named]
 
 
 def _mean_loss(
-    problem: Problem,
-    batches: Sequence[Batch],
-    run: Run,
-    graph: TracedGraph,
-    trunk: tuple[TracedGraph, Run] | None,
+    problem: Problem, batches: Sequence[Batch], run: Run, graph: TracedGraph, features: Sequence[list[Array]] = ()
 ) -> float:
+    """Over the batches; a graph that takes features is given these of each."""
     parameters = [parameter.numpy() for parameter in problem.parameters]
     losses = weights = 0.0
-    for batch in batches:
-        features = [] if trunk is None else trunk[1](_leaves(problem, trunk[0], batch))
-        assert len(features) == sum(spec.name.startswith(f"{FEATURES}.") for spec in graph.inputs)
-        sums = run([*parameters, *features, *_leaves(problem, graph, batch)])
+    for batch, given in zip(batches, features or [[]] * len(batches), strict=True):
+        assert len(given) == sum(spec.name.startswith(f"{FEATURES}.") for spec in graph.inputs)
+        sums = run([*parameters, *given, *_leaves(problem, graph, batch)])
         losses += float(sums[0])
         weights += float(sums[1])
     return losses / weights if weights else losses
 
 
-def _feature_error(problem: Problem, batches: Sequence[Batch], trunk: TracedGraph, plain: Run, quantized: Run) -> float:
-    """Root mean square of what quantization changes in the features, relative to them."""
+def _feature_error(exact: Sequence[list[Array]], stored: Sequence[list[Array]]) -> float:
+    """Root mean square of what storing changes in the features of some batches, relative to them."""
     error = energy = 0.0
-    for batch in batches:
-        leaves = _leaves(problem, trunk, batch)
-        for exact, rounded_one in zip(plain(leaves), quantized(leaves), strict=True):
-            error += float(np.square(exact.astype(np.float64) - rounded_one.astype(np.float64)).sum())
-            energy += float(np.square(exact.astype(np.float64)).sum())
+    for before, after in zip(exact, stored, strict=True):
+        for one, other in zip(before, after, strict=True):
+            values = one.astype(np.float64)
+            error += float(np.square(values - other.astype(np.float64)).sum())
+            energy += float(np.square(values).sum())
     return (error / energy) ** 0.5 if energy else 0.0
 
 

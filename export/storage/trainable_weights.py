@@ -18,15 +18,15 @@ import onnx
 import torch
 from onnx import helper
 
-from edgetrain.export.errors import ToleranceError, UnsupportedError
-from edgetrain.export.graph.decompositions import Decompositions
+from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph.joint import Problem, TracedGraph
-from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering, Weights
+from edgetrain.export.lowering.base import Array, LoweredGraph, Run
+from edgetrain.export.lowering.onnx import OnnxLowering
 from edgetrain.export.prepare import plain_math
 from edgetrain.export.storage.calibration import Batch
 from edgetrain.export.storage.frozen_weights import Storage, is_weight
 from edgetrain.protocol.int8 import nearest
-from edgetrain.protocol.manifest import Graph, Program, TensorSpec, TrainableStorage
+from edgetrain.protocol.manifest import TensorSpec, TrainableStorage
 
 _PARAMETER, _SCALES = "parameters.", "scales."
 
@@ -49,13 +49,7 @@ def in_int8(problem: Problem, storage: Storage, calibration: Sequence[Batch]) ->
     values = dict(zip(trainable, named.representable(problem.parameters), strict=True))
     rounded = replace(named, prepared=replace(problem.prepared, trainable=values))
     before, after = _mean_loss(problem, calibration), _mean_loss(rounded, calibration)
-    change = abs(after - before) / max(abs(before), 1e-12)
-    if not change <= storage.max_loss_change:
-        raise ToleranceError(
-            f"trainable weights as int8 change the loss on the calibration data from {before:.5g} to {after:.5g}, by "
-            f"{change:.1%}; allowed are {storage.max_loss_change:.1%}. No bundle was written. Keep them in float32, or "
-            "allow more"
-        )
+    storage.check_loss("trainable weights as int8", before, after, "Keep them in float32, or allow more")
     sizes = {name: (tensor.numel(), tensor.shape[0]) for name, tensor in trainable.items()}
     return rounded, TrainableStorage(
         kind="int8",
@@ -72,65 +66,40 @@ def _mean_loss(problem: Problem, batches: Sequence[Batch]) -> float:
     losses = weights = 0.0
     with plain_math(problem.prepared.module), torch.no_grad():
         for batch in batches:
-            found = problem.evaluate(problem.parameters, batch.leaves, torch.ones_like(problem.weights))
+            found = problem.evaluate(problem.parameters, batch, torch.ones_like(problem.weights))
             losses += float((found.losses * found.weights).sum())
             weights += float(found.weights.sum())
     return losses / weights if weights else losses
 
 
-class Int8Lowering:
-    """A lowering whose graphs take some parameters in int8. See `edgetrain.export.lowering.base.Lowering`."""
+class Int8Lowering(OnnxLowering):
+    """As for onnxruntime, with graphs that take some parameters in int8.
 
-    def __init__(self, lowering: Lowering, names: Collection[str]) -> None:
-        self._lowering = lowering
+    Args:
+        names: of these parameters.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
         self._names = names
-        self.runtime = lowering.runtime
-        self.minimum_version = lowering.minimum_version
-
-    def available(self) -> str | None:
-        """As the lowering inside."""
-        return self._lowering.available()
-
-    def decompositions(self) -> Decompositions:
-        """As the lowering inside."""
-        return self._lowering.decompositions()
 
     def lower(self, graph: TracedGraph) -> LoweredGraph:
         """One graph with other inputs."""
-        lowered = self._lowering.lower(graph)
-        return replace(lowered, data=_with_int8_inputs(lowered.data, self._names))
-
-    def weights(self, kind: str) -> Weights:
-        """As the lowering inside."""
-        return self._storing.weights(kind)
-
-    def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:
-        """As the lowering inside."""
-        return self._storing.store(lowered, kind)
-
-    def quantize_trunk(
-        self, trunk: TracedGraph, lowered: LoweredGraph, kind: str, batches: Sequence[Sequence[Array]]
-    ) -> LoweredGraph:
-        """As the lowering inside: a trunk takes no parameters."""
-        return self._storing.quantize_trunk(trunk, lowered, kind, batches)
-
-    @property
-    def _storing(self) -> StoringLowering:
-        assert isinstance(self._lowering, StoringLowering), "only onnxruntime takes int8 parameters"
-        return self._lowering
+        lowered = super().lower(graph)
+        data = _with_int8_inputs(lowered.data, self._names)
+        return replace(lowered, data=data, inputs=_int8_inputs(graph.inputs, self._names))
 
     def load(self, lowered: LoweredGraph) -> Run:
         """Takes the float32 parameters of the traced graph, which int8 must be able to hold."""
-        run = self._lowering.load(lowered)
-        names = [value.name for value in onnx.load_from_string(lowered.data).graph.input]
-        scaled = {name.removeprefix(_SCALES) for name in names if name.startswith(_SCALES)}
-        parameters = [name.removeprefix(_PARAMETER) for name in names if name.startswith(_PARAMETER)]
+        run = super().load(lowered)
+        assert lowered.inputs is not None, "lowered here"
+        parameters = [spec for spec in lowered.inputs if spec.name.startswith(_PARAMETER)]
 
         def widened(arrays: Sequence[Array]) -> list[Array]:
             given: list[Array] = list(arrays[: len(parameters)])
             scales: list[Array] = []
-            for index, name in enumerate(parameters):
-                if name in scaled:
+            for index, spec in enumerate(parameters):
+                if spec.dtype == "int8":
                     given[index], scale = nearest(given[index].astype(np.float32))
                     scales.append(scale.ravel())
             return run([*given, *scales, *arrays[len(parameters) :]])
@@ -171,7 +140,7 @@ def _with_int8_inputs(data: bytes, names: Collection[str]) -> bytes:
     return changed
 
 
-def int8_inputs(inputs: Sequence[TensorSpec], names: Collection[str]) -> tuple[TensorSpec, ...]:
+def _int8_inputs(inputs: Sequence[TensorSpec], names: Collection[str]) -> tuple[TensorSpec, ...]:
     """The inputs of a float32 graph as they are with these parameters in int8."""
     parameters, scales, rest = [], [], []
     for spec in inputs:
@@ -184,13 +153,3 @@ def int8_inputs(inputs: Sequence[TensorSpec], names: Collection[str]) -> tuple[T
         else:
             parameters.append(spec)
     return (*parameters, *scales, *rest)
-
-
-def int8_program(program: Program, names: Collection[str]) -> Program:
-    """The description of a program whose graphs were lowered by `Int8Lowering`."""
-
-    def changed(graph: Graph) -> Graph:
-        return msgspec.structs.replace(graph, inputs=int8_inputs(graph.inputs, names))
-
-    graphs = {name: changed(graph) for name, graph in program.graphs.items()}
-    return msgspec.structs.replace(program, graphs=graphs)

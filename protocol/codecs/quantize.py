@@ -64,7 +64,7 @@ def to_signs(values: Vector, starts: Indices) -> tuple[Scales, Bytes]:
         CodecError: a mean that no bfloat16 holds.
     """
     sums = np.add.reduceat(np.abs(values), starts, dtype=np.float64) if len(values) else values
-    means = (sums / np.diff(starts, append=len(values))).astype(np.float32)
+    means = (sums / _lengths(starts, len(values))).astype(np.float32)
     scales = ((means.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
     check_scales(scales, 1)
     return scales, (values < 0).astype(np.uint8)
@@ -91,7 +91,12 @@ def from_bfloat16(scales: Scales) -> Vector:
 
 
 def _spread(scales: Vector, starts: Indices, count: int) -> Vector:
+    return np.repeat(scales, _lengths(starts, count))
+
+
+def _lengths(starts: Indices, count: int) -> Indices:
+    """Of the blocks; `np.diff` with `append` copies `starts` first."""
     lengths = np.empty_like(starts)
     np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
     lengths[-1:] = count - starts[-1:]
-    return np.repeat(scales, lengths)
+    return lengths

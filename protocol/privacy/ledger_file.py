@@ -84,8 +84,10 @@ def read_ledger(path: Path) -> LedgerFile:
     """
     try:
         return decode_ledger(path.read_bytes(), where=str(path))
+    except FileNotFoundError as error:
+        raise PrivacyError(f"{path}: there is no privacy ledger: nothing was spent here") from error
     except OSError as error:
-        raise PrivacyError(f"{path}: cannot read the privacy ledger: {error}") from error
+        raise PrivacyError(f"{path}: cannot read the privacy ledger: {error.strerror}") from error
 
 
 def with_release(file: LedgerFile, release: Release, participants: Iterable[str] = ()) -> LedgerFile:

@@ -67,7 +67,7 @@ def rounded_gaussian(deviation: float) -> Noise:
     Raises:
         PrivacyError: a deviation out of range.
     """
-    return _Staircase.of(_checked(deviation, MAX_DEVIATION), discrete=False).draw
+    return _staircase(_checked(deviation, MAX_DEVIATION), discrete=False).draw
 
 
 def discrete_gaussian(deviation: float) -> Noise:
@@ -79,7 +79,7 @@ def discrete_gaussian(deviation: float) -> Noise:
     Raises:
         PrivacyError: a deviation out of range.
     """
-    return _Staircase.of(_checked(deviation, MAX_DEVIATION), discrete=True).draw
+    return _staircase(_checked(deviation, MAX_DEVIATION), discrete=True).draw
 
 
 def skellam(deviation: float) -> Noise:
@@ -113,7 +113,7 @@ def largest(kind: Callable[[float], Noise], deviation: float) -> int:
     if kind is skellam:
         _, table = _poisson_table(deviation**2 / 2)
         return len(table.high)
-    stairs = _staircase(deviation, kind is discrete_gaussian)
+    stairs = _staircase(deviation, discrete=kind is discrete_gaussian)
     return math.ceil((len(stairs.stairs.high) + 1) * 2.0**stairs.log_width)
 
 
@@ -206,10 +206,6 @@ class _Staircase:
     discrete: bool
     log_width: int
     stairs: _Table
-
-    @classmethod
-    def of(cls, deviation: float, *, discrete: bool) -> _Staircase:
-        return _staircase(deviation, discrete)
 
     def draw(self, random_bytes: RandomBytes, size: int) -> Integers:
         """Independent noise, int64 [size]."""
@@ -317,7 +313,7 @@ def _fraction(bits: Unsigned) -> Singles:
 
 
 @lru_cache(maxsize=64)
-def _staircase(deviation: float, discrete: bool) -> _Staircase:
+def _staircase(deviation: float, *, discrete: bool) -> _Staircase:
     log_width = math.floor(math.log2(deviation)) - 4
     if discrete:
         log_width = max(0, log_width)

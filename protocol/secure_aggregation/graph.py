@@ -15,6 +15,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
+from edgetrain.protocol.combinatorics import log_binomial
 from edgetrain.protocol.errors import SecureAggregationError
 
 # The chance that a client's secrets can be had by those who must not, or that a whole round fails for the
@@ -123,19 +124,14 @@ def _run(size: int, missing: int, length: int) -> float:
     """The chance that `length` given clients are all among the `missing`."""
     if length > missing:
         return 0.0
-    return math.exp(_choose(size - length, missing - length) - _choose(size, missing))
+    return math.exp(log_binomial(size - length, missing - length) - log_binomial(size, missing))
 
 
 def _tail(population: int, marked: int, drawn: int, least: int) -> float:
     """The chance of at least `least` marked ones among `drawn` of a population."""
     low, high = max(least, 0, drawn - (population - marked)), min(drawn, marked)
-    total = _choose(population, drawn)
+    total = log_binomial(population, drawn)
     return sum(
-        math.exp(_choose(marked, count) + _choose(population - marked, drawn - count) - total)
+        math.exp(log_binomial(marked, count) + log_binomial(population - marked, drawn - count) - total)
         for count in range(low, high + 1)
     )
-
-
-def _choose(n: int, k: int) -> float:
-    """Logarithm of the binomial coefficient."""
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

@@ -169,8 +169,8 @@ def share(
     if len(peers) < least_clients:
         raise SecureAggregationError(f"{len(peers)} clients are fewer than this client takes part with")
     size, degree, threshold = len(peers), cast.roster.neighbours, cast.roster.threshold
-    for share_bad, lying in ((settings.colluding, settings.lying), (colluding, True)):
-        if not is_secure(size, degree, threshold, colluding=share_bad, lying=lying):
+    for fraction, lying in ((settings.colluding, settings.lying), (colluding, True)):
+        if not is_secure(size, degree, threshold, colluding=fraction, lying=lying):
             raise SecureAggregationError(
                 f"{degree} neighbours with a threshold of {threshold} are too few for {size} clients"
             )

@@ -58,9 +58,8 @@ def parse_broker(address: str, default_port: int = 1883) -> tuple[str, int]:
     Raises:
         TransportError: neither.
     """
-    if address.count(":") > 1 and "[" not in address:
-        address = f"[{address}]"  # a bare IPv6 address
-    found = _ADDRESS.fullmatch(address)
+    bare_ipv6 = address.count(":") > 1 and "[" not in address
+    found = _ADDRESS.fullmatch(f"[{address}]" if bare_ipv6 else address)
     port = int(found["port"] or default_port) if found else 0
     if not found or not 0 < port < 65536:
         raise TransportError(f"broker {address!r} is not HOST or HOST:PORT")
@@ -68,5 +67,5 @@ def parse_broker(address: str, default_port: int = 1883) -> tuple[str, int]:
         try:
             ipaddress.IPv6Address(found["ipv6"])
         except ValueError as error:
-            raise TransportError(f"broker {address!r} is not HOST or HOST:PORT: {error}") from error
+            raise TransportError(f"broker {address!r} is not HOST or HOST:PORT, nor an IPv6 address") from error
     return found["name"] or found["ipv6"], port

@@ -49,7 +49,7 @@ class Connection:
         lasting: whether the broker keeps our session while we are away.
         most_received: messages that the broker may send ahead of their acknowledgements.
         on_message: is called with every message.
-        on_acknowledged: is called with the packet id of what the broker has taken.
+        on_acknowledged: is called with the packet id of what the broker has taken, or will not take, and why not.
         on_subscribed: is called with the packet id of a confirmed subscription.
     """
 
@@ -57,8 +57,8 @@ class Connection:
         self,
         client: PahoClient,
         *,
-        lasting: bool = True,
-        most_received: int = RECEIVE_MAXIMUM,
+        lasting: bool,
+        most_received: int,
         on_message: Callable[[Publish], None],
         on_acknowledged: Callable[[int, str | None], None],
         on_subscribed: Callable[[int], None],
@@ -77,13 +77,13 @@ class Connection:
         self.receive_maximum = SEND_MAXIMUM
         self._alias_maximum = 0
         self._aliases: dict[str, int] = {}
-        client.on_connect = self._on_connect
-        client.on_disconnect = self._on_disconnect
-        client.prepare(on_publish=on_message, on_puback=lambda packet, code: on_acknowledged(packet, _failure(code)))
         # There may be more packets than were handled.
         self._unhandled = False
         # What is to be sent with the next `flush`.
         self._unsent: list[bytes] = []
+        client.prepare(on_publish=on_message, on_puback=lambda packet, code: on_acknowledged(packet, _failure(code)))
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
         client.on_subscribe = lambda _c, _u, mid, _r, _p: on_subscribed(mid)
 
     @property
@@ -220,7 +220,7 @@ class Connection:
         self._ended = str(reason)
 
 
-def make_client(version: MQTTProtocolVersion, client_id: str, *, transport: str, lasting: bool = True) -> PahoClient:
+def make_client(version: MQTTProtocolVersion, client_id: str, *, transport: str, lasting: bool) -> PahoClient:
     """A client that acknowledges a message when it has been dealt with; if `lasting`, the broker keeps its session."""
     extra: dict[str, Any] = {} if version == MQTTProtocolVersion.MQTTv5 else {"clean_session": not lasting}
     client = PahoClient(

@@ -137,10 +137,10 @@ class MqttTransport:
         self._connection = self._open()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
         self._woken = False
         # Messages are published that can go by one call into the network.
         self._together = False
-        self._wake_write.setblocking(False)
         self._events.put((Connected(), None))
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
         self._thread.start()

@@ -143,20 +143,15 @@ class Outgoing:
                 "a message of %d bytes to %s is dropped: the broker takes %d; raise its packet limit",
                 len(message.payload), message.topic, self.max_message,
             )  # fmt: skip
-        while self._turns:
-            if self._bulk_sent >= self.meter.window_bytes() or self._bucket.wait(now) > 0:
-                return None
-            # One piece of each in turn.
-            blob = self._turns.popleft()
-            piece = self._cut(blob)
-            if piece is None:
-                self._blobs.pop((blob.topic, blob.reader.ref.digest), None)
-                continue
-            if blob.todo:
-                self._turns.append(blob)
-            self._bucket.take(len(piece.payload))
-            return piece
-        return None
+        if not self._turns or self._bulk_sent >= self.meter.window_bytes() or self._bucket.wait(now) > 0:
+            return None
+        # One piece of each in turn.
+        blob = self._turns.popleft()
+        piece = self._cut(blob)
+        if blob.todo:
+            self._turns.append(blob)
+        self._bucket.take(len(piece.payload))
+        return piece
 
     def wait(self, now: float) -> float | None:
         """Seconds until the cap lets something go; None if it is not what `next` waits for."""
@@ -201,16 +196,12 @@ class Outgoing:
         if not (blob.todo or blob.on_the_way or blob.forgotten):
             self._blobs.pop((blob.topic, blob.reader.ref.digest), None)
 
-    def _cut(self, blob: _Blob) -> Piece | None:
+    def _cut(self, blob: _Blob) -> Piece:
         start, stop = next(iter(blob.todo))
         most = max(1, min(DEFAULT_CHUNK_BYTES, self.max_payload - HEADER_BYTES))
         most = max(1, min(most, blob.chunk_bytes)) if blob.chunk_bytes else self.meter.chunk_bytes(most)
         most = self._bucket.within(most)
         stop = min(stop, start + most)
-        try:
-            payload = make_chunk(blob.reader.ref, start, blob.reader.read(start, stop))
-        except OSError as error:
-            logger.warning("blob %s… cannot be sent any more: %s", blob.reader.ref.digest.hex()[:12], error)
-            return None
+        payload = make_chunk(blob.reader.ref, start, blob.reader.read(start, stop))
         blob.todo.remove(start, stop)
         return Piece(blob.topic, payload, blob, start, stop)

@@ -16,6 +16,8 @@ from edgetrain.protocol.privacy.ledger import Budget, Ledger
 
 CLIENTS = ["plan", "--epsilon", "4", "--delta", "1e-6", "--rounds", "200", "--clients-per-round", "100",
            "--population", "10000"]  # fmt: skip
+SAMPLES = ["plan", "--level", "sample", "--epsilon", "2", "--delta", "1e-5", "--rounds", "10", "--examples", "1000",
+           "--batch-size", "32", "--epochs", "2"]  # fmt: skip
 
 
 def plan(*arguments):
@@ -58,8 +60,7 @@ def test_noise_that_clients_add_takes_a_little_more_where_chance_helps():
 
 
 def test_sample_level():
-    found = plan("plan", "--level", "sample", "--epsilon", "2", "--delta", "1e-5", "--rounds", "10", "--examples",
-                 "1000", "--batch-size", "32", "--epochs", "2")  # fmt: skip
+    found = plan(*SAMPLES)
     # ceil(1000 / 32) = 32 steps an epoch.
     assert found["releases"] == 10 * 2 * 32
     assert found["sampling_rate"] == 0.032
@@ -81,26 +82,7 @@ def test_for_people_it_is_a_table():
         (CLIENTS[:-2], "--population is needed"),
         ([*CLIENTS, "--population", "10"], "more than --population 10"),
         ([*CLIENTS, "--level", "sample"], "--batch-size is needed"),
-        (
-            [
-                "plan",
-                "--level",
-                "sample",
-                "--epsilon",
-                "2",
-                "--delta",
-                "1e-5",
-                "--rounds",
-                "1",
-                "--examples",
-                "100",
-                "--batch-size",
-                "10",
-                "--noise",
-                "discrete-gaussian",
-            ],
-            "a device adds the noise alone",
-        ),
+        ([*SAMPLES, "--noise", "discrete-gaussian"], "a device adds the noise alone"),
     ],
 )
 def test_what_is_missing_is_named(arguments, message):
@@ -155,4 +137,4 @@ def test_of_a_device_and_what_is_damaged(tmp_path, ledger):
     assert isinstance(result.exception, PrivacyError)
     assert "is damaged (its checksum is another)" in str(result.exception)
     result = CliRunner().invoke(command, ["show", str(tmp_path / "none")])
-    assert "cannot read the privacy ledger" in str(result.exception)
+    assert "there is no privacy ledger" in str(result.exception)

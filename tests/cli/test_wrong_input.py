@@ -130,6 +130,12 @@ def test_the_clients_flags(cli, data, tmp_path):
     refused(cli(*client(data, tmp_path, "--config", tmp_path / "bad.toml")), r"bad\.toml")
 
 
+def test_a_client_without_data_does_not_look_for_a_broker(cli, tmp_path):
+    missing = tmp_path / "none.npz"
+    message = refused(cli(*client(missing, tmp_path, "--broker", f"127.0.0.1:{free_port()}")), "no such file")
+    assert str(missing) in message
+
+
 def test_a_client_without_a_broker(cli, data, tmp_path):
     port = free_port()
     message = refused(cli(*client(data, tmp_path, "--broker", f"127.0.0.1:{port}")), f"127.0.0.1:{port}")

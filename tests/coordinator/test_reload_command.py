@@ -32,6 +32,7 @@ def test_a_command_that_fails_is_heard_of(command, said, caplog):
     wait_for(lambda: re.search(said, caplog.text), said, seconds=20)
 
 
-def test_a_command_that_is_none():
-    with pytest.raises(ConfigError, match="reload_command: .*No closing quotation"):
-        reload_by("kill 'x")
+@pytest.mark.parametrize(("command", "why"), [("kill 'x", "No closing quotation"), ("  ", "names no program")])
+def test_a_command_that_is_none(command, why):
+    with pytest.raises(ConfigError, match=f"reload_command: .*{why}"):
+        reload_by(command)

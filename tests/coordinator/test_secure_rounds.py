@@ -18,6 +18,7 @@ from edgetrain.coordinator import events
 from edgetrain.coordinator.audit.verify import records_of
 from edgetrain.coordinator.config import FederationConfig, RoundsConfig, SelectionConfig, StopConfig
 from edgetrain.coordinator.errors import RoundFailed, RunError
+from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.privacy.config import PrivacyConfig
 from edgetrain.coordinator.rounds.invitations import NO_CODEC, Invitations, checked_strategy
 from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
@@ -27,6 +28,7 @@ from edgetrain.coordinator.secure.secure_settings import round_settings
 from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.config import SecureAggregationConfig as Demands
+from edgetrain.edge_client.enrolled import read_enrolled
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.enrolment import Authority, authority_key, prove_enrolment
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
@@ -37,7 +39,7 @@ from edgetrain.protocol.secure_aggregation import member as members
 from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer, make_layout
 from edgetrain.protocol.secure_aggregation.messages import Settings, encode
 from edgetrain.protocol.secure_aggregation.support import support_of
-from support.secure_federation import CODEC, Crash, SecureFederation
+from support.secure_federation import CODEC, PHASE_SECONDS, Crash, SecureFederation
 
 
 @pytest.fixture
@@ -132,9 +134,9 @@ def test_a_client_that_ends_in_the_middle_goes_on(federate, undisturbed, phase):
     these two attempts are given up, and the round tried again."""
     again = phase in {"advertised", "masked"}
     federation = federate()
-    federation.crash_client("client-1", phase)
+    federation.crash_client("client-1", phase, missed=phase == "masked")
     federation.start()
-    coordinator = federation.secure_coordinator(secure={"phase_seconds": 1.0 if phase == "masked" else 15.0})
+    coordinator = federation.secure_coordinator()
     starter = threading.Thread(target=federation.restart_client, args=("client-1",))
     starter.start()
     coordinator.run()
@@ -192,9 +194,9 @@ def test_a_client_that_was_not_invited_gets_no_part(federate):
 def test_too_few_for_a_sum_and_nothing_is_revealed(federate, undisturbed):
     """A client is gone when its vector is needed: the attempt is given up, later the round is done without a trace."""
     federation = federate()
-    federation.crash_client("client-2", "shared")
+    federation.crash_client("client-2", "shared", missed=True)
     federation.start()
-    coordinator = federation.secure_coordinator(secure={"phase_seconds": 0.5})
+    coordinator = federation.secure_coordinator()
     given_up, give_up = threading.Event(), SecureCoordinator._give_up
 
     def noticed(this, *arguments, **options):
@@ -211,21 +213,18 @@ def test_too_few_for_a_sum_and_nothing_is_revealed(federate, undisturbed):
     coordinator.run()
     restart.join()
     records = finish(federation)
-    assert records[0]["attempts"] > 1
-    assert [record["accepted"] for record in records] == [3, 3]
+    assert [(record["accepted"], record["attempts"]) for record in records] == [(3, 2), (3, 1)]
     gone = [record for record in records_of(federation.directory / "run") if record["type"] == "abandoned"]
-    assert [record["attempt"] for record in gone] == list(range(1, records[0]["attempts"]))
+    assert [record["attempt"] for record in gone] == [1]
     np.testing.assert_array_equal(federation.parameters(), undisturbed)
 
 
 def test_too_often_too_few(federate):
     federation = federate()
-    federation.crash_client("client-2", "shared")
+    federation.crash_client("client-2", "shared", missed=True)
     federation.start()
     with pytest.raises(RoundFailed, match="no sum"):
-        federation.secure_coordinator(
-            secure={"phase_seconds": 0.3}, rounds={"max_failures": 1, "idle_timeout_seconds": 20.0}
-        ).run()
+        federation.secure_coordinator(rounds={"max_failures": 1, "idle_timeout_seconds": 20.0}).run()
     federation.finish()
     assert all(client._secure._stored.member.phase != "revealed" for client in federation.clients.values()
                if client._secure._stored)  # fmt: skip
@@ -251,8 +250,16 @@ def test_a_round_that_lost_its_sum_when_shares_were_asked_for_is_not_summed_agai
 
     for client in federation.clients.values():
         client._mail.on_secure = lambda message, this=client._secure: on_message(this, message)
+    plain_step, late = SecureRound.step, [PHASE_SECONDS]
+
+    def step(this, **options):
+        if late and len(spoiled) == 2 and (this.server.phase, len(this.server.answered)) == ("reveal", 1):
+            federation.leap(late.pop())
+        return plain_step(this, **options)
+
+    federation.monkeypatch.setattr(SecureRound, "step", step)
     federation.start()
-    federation.secure_coordinator(secure={"phase_seconds": 0.5}).run()
+    federation.secure_coordinator().run()
     records = finish(federation)
     assert [record["accepted"] for record in records] == [0, 3]
     gone = [record for record in records_of(federation.directory / "run") if record["type"] == "abandoned"]
@@ -403,8 +410,15 @@ def test_devices_take_part_with_those_alone_whom_the_ca_has_enrolled(federate):
     known.secure_coordinator(rounds={"total": 1}).run()
     assert [record["accepted"] for record in finish(known)] == [3]
     made_up = federation_with("made up", ("client-2",))
+    on_decline = Intake._on_decline
+
+    def declined(this, *arguments):
+        on_decline(this, *arguments)
+        made_up.leap(PHASE_SECONDS)
+
+    made_up.monkeypatch.setattr(Intake, "_on_decline", declined)
     with pytest.raises(RoundFailed, match=r"'client-2' is in the roster with a key that is not enrolled"):
-        made_up.secure_coordinator(rounds={"total": 1, "max_failures": 1}, secure={"phase_seconds": 1.0}).run()
+        made_up.secure_coordinator(rounds={"total": 1, "max_failures": 1}).run()
     made_up.finish()
 
 
@@ -430,7 +444,7 @@ def test_an_attempt_that_fails_is_tried_again_with_the_same_draw(federate):
         return plans[-1]
 
     federation.monkeypatch.setattr(Invitations, "plan", plan)
-    secure = PRIVATE | {"sampling": "fixed", "population": 4, "phase_seconds": 5.0}
+    secure = PRIVATE | {"sampling": "fixed", "population": 4}
 
     def serve():
         federation.start()
@@ -581,10 +595,10 @@ def test_what_a_client_asks_for(tmp_path, federate):
     secure.close()
     path = tmp_path / "enrolled"
     path.write_text(f"# ours\nc {'ab' * 32}\n\n")
-    is_enrolled = participation.read_enrolled(path)
+    is_enrolled = read_enrolled(path)
     assert is_enrolled("c", b"\xab" * 32)
     assert not is_enrolled("c", bytes(32))
     assert not is_enrolled("d", b"\xab" * 32)
     path.write_text("c abc\n")
     with pytest.raises(ConfigError, match="line 1"):
-        participation.read_enrolled(path)
+        read_enrolled(path)

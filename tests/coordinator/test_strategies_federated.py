@@ -266,12 +266,17 @@ def test_one_who_stays_away_is_banned_and_comes_back(federation, monkeypatch):
         else:
             train(rounds, plan)
 
+    def observe(event):
+        # All others have done their part: the deadline passes.
+        if isinstance(event, events.UpdateAccepted) and event.accepted == 2:
+            federation.leap(60.0)
+
     monkeypatch.setattr(Rounds, "train", stay_away)
-    selection = SelectionConfig(ban_after=1, ban_rounds=2)
     run(
         federation,
-        rounds=RoundsConfig(total=5, goal=3, minimum=2, deadline_seconds=1.5),
-        selection=selection,
+        rounds=RoundsConfig(total=5, goal=3, minimum=2, deadline_seconds=60.0),
+        selection=SelectionConfig(ban_after=1, ban_rounds=2),
+        observe=observe,
     )
     invited = [
         json.loads(line)["invited"] for line in (federation.directory / "run" / "rounds.jsonl").read_text().splitlines()

@@ -13,8 +13,11 @@ from tests.coordinator.test_coordinator import expected_parameters, final_parame
 from edgetrain.coordinator import events
 from edgetrain.coordinator.errors import RunError, UpdateRefused
 from edgetrain.coordinator.rounds.folding import FixedPointSum
+from edgetrain.coordinator.run.journal_reading import read_journal
 from edgetrain.coordinator.run.segments import read_segment, segments_of
 from edgetrain.coordinator.strategies import Contribution, Mergeable, make_strategy
+from edgetrain.coordinator.workers import foreman, worker
+from edgetrain.protocol.blobs import blob_ref, cut, make_chunk
 from edgetrain.protocol.codecs import SparseOrDense
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.training import TrainingConfig
@@ -133,8 +136,6 @@ class InPieces(ScriptedClient):
     """Its updates come in pieces of 100 bytes, some of them twice, in an order of its own."""
 
     def send_chunks(self, ref, update, ranges=()):
-        from edgetrain.protocol.blobs import cut
-
         chunks = list(cut(ref, update, ranges, chunk_bytes=100))
         order = random.Random(self.name)
         for chunk in order.sample(chunks, len(chunks)) + order.sample(chunks, len(chunks) // 2):
@@ -249,8 +250,6 @@ def test_the_segments_of_an_open_round_hold_every_update_once(tiny_bundle, ram_p
         federation.serve(observe)
     segments = segments_of(federation.out / "journal/round-00001.journal")
     assert sorted(segments) == [0, 1]
-    from edgetrain.coordinator.run.journal_reading import read_journal
-
     opened, _ = next(read_journal(federation.out / "journal/round-00001.journal"))
     found = [meta.client for path in segments.values() for meta, _ in read_segment(path, opened)]
     assert len(found) >= 5
@@ -261,9 +260,6 @@ def test_the_segments_of_an_open_round_hold_every_update_once(tiny_bundle, ram_p
 
 def test_pieces_that_nobody_offers_take_no_memory(tiny_bundle, ram_path, monkeypatch):
     """The coordinator forgets the oldest of them, and so do its workers; honest clients are asked again."""
-    from edgetrain.coordinator.workers import foreman, worker
-    from edgetrain.protocol.blobs import blob_ref, make_chunk
-
     monkeypatch.setattr(foreman, "MAX_UNCLAIMED", 50)
     held, in_workers = [], []
 
@@ -284,7 +280,7 @@ def test_pieces_that_nobody_offers_take_no_memory(tiny_bundle, ram_path, monkeyp
             assert self._round.num_unclaimed == held[-1]
 
     monkeypatch.setattr(foreman.Foreman, "hear", watched)
-    monkeypatch.setattr(worker.Worker.__init__, "__kwdefaults__", {"held_bytes": 20_000})
+    monkeypatch.setattr(worker, "HELD_BYTES", 20_000)
     federation = federation_of(tiny_bundle, ram_path, kind=Flooding)
     federation.serve()
     check(federation)

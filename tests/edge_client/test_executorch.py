@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -248,7 +249,7 @@ except SessionError as error:
     ran = subprocess.run(
         [sys.executable, "-c", code, str(cnn_bundle())],
         capture_output=True, text=True, check=True,
-        env={**__import__("os").environ, "LD_PRELOAD": str(library)},
+        env={**os.environ, "LD_PRELOAD": str(library)},
     )  # fmt: skip
     assert "XNNPACK does not know this processor" in ran.stdout
     assert "--runtime onnxruntime" in ran.stdout

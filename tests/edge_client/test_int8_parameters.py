@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 
@@ -23,22 +21,17 @@ ENTRIES = (
 WEIGHT, BIAS = slice(0, ROWS * LENGTH), slice(ROWS * LENGTH, SIZE)
 
 
-@dataclass
-class Described:
-    parameters: tuple[ParameterEntry, ...] = ENTRIES
-
-
 def random(seed: int, scale: float = 1.0):
     return np.random.default_rng(seed).normal(scale=scale, size=SIZE).astype(np.float32)
 
 
 def trained(start, gradient, *, steps: int, seed: int, rate: float = 0.1, **options):
-    local = RoundedParameters(Described(), start, np.random.default_rng(seed))
+    local = RoundedParameters(ENTRIES, start, np.random.default_rng(seed))
     optimizer = sgd(**options)
     state = optimizer.init()
     for _ in range(steps):
         state = local.descend(optimizer, gradient, state, rate)
-    return local.trained(start)
+    return local.trained()
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}])
@@ -67,7 +60,7 @@ def test_a_whole_step_is_the_gradient_of_the_integers_divided_by_the_square_of_t
     # Of the weight: such that the integers' gradient over the squared scale is 3.
     gradient[WEIGHT] = np.broadcast_to(3 * scales, whole.shape).ravel()
     of_integers = gradient[WEIGHT].reshape(whole.shape) * scales
-    local = RoundedParameters(Described(), start, np.random.default_rng(0))
+    local = RoundedParameters(ENTRIES, start, np.random.default_rng(0))
     # Rows whose largest value would not fit any more get another scale.
     local.descend(sgd(), gradient, sgd().init(), 1.0)
     moved, _, after = local.given.graph_inputs()

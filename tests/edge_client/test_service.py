@@ -25,28 +25,25 @@ LIMIT_MB = 256
 class Manager:
     """systemd's end of the socket."""
 
+    END = b"that is all"
+
     def __init__(self, path):
         self.path = path
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(path))
-        self.socket.settimeout(0.2)
         self.lines = []
-        self.reading = True
         self.thread = threading.Thread(target=self.read)
 
     def read(self):
-        silent = False
-        while self.reading or not silent:
-            try:
-                self.lines.append(self.socket.recv(4096).decode())
-                silent = False
-            except TimeoutError:
-                silent = True
+        while (line := self.socket.recv(4096)) != self.END:
+            self.lines.append(line.decode())
 
     def heard(self):
         """Everything, when nobody speaks any more."""
-        self.reading = False
-        self.thread.join()
+        if self.thread.is_alive():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+                last.sendto(self.END, str(self.path))
+            self.thread.join()
         return self.lines
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgetrain.export.batch import read_example
-from edgetrain.export.exporter import _problem
+from edgetrain.export.exporter import make_problem
 from edgetrain.export.graph.narrow import narrowed_problem
 from edgetrain.export.prepare import prepare
 from edgetrain.models.transformer import Block, padding_mask
@@ -67,7 +67,7 @@ def test_a_causal_mask_is_not_cut():
 
 @pytest.mark.parametrize(("name", "rows"), [("first", 1), ("some", 3), ("mean", None), ("two", None), ("all", None)])
 def test_the_last_block_works_on_what_is_read(name, rows):
-    problem = _problem(prepare(Reader(READERS[name], False), "all"), squared, read_example(batch(), None), None, None)
+    problem = make_problem(prepare(Reader(READERS[name], False), "all"), squared, read_example(batch(), None))
     narrowed = narrowed_problem(problem)
     assert (narrowed is None) == (rows is None)
     if narrowed is None:
@@ -99,5 +99,5 @@ def test_a_model_without_attention_is_not_looked_at(monkeypatch):
         def forward(self, x):
             return F.relu(self.layer(x))[:, 0]
 
-    problem = _problem(prepare(Plain(), "all"), squared, read_example((torch.randn(B, T, D), ()), None), None, None)
+    problem = make_problem(prepare(Plain(), "all"), squared, read_example((torch.randn(B, T, D), ()), None))
     assert narrowed_problem(problem) is None

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgetrain.export.batch import read_example
-from edgetrain.export.exporter import _problem
+from edgetrain.export.exporter import make_problem
 from edgetrain.export.graph import decompositions
 from edgetrain.export.graph.attention import attention
 from edgetrain.export.graph.before_autograd import BeforeAutograd
@@ -160,13 +160,11 @@ def test_attention_with_a_mask_that_learns_and_sample_by_sample():
     def loss(function, mask, *sample):
         return function(*sample, attn_mask=mask).square().sum()
 
-    for one in (attention, F.scaled_dot_product_attention):
-        per_sample = torch.func.vmap(torch.func.grad(lambda *a, f=one: loss(f, *a), (0, 1)), in_dims=(None, 0, 0, 0))
-        got = per_sample(mask, query, key, value)
-        if one is attention:
-            ours = got
-    for mine, theirs in zip(ours, got, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    def per_sample(function):
+        gradients = torch.func.grad(lambda *a: loss(function, *a), (0, 1))
+        return torch.func.vmap(gradients, in_dims=(None, 0, 0, 0))(mask, query, key, value)
+
+    torch.testing.assert_close(per_sample(attention), per_sample(F.scaled_dot_product_attention))
 
 
 def test_what_is_not_ours_is_left_to_torch():
@@ -241,9 +239,7 @@ def test_a_graph_for_inference_has_standard_operators():
         def forward(self, x):
             return F.gelu(super().forward(x), approximate="tanh")
 
-    problem = _problem(
-        prepare(Network(), "all"), squared, read_example((torch.randn(2, 3, 8, 8), ()), None), None, None
-    )
+    problem = make_problem(prepare(Network(), "all"), squared, read_example((torch.randn(2, 3, 8, 8), ()), None))
     model = onnx.load_from_string(Translator(OnnxLowering(), problem).translate(trace_infer)[1].data)
     assert {opset.domain for opset in model.opset_import} <= {""}
     assert [node.op_type for node in model.graph.node].count("Conv") == 3
@@ -310,9 +306,8 @@ def test_no_strips_where_something_else_reads_them():
 
 
 def test_no_strips_in_what_is_frozen_and_in_inference():
-    problem = _problem(
-        prepare(Tower(), r"down\.3"), squared, read_example((torch.randn(4, 96, 48), ()), None), None, None
-    )
+    example = read_example((torch.randn(4, 96, 48), ()), None)
+    problem = make_problem(prepare(Tower(), r"down\.3"), squared, example)
     translator = Translator(OnnxLowering(), problem)
     for trace in (trace_infer, trace_step):
         model = onnx.load_from_string(translator.translate(trace)[1].data)

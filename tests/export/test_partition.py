@@ -11,7 +11,7 @@ from edgetrain.edge_client import open_session
 from edgetrain.edge_client.selftest import read_self_test, run_self_test
 from edgetrain.export import export_bundle
 from edgetrain.export.batch import read_example
-from edgetrain.export.exporter import _problem
+from edgetrain.export.exporter import make_problem
 from edgetrain.export.graph.decompositions import common
 from edgetrain.export.graph.joint import trace_step
 from edgetrain.export.graph.partition import split_step
@@ -23,7 +23,7 @@ from support.frozen import MICRO_BATCH, frozen_cnn, frozen_text
 def split(source, trainable):
     module, loss, batch = source
     example = read_example(batch, None)
-    problem = _problem(prepare(module, trainable), loss, example, None, None)
+    problem = make_problem(prepare(module, trainable), loss, example)
     step = trace_step(problem, common())
     leaves = example.inputs.leaf_names
     return split_step(step, num_parameters=len(problem.names), inputs=leaves, micro_batch=example.micro_batch)

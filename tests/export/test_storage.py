@@ -161,7 +161,13 @@ def test_what_does_not_go_together_is_refused_before_any_work(tmp_path, options,
 
 def test_a_quantized_trunk_needs_a_trunk(tmp_path):
     with pytest.raises(UnsupportedError, match="nothing worth a trunk is frozen: use int8"):
-        export(tmp_path, frozen_cnn(), "all", kind="int8-static")
+        export(tmp_path, frozen_cnn(), "bias", kind="int8-static")
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8", "int8-static"])
+def test_where_nothing_is_frozen_there_is_nothing_to_store(tmp_path, kind):
+    with pytest.raises(UnsupportedError, match=f"nothing to store as {kind}"):
+        export(tmp_path, frozen_cnn(), "all", kind=kind)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from torch import nn
 
 from edgetrain.export import BatchError, SourceError, UnsupportedError, export_bundle, load_source
 from edgetrain.export.prepare import prepare
+from edgetrain.protocol.errors import BundleError
 from support.layers import squared
 
 BATCH = (torch.randn(3, 4), ())
@@ -40,6 +41,17 @@ class Noise(nn.Module):
 class AlwaysDropping(nn.Module):
     def forward(self, x):
         return F.dropout(x, 0.5)
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(tmp_path):
+    class NeverRun(nn.Module):
+        def forward(self, x):
+            raise AssertionError("the model was run")
+
+    (tmp_path / "file").write_text("not a bundle")
+    for out in (tmp_path / "file", tmp_path / "file" / "new.edge"):
+        with pytest.raises(BundleError, match=r"file.*choose another -o"):
+            export_bundle(NeverRun(), squared, BATCH, out=out)
 
 
 @pytest.mark.parametrize(

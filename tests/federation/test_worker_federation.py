@@ -25,24 +25,21 @@ def test_workers_are_killed_all_the_time_and_nothing_is_lost(processes, tiny_bun
     try:
         clients = federation.start_clients()
         coordinator = federation.start_coordinator()
-        federation.wait_for_rounds(1, coordinator)
-        killed = 0
-        while federation.rounds_done() < 20 and coordinator.running():
-            for child in psutil.Process(coordinator.pid).children():
-                # The other child is multiprocessing's own.
-                if "spawn_main" in " ".join(child.cmdline()):
-                    os.kill(child.pid, signal.SIGKILL)
-                    killed += 1
-                    break
-            time.sleep(1.0)
+        killed = set()
+        for number in range(1, 20, 2):
+            federation.wait_for_rounds(number, coordinator)
+            # The third child is multiprocessing's own.
+            workers = [child for child in psutil.Process(coordinator.pid).children()
+                       if "spawn_main" in " ".join(child.cmdline())]  # fmt: skip
+            os.kill(workers[0].pid, signal.SIGKILL)
+            killed.add(workers[0].pid)
         assert coordinator.wait() == 0, coordinator.output
         for client in clients.values():
             assert client.wait() == 0, client.output
     finally:
         processes.end_all()
         federation.stop_broker()
-    assert killed >= 3
-    assert coordinator.output.count("has died") >= killed - 1
+    assert coordinator.output.count("has died") == len(killed) == 10
     federation.check_nothing_lost_or_doubled(30)
 
 

@@ -21,8 +21,13 @@ def test_defaults_fill_what_is_left_out():
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"rounds": {"goall": 3}}, r"^f\.toml: there is no setting called `goall` - at `rounds`$"),
-        ({"goall": 3}, r"^f\.toml: there is no setting called `goall`$"),
+        (
+            {"rounds": {"goall": 3}},
+            r"^f\.toml: there is no setting called `goall` - at `rounds`; did you mean `goal`\?$",
+        ),
+        ({"bundel": "b"}, r"^f\.toml: there is no setting called `bundel`; did you mean `bundle`\?$"),
+        ({"xyz": 3}, r"^f\.toml: there is no setting called `xyz`; there are: federation, bundle, out, .*rounds"),
+        ({"rounds": {"xyz": 3}}, r"there is no setting called `xyz` - at `rounds`; there are: total, goal, "),
         ({"rounds": {"goal": 0}}, r"f\.toml: .*>= 1.*`rounds\.goal`"),
         ({"rounds": {"goal": "3"}}, r"f\.toml: .*`int`, got `str`.*`rounds\.goal`"),
         ({"rounds": 3}, r"f\.toml: .*got `int`.*`rounds`"),

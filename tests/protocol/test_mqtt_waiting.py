@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 
 from edgetrain.coordinator.broker import Mosquitto, find_mosquitto, free_port
-from edgetrain.protocol.transport import Connected
+from edgetrain.protocol.transport import Connected, Disconnected
 from edgetrain.protocol.transport import connection as connections
 from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport
 from support.brokers import next_event, received
@@ -35,9 +36,9 @@ def connect():
     broker.stop()
 
 
-def waiting(seconds):
-    """Comes back after so long."""
-    return SimpleNamespace(next=lambda: seconds, reset=lambda: None)
+def coming_back(when):
+    """In place of a `Backoff`: nobody tries again before `when`."""
+    return SimpleNamespace(next=lambda: 0.0 if when.wait(30) else 1.0, reset=lambda: None)
 
 
 @pytest.mark.parametrize(("version", "waits"), [("5", False), ("3.1.1", True)])
@@ -47,7 +48,8 @@ def test_a_message_that_has_waited_too_long_is_not_delivered(connect, monkeypatc
     away.subscribe("t")
     sender = connect("sender", mqtt_version=version)
     # Gone without a word, as a phone in a tunnel; the broker keeps its session.
-    away._backoff = waiting(4.0)
+    back = threading.Event()
+    away._backoff = coming_back(back)
     away._connection.client.interrupt()
     monkeypatch.setattr(connections, "MESSAGE_EXPIRY_SECONDS", 1)
     sender.publish("t", b"stale")
@@ -55,6 +57,9 @@ def test_a_message_that_has_waited_too_long_is_not_delivered(connect, monkeypatc
         time.sleep(0.01)
     monkeypatch.setattr(connections, "MESSAGE_EXPIRY_SECONDS", 3600)
     sender.publish("t", b"fresh")
+    # The broker has it for longer than its second, which it counts in whole ones.
+    time.sleep(2.5)
+    back.set()
     expected = [("t", b"stale"), ("t", b"fresh")] if waits else [("t", b"fresh")]
     assert received(away, len(expected)) == expected
 
@@ -64,12 +69,16 @@ def test_a_will_waits_for_those_who_come_back(connect):
     listener.subscribe("wills")
     phone = connect("phone", will=("wills", b"phone"), will_delay_seconds=30)
     gone = connect("gone", will=("wills", b"gone"), will_delay_seconds=1)
-    for transport in (phone, gone):
-        transport._backoff = waiting(0.1 if transport is phone else 60.0)
-        transport._connection.client.interrupt()
+    back, never = threading.Event(), threading.Event()
+    phone._backoff, gone._backoff = coming_back(back), coming_back(never)
     started = time.monotonic()
+    for transport in (phone, gone):
+        transport._connection.client.interrupt()
+        next_event(transport, Disconnected)
+    back.set()
     next_event(phone, Connected)
     assert received(listener, 1) == [("wills", b"gone")]
     assert time.monotonic() - started > 0.5, "after its delay"
     # Nothing of the phone's came before, and nothing does.
     assert listener.receive(0.5) is None
+    never.set()

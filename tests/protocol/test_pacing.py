@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetrain.protocol.blob_readers import FileBlob, MemoryBlob
-from edgetrain.protocol.blobs import HEADER_BYTES, blob_ref, parse_chunk
+from edgetrain.protocol.blob_readers import MemoryBlob
+from edgetrain.protocol.blobs import HEADER_BYTES, parse_chunk
 from edgetrain.protocol.transport.outgoing import Control, Outgoing, Piece
 from edgetrain.protocol.transport.pacing import Backoff, RateMeter, TokenBucket
 
@@ -144,14 +144,6 @@ def test_a_forgotten_blob_stays_forgotten_after_a_reconnect():
     outgoing.connection_lost()
     assert drained(outgoing) == []
     assert outgoing.empty
-
-
-def test_a_file_that_is_gone_is_left_out(tmp_path, caplog):
-    outgoing = fast()
-    outgoing.put_blob("t", FileBlob(blob_ref(b"x"), tmp_path / "gone"), (), 0)
-    outgoing.put_blob("t", MemoryBlob(b"here"), (), 0)
-    assert len(drained(outgoing)) == 1
-    assert "cannot be sent any more" in caplog.text
 
 
 @given(st.data())

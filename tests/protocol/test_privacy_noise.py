@@ -76,7 +76,7 @@ def test_exact_arithmetic_decides_as_float64_does_where_that_is_clear(kind, devi
 @pytest.mark.parametrize("deviation", [0.7, 40.0, 1.99 * 2.0**30, 2.0**31])
 def test_float32_is_never_wrong_by_more_than_its_margin(kind, deviation, monkeypatch):
     """Half a million probabilities against float64: an eighth of the margin would do."""
-    stairs = noise._Staircase.of(deviation, discrete=kind is discrete_gaussian)
+    stairs = noise._staircase(deviation, discrete=kind is discrete_gaussian)
     seen = []
     monkeypatch.setattr(
         noise, "_fraction", lambda bits, plain=noise._fraction: seen.append((bits, plain(bits))) or seen[-1][1]
@@ -96,7 +96,7 @@ def test_float32_is_never_wrong_by_more_than_its_margin(kind, deviation, monkeyp
 
 def test_a_comparison_that_64_bits_leave_open_takes_more():
     """The stair's probability at the place 0 is 1: only a coin of all ones needs a further look."""
-    stairs = noise._Staircase.of(100.0, discrete=False)
+    stairs = noise._staircase(100.0, discrete=False)
     most = 2**64 - 1
     decide = functools.partial(stairs._decide, bits=64)
     # Just right of the stair's left end, the probability is below 1 by less than the coin can tell.

@@ -10,7 +10,7 @@ import pytest
 from edgetrain.protocol.blob_readers import MemoryBlob
 from edgetrain.protocol.blobs import HEADER_BYTES, Assembler, parse_chunk
 from edgetrain.protocol.transport import Connected, Disconnected, Received
-from support.brokers import KINDS, Wire, next_event, received
+from support.brokers import KINDS, WatchedBlob, Wire, next_event, received
 
 
 @pytest.fixture(params=KINDS)
@@ -207,24 +207,11 @@ def test_a_link_that_is_cut_during_a_blob_delivers_all_of_it(wire):
     assert assembled.finish() == data
 
 
-class Watched(MemoryBlob):
-    """A blob that does something when a byte of it is first read."""
-
-    def __init__(self, data, offset, act):
-        super().__init__(data)
-        self._offset, self._act = offset, act
-
-    def read(self, start, stop):
-        if start <= self._offset < stop:
-            self._act()
-        return super().read(start, stop)
-
-
 @pytest.mark.parametrize("wire", KINDS[1:], indirect=True)
 def test_messages_overtake_blobs(wire):
     listener, speaker = wire.connect("listener"), wire.connect("speaker")
     listener.subscribe("#", qos=0)
-    blob = Watched(random.Random(4).randbytes(100_000), 35_000, lambda: speaker.publish("message", b"urgent"))
+    blob = WatchedBlob(random.Random(4).randbytes(100_000), 35_000, lambda: speaker.publish("message", b"urgent"))
     speaker.send_blob("blob", blob, chunk_bytes=10_000)
     before = [topic for topic, _ in received(listener, 11)].index("message")
     # Said while the fourth chunk was being read; the other six wait. The embedded broker may change the order a little.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edgetrain.coordinator.broker import EmbeddedBroker, Mosquitto, free_port
+from edgetrain.protocol.blob_readers import MemoryBlob
 from edgetrain.protocol.transport import Connected, Event, MemoryBroker, Received
 from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport
 from support.websocket_bridge import WebSocketBridge
@@ -73,6 +74,19 @@ class Wire:
         for transport in self._transports:
             transport.close()
         self.stop_broker()
+
+
+class WatchedBlob(MemoryBlob):
+    """A blob that does something when a byte of it is read."""
+
+    def __init__(self, data: bytes, offset: int, act: Callable[[], None]) -> None:
+        super().__init__(data)
+        self._offset, self._act = offset, act
+
+    def read(self, start: int, stop: int) -> memoryview:
+        if start <= self._offset < stop:
+            self._act()
+        return super().read(start, stop)
 
 
 def next_event(transport: Any, kind: type | Callable[[Event], bool]) -> Any:

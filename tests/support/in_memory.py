@@ -46,6 +46,8 @@ class Federation:
         self._threads: list[threading.Thread] = []
         self._states: list[ClientState] = []
         self._directories: list[RunDirectory] = []
+        # How far the coordinators' clock is put forward.
+        self._ahead = 0.0
         for number, (inputs, targets) in enumerate(shards):
             np.savez(directory / f"shard-{number}.npz", inputs=inputs, targets=targets)
             self._data[f"client-{number}"] = directory / f"shard-{number}.npz"
@@ -88,6 +90,10 @@ class Federation:
         except BaseException as error:  # shown by `finish`
             self.failures.append(error)
 
+    def leap(self, seconds: float) -> None:
+        """Lets that much time pass for the coordinators: for tests that know that nothing more will come."""
+        self._ahead += seconds
+
     def coordinator(
         self, *, observe: Callable[[events.Event], None] = lambda _event: None, evaluate=None, **settings
     ) -> Coordinator:
@@ -104,6 +110,7 @@ class Federation:
             directory=directory,
             observe=observe,
             evaluate=evaluate,
+            clock=lambda: time.monotonic() + self._ahead,
         )
 
     def close(self) -> None:

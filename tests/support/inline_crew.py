@@ -7,7 +7,7 @@ from typing import Any
 
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.workers import crew as crews
-from edgetrain.coordinator.workers.messages import Died, Reports, Share, Stop, Taken
+from edgetrain.coordinator.workers.messages import Died, Reports, Stop, Taken
 from edgetrain.coordinator.workers.worker import Worker
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.transport import MemoryBroker, Noticed, Received
@@ -58,7 +58,6 @@ class InlineCrew:
         # Those that do nothing any more.
         self.hanging: set[int] = set()
         self.taken: list[tuple[int, str]] = []
-        self.shares: list[Share] = []
         InlineCrew.last = self
 
     def start(self, worker, life):
@@ -100,7 +99,6 @@ class InlineCrew:
             if worker.reports:
                 reports, worker.reports[:] = tuple(worker.reports), []
                 self.taken += [(number, report.client) for report in reports if isinstance(report, Taken)]
-                self.shares += [report for report in reports if isinstance(report, Share)]
                 self.deliver(Reports(number, self.lives[number], reports))
 
 

@@ -14,6 +14,8 @@ from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.protocol.training import TrainingConfig
 from support.in_memory import Federation, shards
 
+# The clients' time for a step: more than any takes. `leap` over it when one will not come.
+PHASE_SECONDS = 60.0
 CODEC = "randk:0.5|int8:block=all:stochastic|packed"
 SIZES = (30, 40, 50, 20, *range(21, 32))
 
@@ -74,12 +76,20 @@ class SecureFederation(Federation):
             rounds=RoundsConfig(**(defaults | (rounds or {}))),
             training=TrainingConfig(epochs=1, batch_size=8, learning_rate=0.1),
             evaluation=EvaluationConfig(by_clients=False),
-            secure_aggregation=SecureAggregationConfig(**({"enabled": True, "phase_seconds": 15.0} | (secure or {}))),
+            secure_aggregation=SecureAggregationConfig(
+                **({"enabled": True, "phase_seconds": PHASE_SECONDS} | (secure or {}))
+            ),
             **settings,
         )
 
-    def crash_client(self, name: str, phase: str) -> None:
-        """That client ends once, when it has stored that it is in this phase and before anyone hears so."""
+    def crash_client(self, name: str, phase: str, *, missed: bool = False) -> None:
+        """That client ends once, when it has stored that it is in this phase and before anyone hears so.
+
+        Args:
+            name: of the client.
+            phase: see `Member`.
+            missed: whether it comes back after its time is over.
+        """
         plain = participation.SecureParticipation._keep
         armed = [True]
 
@@ -87,6 +97,8 @@ class SecureFederation(Federation):
             plain(this, of, member)
             if this._config.name == name and member.phase == phase and armed:
                 armed.clear()
+                if missed:
+                    self.leap(PHASE_SECONDS)
                 raise Crash
 
         self.monkeypatch.setattr(participation.SecureParticipation, "_keep", keep)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 
 from edgetrain.export.batch import read_example
-from edgetrain.export.exporter import _problem
+from edgetrain.export.exporter import make_problem
 from edgetrain.export.graph.functional import functional_problem
 from edgetrain.export.graph.joint import trace_step
 from edgetrain.export.lowering.onnx import OnnxLowering
@@ -19,7 +19,7 @@ class Step:
     """The step of a module in onnxruntime, and in eager torch."""
 
     def __init__(self, module, loss, batch, trainable="all", functional=False):
-        problem = _problem(prepare(module, trainable), loss, read_example(batch, None), None, None)
+        problem = make_problem(prepare(module, trainable), loss, read_example(batch, None))
         lowering = OnnxLowering()
         translator = Translator(lowering, functional_problem(problem) if functional else problem)
         graph, lowered = translator.translate(trace_step)

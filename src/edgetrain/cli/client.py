@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 def command(config: str | None, broker: str | None, **given: Any) -> None:
     """Take part in a federation: train the coordinator's bundle on local data, send compressed updates."""
     from edgetrain.edge_client.client import Client, connection_will, new_connection
+    from edgetrain.edge_client.data import find_source
     from edgetrain.edge_client.memory import return_what_is_freed
     from edgetrain.edge_client.service import LivingTransport, Service
     from edgetrain.edge_client.state import ClientState
@@ -42,6 +43,7 @@ def command(config: str | None, broker: str | None, **given: Any) -> None:
     settings = load_settings(ClientConfig, config, given)
     check_name(settings.name, "client")
     check_name(settings.federation, "federation")
+    find_source(settings.data)
     if not settings.state:
         settings = msgspec.structs.replace(settings, state=f"state-{settings.name}")
     # A service manager's stop is like Ctrl-C: say goodbye, leave nothing half done.

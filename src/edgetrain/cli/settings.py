@@ -54,7 +54,7 @@ def load_settings(kind: type[T], path: str | None, given: dict[str, Any]) -> T:
     for name, value in given.items():
         if name.startswith(_PREFIX) and value is not None:
             set_dotted(tables, name.removeprefix(_PREFIX).replace(_DOT, "."), value)
-    return convert(tables, kind, where=path or "settings")
+    return convert(tables, kind, where=path or "without --config")
 
 
 def setting(dotted: str) -> str:

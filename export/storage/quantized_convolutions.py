@@ -43,8 +43,8 @@ def fuse_convolutions(model: onnx.ModelProto) -> None:
         values = constants.get(weight[0])
         if values is None or values.dtype != np.int8 or any(len(part) < 3 for part in (x, weight, after[0].input)):
             continue
-        bias = [_bias(constants, biases, found[0]) for found in rest]
-        inputs = [*x, weight[0], _scale(constants, scales, weight[1]), _ZERO, *after[0].input[1:], *bias]
+        bias = [_moved(constants, biases, found[0], _UNITS) for found in rest]
+        inputs = [*x, weight[0], _moved(constants, scales, weight[1]), _ZERO, *after[0].input[1:], *bias]
         fused = helper.make_node("QLinearConv", inputs, [after[0].output[0]])
         fused.attribute.extend(node.attribute)
         new[node.output[0]] = fused
@@ -60,18 +60,10 @@ def fuse_convolutions(model: onnx.ModelProto) -> None:
     _drop_unread(graph)
 
 
-def _scale(constants: dict[str, Array], halves: Halves, name: str) -> str:
-    """Where the scale is from now on; a weight loses up to 2^-12 of it."""
-    values = constants[name].astype(np.float32)
+def _moved(constants: dict[str, Array], halves: Halves, name: str, unit: float = 1.0) -> str:
+    """Where a vector is found from now on, in float16 if that can hold its units: it loses up to 2^-12 of itself."""
+    values = constants[name].astype(np.float32) / np.float32(unit)
     half = in_half(values) if values.ndim == 1 else None
-    if half is None:
-        return name
-    halves.add(f"{name}.wide", half)
-    return f"{name}.wide"
-
-
-def _bias(constants: dict[str, Array], halves: Halves, name: str) -> str:
-    half = in_half(constants[name].astype(np.float32) / np.float32(_UNITS))
     if half is None:
         return name
     halves.add(f"{name}.wide", half)
