@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.memory import forget_code, trim
+from edgetrain.edge_client.memory import trim
 from edgetrain.edge_client.runtimes.base import Parameters
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
 from edgetrain.edge_client.runtimes.leaves import Array
@@ -167,7 +167,6 @@ def load_model(
             [PurePosixPath(entry.file).name for entry in external], data, [len(part) for part in data]
         )
     model = bundle.read(file)
-    forget_code()
     try:
         session = onnxruntime.InferenceSession(
             model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[*SLOW_FUSIONS, *switched_off]
@@ -179,7 +178,6 @@ def load_model(
     del model
     # What optimizing the graph took.
     trim()
-    forget_code()
     return session
 
 
