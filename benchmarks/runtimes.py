@@ -280,8 +280,8 @@ def session(path: Path, contender: str, threads: int) -> Callable[[], object]:
     parameters = bundle.initial_parameters()
     if contender == HEAD:
         opened, batch = on_features(opened, batch)
-    # A fresh vector each time, as after an optimizer step.
-    return lambda: opened.step(parameters.copy(), batch, weights)
+    # The same vector each time: training changes it in place.
+    return lambda: opened.step(parameters, batch, weights)
 
 
 def share_of_products(path: Path) -> float:
