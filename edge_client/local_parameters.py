@@ -14,7 +14,8 @@ from edgetrain.protocol.manifest import ParameterEntry
 # Of the generator that rounds, beside the seed.
 _STREAM = 2
 # Elements that the optimizer works on at a time.
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
+_NOTHING = OptimizerState()
 
 
 class LocalParameters(Protocol):
@@ -68,7 +69,7 @@ class _Step:
 
     def __call__(self, part: slice, old: Vector, room: Vector | None = None) -> Vector:
         """The new piece there; with `room`, in the place of the old one."""
-        before = OptimizerState(None if self._before is None else self._before[part])
+        before = _NOTHING if self._before is None else OptimizerState(self._before[part])
         new, after = self._optimizer.apply(old, self._gradient[part], before, self._rate, self._divisor, room)
         if after.velocity is not None:
             if self._after is None:

@@ -83,7 +83,7 @@ def sgd(*, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 
         change = np.multiply(direction, np.float32(learning_rate / divisor), out=room)
         # The change is this function's own, but for one in the caller's room, which is for the next step again.
         new = np.subtract(parameters, change, out=change if room is None else parameters)
-        return new, OptimizerState(velocity)
+        return new, OptimizerState(velocity) if momentum else state
 
     return Optimizer(init=OptimizerState, apply=apply)
 

@@ -231,7 +231,8 @@ class _Sums:
         self.loss_sum += result.loss_sum
         self.weight_sum += result.weight_sum
         for name, value in result.metrics.items():
-            self.metrics[name] = self.metrics.get(name, np.zeros(())) + value.astype(np.float64)
+            before = self.metrics.get(name)
+            self.metrics[name] = value.astype(np.float64) if before is None else before + value
         if not self.with_gradient or not isinstance(result, StepResult):
             return
         if self.gradient is None:
