@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from edgetrain.edge_client import open_session
-from edgetrain.edge_client.data import Dataset
+from edgetrain.edge_client.training.data import Dataset
 from edgetrain.export import export_bundle
 from edgetrain.models import get_model
 from edgetrain.models.data import digits, dirichlet_split, take, token_weights

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from edgetrain.edge_client.data import Dataset
 from edgetrain.edge_client.runtimes import Session, open_session
+from edgetrain.edge_client.training.data import Dataset
 from edgetrain.models.data import digits, dirichlet_split, take
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec, encode

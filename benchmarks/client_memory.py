@@ -77,7 +77,7 @@ def run(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:
 
 def write_data(bundle: Path, out: Path) -> None:
     """The example batch again and again: what the images show does not matter here."""
-    from edgetrain.edge_client.selftest import read_self_test
+    from edgetrain.edge_client.training.selftest import read_self_test
     from edgetrain.protocol.bundle import Bundle
 
     (inputs, targets), _ = read_self_test(Bundle(bundle))

@@ -273,7 +273,7 @@ def tensors(path: Path) -> tuple[Any, Any, list[Any]]:
     """The self-test's inputs and targets, and the parameters."""
     import torch
 
-    from edgetrain.edge_client.selftest import read_self_test
+    from edgetrain.edge_client.training.selftest import read_self_test
     from edgetrain.models.data import map_leaves
     from edgetrain.protocol.bundle import Bundle
 
@@ -316,7 +316,7 @@ def training_step(path: Path) -> Callable[[], object]:
 
 def head_step(path: Path) -> Callable[[], object]:
     from edgetrain.edge_client import open_session
-    from edgetrain.edge_client.selftest import on_features, read_self_test
+    from edgetrain.edge_client.training.selftest import on_features, read_self_test
     from edgetrain.protocol.bundle import Bundle
 
     bundle = Bundle(path)

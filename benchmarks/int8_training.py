@@ -77,8 +77,8 @@ def main() -> None:
 
 def accuracies(folder: Path, seeds: int, epochs: int) -> list[AccuracyRow]:
     from edgetrain.edge_client import open_session
-    from edgetrain.edge_client.dataset import Dataset
-    from edgetrain.edge_client.trainer import evaluate, train
+    from edgetrain.edge_client.training.dataset import Dataset
+    from edgetrain.edge_client.training.trainer import evaluate, train
     from edgetrain.export import Storage, export_bundle
     from edgetrain.models import get_model
     from edgetrain.models.data import digits
@@ -150,8 +150,8 @@ def memory(folder: Path, kind: str) -> MemoryRow:
 
 def train_wide(path: Path) -> dict[str, float]:
     from edgetrain.edge_client import open_session
-    from edgetrain.edge_client.dataset import Dataset
-    from edgetrain.edge_client.trainer import train
+    from edgetrain.edge_client.training.dataset import Dataset
+    from edgetrain.edge_client.training.trainer import train
     from edgetrain.protocol.bundle import Bundle
     from edgetrain.protocol.training import TrainingConfig
 

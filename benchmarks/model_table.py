@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from edgetrain.edge_client import available_runtimes, open_session
-from edgetrain.edge_client.selftest import run_self_test
+from edgetrain.edge_client.training.selftest import run_self_test
 from edgetrain.export import export_bundle, load_source
 from edgetrain.export.errors import SelectionError
 from edgetrain.protocol import EdgetrainError

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from edgetrain.edge_client import open_session
-from edgetrain.edge_client.data import Dataset
-from edgetrain.edge_client.private_steps import PrivateSteps, planned_release
-from edgetrain.edge_client.trainer import evaluate, train
+from edgetrain.edge_client.training.data import Dataset
+from edgetrain.edge_client.training.private_steps import PrivateSteps, planned_release
+from edgetrain.edge_client.training.trainer import evaluate, train
 from edgetrain.export import export_bundle
 from edgetrain.models import get_model
 from edgetrain.models.data import digits, token_weights

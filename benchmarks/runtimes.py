@@ -252,7 +252,7 @@ def eager_adapters(bundle: Path, model: str, trainable: str) -> Callable[[], obj
     """Eager torch on the module with its adapters."""
     import torch
 
-    from edgetrain.edge_client.selftest import read_self_test
+    from edgetrain.edge_client.training.selftest import read_self_test
     from edgetrain.export.prepare import prepare
     from edgetrain.models import get_model
     from edgetrain.protocol.bundle import Bundle
@@ -273,7 +273,7 @@ def eager_adapters(bundle: Path, model: str, trainable: str) -> Callable[[], obj
 
 def session(path: Path, contender: str, threads: int) -> Callable[[], object]:
     from edgetrain.edge_client import open_session
-    from edgetrain.edge_client.selftest import on_features, read_self_test
+    from edgetrain.edge_client.training.selftest import on_features, read_self_test
     from edgetrain.protocol.bundle import Bundle
 
     bundle = Bundle(path)
@@ -386,11 +386,11 @@ def cached_epochs(path: Path) -> dict[str, float]:
     import numpy as np
 
     from edgetrain.edge_client import open_session
-    from edgetrain.edge_client.dataset import Dataset
-    from edgetrain.edge_client.feature_cache import cache_features
-    from edgetrain.edge_client.memory import return_what_is_freed
-    from edgetrain.edge_client.selftest import read_self_test
-    from edgetrain.edge_client.trainer import train
+    from edgetrain.edge_client.host.memory import return_what_is_freed
+    from edgetrain.edge_client.training.dataset import Dataset
+    from edgetrain.edge_client.training.feature_cache import cache_features
+    from edgetrain.edge_client.training.selftest import read_self_test
+    from edgetrain.edge_client.training.trainer import train
     from edgetrain.protocol.bundle import Bundle
     from edgetrain.protocol.training import TrainingConfig
 
@@ -468,9 +468,9 @@ def accumulate(path: Path, times: int) -> dict[str, float]:
     import numpy as np
 
     from edgetrain.edge_client import open_session
-    from edgetrain.edge_client.dataset import Dataset
-    from edgetrain.edge_client.selftest import read_self_test
-    from edgetrain.edge_client.trainer import train
+    from edgetrain.edge_client.training.dataset import Dataset
+    from edgetrain.edge_client.training.selftest import read_self_test
+    from edgetrain.edge_client.training.trainer import train
     from edgetrain.protocol.bundle import Bundle
     from edgetrain.protocol.training import TrainingConfig
 

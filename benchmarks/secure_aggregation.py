@@ -332,7 +332,7 @@ def federation(bundle: Path, clients: int, rounds: int, *, secure: bool) -> Row:
     from edgetrain.coordinator.serve import serve
     from edgetrain.edge_client.client import Client, connection_will, new_connection
     from edgetrain.edge_client.config import ClientConfig
-    from edgetrain.edge_client.state import ClientState
+    from edgetrain.edge_client.durable.state import ClientState
     from edgetrain.models.data import digits
     from edgetrain.protocol.training import TrainingConfig
     from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport

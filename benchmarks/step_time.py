@@ -139,7 +139,7 @@ def contend(contender: str, bundle: Path, model: str) -> None:
 
 def session_step(path: Path, runtime: str) -> Callable[[], object]:
     from edgetrain.edge_client import open_session
-    from edgetrain.edge_client.selftest import read_self_test
+    from edgetrain.edge_client.training.selftest import read_self_test
     from edgetrain.protocol.bundle import Bundle
 
     bundle = Bundle(path)
@@ -153,7 +153,7 @@ def session_step(path: Path, runtime: str) -> Callable[[], object]:
 def eager_step(path: Path, model: str) -> Callable[[], object]:
     import torch
 
-    from edgetrain.edge_client.selftest import read_self_test
+    from edgetrain.edge_client.training.selftest import read_self_test
     from edgetrain.models import get_model
     from edgetrain.models.data import map_leaves
     from edgetrain.protocol.bundle import Bundle

@@ -38,9 +38,14 @@ class BlobServer:
         self._chunk_bytes = chunk_bytes
         self._blobs: dict[bytes, _Blob] = {}
 
-    def add(self, data: bytes | memoryview) -> BlobRef:
-        """Makes a blob available; of a mapped file only what is being sent is in memory."""
-        return self.add_reader(MemoryBlob(data))
+    def add(self, data: bytes | memoryview, ref: BlobRef | None = None) -> BlobRef:
+        """Makes a blob available; of a mapped file only what is being sent is in memory.
+
+        Args:
+            data: the whole of it.
+            ref: if it is known already.
+        """
+        return self.add_reader(MemoryBlob(data, ref))
 
     def add_reader(self, reader: BlobReader) -> BlobRef:
         """Makes a blob available."""

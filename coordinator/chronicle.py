@@ -22,6 +22,8 @@ class Chronicle:
     def __init__(self, audit: AuditLog, post: Post) -> None:
         self._audit = audit
         self._post = post
+        # There is a checkpoint that nobody has heard of.
+        self._noted = False
 
     def command(self, command: str) -> None:
         """An operator's."""
@@ -73,21 +75,33 @@ class Chronicle:
         self.publish()
 
     def commit(self) -> None:
-        """Seals what was recorded.
+        """Seals what was recorded, and tells everyone of the checkpoints in it.
 
         Raises:
             RunError: the disk did not take it.
         """
         self._audit.commit()
+        if self._noted:
+            self._noted = False
+            self.tell()
 
-    def publish(self) -> None:
-        """Tells everyone how far the log has come, so that it cannot be rewritten unnoticed.
+    def note_checkpoint(self) -> None:
+        """Says how far the log has come, with the next commit: so that it cannot be rewritten unnoticed.
 
         Raises:
             RunError: the disk did not take it.
         """
-        self._audit.checkpoint()
-        self.tell()
+        self._audit.note_checkpoint()
+        self._noted = True
+
+    def publish(self) -> None:
+        """Says so at once.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        self.note_checkpoint()
+        self.commit()
 
     def tell(self) -> None:
         """Says again what was said last: a broker may have forgotten it."""

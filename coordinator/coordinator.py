@@ -101,6 +101,7 @@ class Coordinator:
         self._history, self._clients = parts.history, parts.clients
         self._agenda, self._invitations, self._pump = parts.agenda, parts.invitations, parts.pump
         self._uploads = parts.uploads
+        self._side_by_side = parts.side_by_side
         self._opening, self._gathering, self._reports = parts.opening, parts.gathering, parts.reports
         check_bundle(config, bundle.manifest)
         # Last: it locks a file until `run` ends.
@@ -149,6 +150,7 @@ class Coordinator:
             if self._uploads.foreman:
                 self._uploads.foreman.close()
             self._opening.close()
+            self._side_by_side.close()
         self._pump.announce("ended", reason)
         return self._summarize("completed", reason)
 
@@ -294,20 +296,24 @@ class Coordinator:
         self._history.add(rows)
         self._history.durations.extend(current.durations.values())
         self._chronicle.aggregated(record)
+        # Before it is deleted: that takes longer while it is open.
+        collection.close()
+        clients = self._clients.changed()
         self._directory.close_round(
             record,
             parameters,
             rows,
             server_state=server_state,
             strategy=described(self._strategy),
-            clients=self._clients.listed(),
+            clients=clients,
+            tidy_later=True,
         )
-        collection.close()
+        self._clients.note_saved(clients)
         self._parameters, self._server_state = parameters, server_state
         self._round_number = state.number
         self._agenda.current = None
         self._uploads.forget(current, asynchronous=self._strategy.asynchronous)
-        self._chronicle.publish()
+        self._chronicle.note_checkpoint()
         self._observe(events.RoundEnded(record))
 
     def _pay(self, current: OpenRound) -> float | None:

@@ -20,6 +20,7 @@ from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.rounds import Part
 from edgetrain.coordinator.rounds.uploads import Uploads
+from edgetrain.coordinator.signatures import Signatures
 from edgetrain.protocol import BlobError, MessageError, SignatureError
 from edgetrain.protocol.blobs import MAX_CHUNK_BYTES
 from edgetrain.protocol.messages import (
@@ -35,7 +36,7 @@ from edgetrain.protocol.messages import (
     decode_from_client,
 )
 from edgetrain.protocol.names import Topics
-from edgetrain.protocol.signing import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, VersionError, unseal, verify
+from edgetrain.protocol.signing import MAX_MESSAGE_BYTES, PROTOCOL_VERSION, VersionError, unseal
 from edgetrain.protocol.transport import Received
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Intake:
         presence: handles who comes and goes.
         uploads: handles updates.
         refusals: keeps the books on who was refused.
+        signatures: checks them.
         enrolments: who may take part, or None for everybody.
         clock: monotonic seconds.
     """
@@ -68,6 +70,7 @@ class Intake:
         presence: Presence,
         uploads: Uploads,
         refusals: Refusals,
+        signatures: Signatures,
         enrolments: Enrolments | None,
         clock: Callable[[], float],
     ) -> None:
@@ -79,6 +82,7 @@ class Intake:
         self._presence = presence
         self._uploads = uploads
         self._refusals = refusals
+        self._signatures = signatures
         self._enrolments = enrolments
         self._clock = clock
 
@@ -123,7 +127,7 @@ class Intake:
             return
         message = decode_from_client(envelope.body)
         if isinstance(message, Hello):
-            verify(envelope, self._topics.federation, message.public_key)
+            self._signatures.check(envelope, payload, message.public_key)
             self._presence.on_hello(client, message)
             return
         record = self._roster.get(client)
@@ -134,7 +138,7 @@ class Intake:
             # It was here before we were: an announcement lets it introduce itself again.
             self._post.announce("open", client=client)
             return
-        verify(envelope, self._topics.federation, record.public_key)
+        self._signatures.check(envelope, payload, record.public_key)
         match message:
             case Ready():
                 self._presence.on_ready(record, message)

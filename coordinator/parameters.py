@@ -64,4 +64,4 @@ def decode_state(data: bytes) -> dict[str, npt.NDArray[Any]]:
 
 def vector_sha256(vector: Vector) -> str:
     """SHA-256 of a vector's little-endian float32 bytes, in hex."""
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).hexdigest()

@@ -30,6 +30,8 @@ from edgetrain.coordinator.rounds.uploads import Uploads
 from edgetrain.coordinator.run.past_run import read_rows
 from edgetrain.coordinator.run.requests import Request, read_request
 from edgetrain.coordinator.run.run_directory import RunDirectory
+from edgetrain.coordinator.side_by_side import SideBySide
+from edgetrain.coordinator.signatures import Signatures
 from edgetrain.coordinator.strategies import Strategy
 from edgetrain.coordinator.workers.lead import lead_workers
 from edgetrain.protocol.bundle import Bundle
@@ -55,6 +57,7 @@ class Parts:
     opening: RoundOpening
     gathering: Gathering
     reports: ClientReports
+    side_by_side: SideBySide
 
 
 def assemble(
@@ -81,6 +84,8 @@ def assemble(
     clients = KnownClients(directory, clock)
     topics = Topics(config.federation)
     blobs = BlobServer(topics, transport, config.limits.chunk_bytes)
+    side_by_side = SideBySide()
+    signatures = Signatures(topics, clients.roster, side_by_side, clock)
     post = Post(
         transport,
         topics,
@@ -88,6 +93,7 @@ def assemble(
         run=directory.run,
         bundle=blobs.add(bundle.manifest_bytes),
         serials=directory.serials,
+        side_by_side=side_by_side,
     )
     chronicle = Chronicle(directory.audit, post)
     enrolments = Enrolments(Path(config.enrolments)) if config.enrolments else None
@@ -155,6 +161,7 @@ def assemble(
         presence=presence,
         uploads=uploads,
         refusals=refusals,
+        signatures=signatures,
         enrolments=enrolments,
         clock=clock,
     )
@@ -172,6 +179,7 @@ def assemble(
         blobs=blobs,
         agenda=agenda,
         intake=intake,
+        signatures=signatures,
         uploads=uploads,
         chronicle=chronicle,
         clients=clients,
@@ -201,6 +209,7 @@ def assemble(
         invitations=invitations,
         pump=pump,
         opening=opening,
+        side_by_side=side_by_side,
         gathering=Gathering(
             config.rounds,
             invitations=invitations,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from edgetrain import __version__
+from edgetrain.coordinator.side_by_side import SideBySide
 from edgetrain.protocol.messages import Announce, BlobRef, Checkpoint, LogPoint, Message, encode_message
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import SigningKey, seal
@@ -25,6 +26,7 @@ class Post:
         run: id of the run.
         bundle: the manifest to announce.
         serials: numbers that grow, also across restarts.
+        side_by_side: signs several at a time.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class Post:
         run: bytes,
         bundle: BlobRef,
         serials: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        side_by_side: SideBySide | None = None,
     ) -> None:
+        self._side_by_side = side_by_side or SideBySide(1)
         self._transport = transport
         self._topics = topics
         self._key = key
@@ -48,11 +52,12 @@ class Post:
         """To one client."""
         self._transport.publish(self._topics.to_client(client, "message"), self._seal(message))
 
-    def send_all(self, messages: Iterable[tuple[str, Message]]) -> None:
+    def send_all(self, messages: Sequence[tuple[str, Message]]) -> None:
         """To one client each."""
+        sealed = self._side_by_side.map(self._seal, [message for _, message in messages])
         with self._transport.together():
-            for client, message in messages:
-                self.send(client, message)
+            for (client, _), payload in zip(messages, sealed, strict=True):
+                self._transport.publish(self._topics.to_client(client, "message"), payload)
 
     def broadcast(self, message: Message) -> None:
         """To everyone in the round."""

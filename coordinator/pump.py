@@ -13,12 +13,15 @@ from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.uploads import Uploads
-from edgetrain.protocol.transport import Connected, Disconnected, Noticed, Received, Transport
+from edgetrain.coordinator.signatures import Signatures
+from edgetrain.protocol.transport import Connected, Disconnected, Event, Noticed, Received, Transport
 
 logger = logging.getLogger(__name__)
 
 # Events handled before the journal is synced and the verdicts go out: one sync serves them all.
 BATCH_EVENTS = 256
+# Of these, so many are taken out of the queue at a time: their signatures are checked side by side.
+AHEAD_EVENTS = 64
 # Upper bound of one wait for events, so that deadlines are looked at now and then.
 POLL_SECONDS = 0.5
 
@@ -32,6 +35,7 @@ class Pump:
         blobs: has parts to send when their time comes.
         agenda: has deadlines.
         intake: handles what arrives.
+        signatures: looks ahead.
         uploads: asked for when they stop, answered when they are safe.
         chronicle: is on disk before any verdict goes out.
         clients: saved before anyone hears that its update counts.
@@ -47,6 +51,7 @@ class Pump:
         blobs: BlobServer,
         agenda: Agenda,
         intake: Intake,
+        signatures: Signatures,
         uploads: Uploads,
         chronicle: Chronicle,
         clients: KnownClients,
@@ -58,6 +63,7 @@ class Pump:
         self._blobs = blobs
         self._agenda = agenda
         self._intake = intake
+        self._signatures = signatures
         self._uploads = uploads
         self._chronicle = chronicle
         self._clients = clients
@@ -85,28 +91,41 @@ class Pump:
             self._uploads.ask_for_stalled()
             if done():
                 return
-            event = self._transport.receive(self._patience(now))
-            handled = 0
-            while event is not None:
-                match event:
-                    case Received():
-                        self._intake.handle(event)
-                    case Noticed():
-                        if self._uploads.foreman:
-                            self._uploads.foreman.hear(event.notice)
-                    case Disconnected():
-                        logger.warning("lost the broker: %s; reconnecting", event.reason)
-                    case Connected():
-                        self._post.announce(*self._status)
-                        self._chronicle.tell()
-                handled += 1
+            waiting, handled = self._take(self._patience(now)), 0
+            while waiting:
+                self._signatures.look_ahead(waiting)
+                for event in waiting:
+                    self._handle(event)
+                handled += len(waiting)
                 # What is taken out of the queue is handled: nothing more is taken after the last.
-                event = self._transport.receive(0) if handled < BATCH_EVENTS else None
+                waiting = self._take(0) if handled < BATCH_EVENTS else []
             # Two files are synced at the same time.
             self._uploads.begin_sync()
             self._clients.save_new()
             self._chronicle.commit()
             self._uploads.send_verdicts()
+
+    def _take(self, timeout: float) -> list[Event]:
+        """What is in the queue, or comes into it in time."""
+        events: list[Event] = []
+        event = self._transport.receive(timeout)
+        while event is not None:
+            events.append(event)
+            event = self._transport.receive(0) if len(events) < AHEAD_EVENTS else None
+        return events
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Received():
+                self._intake.handle(event)
+            case Noticed():
+                if self._uploads.foreman:
+                    self._uploads.foreman.hear(event.notice)
+            case Disconnected():
+                logger.warning("lost the broker: %s; reconnecting", event.reason)
+            case Connected():
+                self._post.announce(*self._status)
+                self._chronicle.tell()
 
     def _patience(self, now: float) -> float:
         """Seconds until something is due by itself."""

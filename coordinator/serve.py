@@ -24,9 +24,9 @@ from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.secure.secure_coordinator import SecureCoordinator
 from edgetrain.coordinator.strategies import make_strategy
 from edgetrain.coordinator.workers.lead import check_workers
-from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session
-from edgetrain.edge_client.trainer import evaluate
+from edgetrain.edge_client.training.data import load_dataset
+from edgetrain.edge_client.training.trainer import evaluate
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.errors import ConfigError

@@ -13,15 +13,15 @@ from collections.abc import Callable
 
 from edgetrain import __version__
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.device import device_info, device_state, is_news
+from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.edge_client.errors import StateError, TrainingError
+from edgetrain.edge_client.host.device import device_info, device_state, is_news
+from edgetrain.edge_client.host.policy import Policy
 from edgetrain.edge_client.mailbox import Abandoned, Mailbox, RunOver
-from edgetrain.edge_client.policy import Policy
-from edgetrain.edge_client.privacy_budget import DeviceBudget
+from edgetrain.edge_client.privacy.sample_budget import DeviceBudget
+from edgetrain.edge_client.privacy.secure_aggregation import SecureParticipation
 from edgetrain.edge_client.rounds import ComeBack, Rounds
 from edgetrain.edge_client.runtimes import available_runtimes
-from edgetrain.edge_client.secure_aggregation import SecureParticipation
-from edgetrain.edge_client.state import ClientState
 from edgetrain.edge_client.workplace import Workplace
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.codecs import supported_stages

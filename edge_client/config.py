@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from edgetrain.edge_client.policy import PolicyConfig
-from edgetrain.edge_client.privacy_budget import DevicePrivacy
+from edgetrain.edge_client.host.policy import PolicyConfig
+from edgetrain.edge_client.privacy.sample_budget import DevicePrivacy
 from edgetrain.protocol.transport.mqtt import BrokerConfig
 
 

@@ -21,8 +21,8 @@ STALL_SECONDS = 2.0
 MAX_STALL_SECONDS = 60.0
 # Ranges asked for at once; the rest comes with the next request.
 MAX_RANGES = 512
-# A blob that takes no longer than this, as far as we know the link, is asked for whole: it may come in one piece,
-# which a cut takes with it whole.
+# A blob that takes no longer than this, as far as we know the link, is asked for whole. Not longer: it may come as a
+# single chunk, all of which a cut would lose.
 WHOLE_SECONDS = 0.5
 WINDOW_SECONDS = 2.0
 MAX_WINDOW_BYTES = 1 << 20

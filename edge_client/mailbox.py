@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgetrain.edge_client.downloads import Download
+from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.edge_client.errors import RefusedError, StateError
-from edgetrain.edge_client.state import ClientState
 from edgetrain.protocol import BlobError, MessageError
 from edgetrain.protocol.blob_readers import MemoryBlob
 from edgetrain.protocol.blobs import Assembler, parse_chunk

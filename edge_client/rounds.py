@@ -11,18 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.control_variate import ControlVariate, control_change
-from edgetrain.edge_client.device import device_state, peak_memory_mb
-from edgetrain.edge_client.error_feedback import ErrorFeedback
-from edgetrain.edge_client.installation import Fetch
+from edgetrain.edge_client.durable.control_variate import ControlVariate, control_change
+from edgetrain.edge_client.durable.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.installation import Fetch
+from edgetrain.edge_client.host.device import device_state, peak_memory_mb
+from edgetrain.edge_client.host.policy import Policy
 from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Mailbox, RunOver
-from edgetrain.edge_client.policy import Policy
-from edgetrain.edge_client.privacy_budget import DeviceBudget
-from edgetrain.edge_client.private_steps import check_bundle
+from edgetrain.edge_client.privacy.sample_budget import DeviceBudget
+from edgetrain.edge_client.privacy.secure_aggregation import SecureParticipation
 from edgetrain.edge_client.runtimes.base import Vector
-from edgetrain.edge_client.secure_aggregation import SecureParticipation
-from edgetrain.edge_client.seeds import mix_seed
-from edgetrain.edge_client.trainer import evaluate, train
+from edgetrain.edge_client.training.private_steps import check_bundle
+from edgetrain.edge_client.training.seeds import mix_seed
+from edgetrain.edge_client.training.trainer import evaluate, train
 from edgetrain.edge_client.workplace import Workplace
 from edgetrain.protocol import CodecError
 from edgetrain.protocol.blobs import blob_ref

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.data import Dataset, load_dataset
-from edgetrain.edge_client.frozen_part import skip_frozen_part
-from edgetrain.edge_client.held_parameters import HeldParameters
-from edgetrain.edge_client.installation import install_bundle
+from edgetrain.edge_client.durable.held_parameters import HeldParameters
+from edgetrain.edge_client.durable.installation import install_bundle
+from edgetrain.edge_client.durable.personal import PersonalParameters
+from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.edge_client.mailbox import Mailbox
-from edgetrain.edge_client.personal import PersonalParameters
 from edgetrain.edge_client.runtimes.base import Session, Vector
-from edgetrain.edge_client.seeds import mix_seed
-from edgetrain.edge_client.state import ClientState
+from edgetrain.edge_client.training.data import Dataset, load_dataset
+from edgetrain.edge_client.training.frozen_part import skip_frozen_part
+from edgetrain.edge_client.training.seeds import mix_seed
 from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import BlobRef, Plan
 

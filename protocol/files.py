@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -54,6 +55,17 @@ def link_atomically(source: Path, path: Path) -> None:
         write_atomically(path, source.read_bytes(), durable=False)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def begin_writing(descriptor: int, start: int, stop: int) -> None:
+    """Lets the disk begin with bytes of an open file, so that a later fsync has less to wait for.
+
+    Where the system has no way to say so, or the disk does not take it, nothing happens: the fsync will tell.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            # Linux writes what it is told that nobody will read.
+            os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def sync_directory(path: Path) -> None:

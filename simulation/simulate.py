@@ -25,10 +25,10 @@ from edgetrain.coordinator.strategies import (
     StrategyTable,
     make_strategy,
 )
-from edgetrain.edge_client.data import Dataset
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.runtimes import Session
-from edgetrain.edge_client.trainer import evaluate
+from edgetrain.edge_client.training.data import Dataset
+from edgetrain.edge_client.training.trainer import evaluate
 from edgetrain.protocol import CodecError
 from edgetrain.protocol.codecs import CodecSpec, Limits, SparseOrDense, decode
 from edgetrain.protocol.groups import elements_of

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.control_variate import control_change
-from edgetrain.edge_client.data import Dataset
+from edgetrain.edge_client.durable.control_variate import control_change
 from edgetrain.edge_client.runtimes import Session
-from edgetrain.edge_client.trainer import train
+from edgetrain.edge_client.training.data import Dataset
+from edgetrain.edge_client.training.trainer import train
 from edgetrain.protocol.codecs import CodecSpec, Limits, decode, encode, residual
 from edgetrain.protocol.privacy.clipping import clip
 from edgetrain.protocol.training import TrainingConfig

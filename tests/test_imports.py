@@ -108,8 +108,8 @@ from edgetrain.coordinator.serve import Evaluator
 from edgetrain.edge_client import open_session
 from edgetrain.edge_client.client import Client, connection_will, new_connection
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.data import load_dataset
-from edgetrain.edge_client.state import ClientState
+from edgetrain.edge_client.training.data import load_dataset
+from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.transport import MemoryBroker
 

@@ -63,8 +63,10 @@ class AuditLog:
         self._head = Head(0, genesis(self._run))
         # What `commit` has sealed; the log ends there.
         self.sealed = self._head
-        # The last that were made, oldest first.
+        # The last that were made and are on the disk, oldest first.
         self.checkpoints: deque[Head] = deque(maxlen=KEEP_CHECKPOINTS)
+        # Those that are not yet.
+        self._noted: list[Head] = []
         self._pending: list[bytes] = []
         self._length = 0
         try:
@@ -126,19 +128,30 @@ class AuditLog:
         self._length += len(data)
         self._pending.clear()
         self._head = self.sealed = head
+        # On disk before anybody hears of them: the next process repeats them.
+        self.checkpoints.extend(self._noted)
+        self._noted.clear()
 
-    def checkpoint(self) -> Head:
-        """Commits, and notes the state of the log as one that clients are told.
+    def note_checkpoint(self) -> Head:
+        """Notes the state of the log as one that clients are told, after the next `commit`.
 
         Raises:
-            RunError: the disk did not take it.
+            RunError: the disk did not take what is in it.
         """
         self.commit()
         point = self.sealed
         self.append(Checkpoint(records=point.records, head=point.hash.hex()))
-        # On disk before anybody hears of it: the next process repeats it.
+        self._noted.append(point)
+        return point
+
+    def checkpoint(self) -> Head:
+        """The same, and commits it.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        point = self.note_checkpoint()
         self.commit()
-        self.checkpoints.append(point)
         return point
 
     def close(self) -> None:

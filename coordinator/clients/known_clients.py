@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from edgetrain.coordinator.clients.clients import ClientRecord, Roster
 from edgetrain.coordinator.run.exports import KnownClient
@@ -25,20 +25,30 @@ class KnownClients:
         self.roster = Roster(clock)
         for name, key, last in directory.load_clients():
             self.roster.add(ClientRecord(name, key, last_accepted=last))
-        self._saved = len(self.roster)
+        # By name: the last accepted update, as it is written down.
+        self._saved = {record.name: record.last_accepted for record in self.roster.all()}
 
     def save(self) -> None:
-        """Writes down names, keys and last accepted updates.
+        """Writes down names, keys and last accepted updates, where something is new.
 
         Raises:
             RunError: not writable.
         """
-        self._directory.save_clients(self.listed())
-        self._saved = len(self.roster)
+        if changed := self.changed():
+            self._directory.save_clients(changed)
+            self.note_saved(changed)
 
-    def listed(self) -> list[KnownClient]:
-        """Names, keys and last accepted updates."""
-        return [(record.name, record.public_key, record.last_accepted) for record in self.roster.all()]
+    def changed(self) -> list[KnownClient]:
+        """Names, keys and last accepted updates of those of whom this is not written down yet."""
+        return [
+            (record.name, record.public_key, record.last_accepted)
+            for record in self.roster.all()
+            if self._saved.get(record.name, ()) != record.last_accepted
+        ]
+
+    def note_saved(self, clients: Iterable[KnownClient]) -> None:
+        """They are written down."""
+        self._saved.update((name, last) for name, _, last in clients)
 
     def save_new(self) -> None:
         """Writes if somebody is new: a name belongs to its first key, also after a crash.
@@ -46,5 +56,5 @@ class KnownClients:
         Raises:
             RunError: not writable.
         """
-        if len(self.roster) != self._saved:
+        if len(self.roster) != len(self._saved):
             self.save()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from edgetrain.coordinator.beside import Beside
 from edgetrain.coordinator.errors import RunError, UpdateRefused
 from edgetrain.coordinator.rounds.contributions import Checks, accepted_row, offer_in
 from edgetrain.coordinator.run.journal import Invited, Journal, RoundOpened, UpdateAccepted
@@ -47,6 +48,8 @@ class Collection:
         self._strategy = strategy
         self._checks = Checks(num_parameters, limits, max_examples)
         self._journal: Journal | None = None
+        # What makes the beginning of the journal durable, while the clients train.
+        self._syncing: Beside[None] | None = None
         # Where several processes have a part of the journal each.
         self._lock: BinaryIO | None = None
         self._round = 0
@@ -99,7 +102,7 @@ class Collection:
             )
         self._journal = Journal(path, length=reader.length, salt=first.salt)
         if reader.length == 0:
-            # Not synced yet: how the round was opened is in the database, too.
+            # Not synced yet: `invite` begins that.
             self._journal.append(first)
         for worker, segment in segments_of(path).items():
             if worker >= workers:
@@ -194,13 +197,15 @@ class Collection:
         self._fold(meta.client, offer_in(meta.envelope), update, meta.training)
 
     def invite(self, clients: Sequence[str]) -> None:
-        """Notes who gets a plan. Not synced: only a power cut loses it, and then updates go back to their clients.
+        """Notes who gets a plan. It is not waited for: what a power cut takes away of it, it takes within milliseconds.
 
         Raises:
             RunError: the journal cannot be written.
         """
         assert self._journal is not None, "open comes first"
+        self._end_sync()
         self._journal.append(Invited(clients=tuple(clients)))
+        self._syncing = Beside(self._journal.commit)
 
     def accept(
         self, client: str, offer: Offer, envelope: bytes, update: bytes | memoryview, training: TrainingConfig
@@ -248,12 +253,24 @@ class Collection:
         self.digests |= digests
 
     def commit(self) -> None:
-        """Returns when everything accepted is on the disk."""
+        """Returns when everything accepted is on the disk.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
         assert self._journal is not None, "open comes first"
+        self._end_sync()
         self._journal.commit()
+
+    def _end_sync(self) -> None:
+        syncing, self._syncing = self._syncing, None
+        if syncing:
+            syncing.result()
 
     def close(self) -> None:
         """Closes the journal's file."""
+        if self._syncing:
+            self._syncing.join()
         if self._journal:
             self._journal.close()
         if self._lock:

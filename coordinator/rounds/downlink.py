@@ -19,13 +19,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.protocol.codecs import CodecSpec, Limits, decode, encode
+from edgetrain.coordinator.beside import Beside
+from edgetrain.protocol.blobs import blob_ref
+from edgetrain.protocol.codecs import CodecSpec, Encoding, begin_encoding, encode
+from edgetrain.protocol.messages import BlobRef
 
 Vector = npt.NDArray[np.float32]
 
 WHOLE = "dense|float32"
 # Older links are not worth their memory: whoever is further behind takes the parameters whole.
 KEEP_PATCHES = 8
+# Parameters from which on a patch is packed beside what else is to be done.
+WORTH_A_THREAD = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,8 @@ class EncodedPatch:
 
     base: bytes
     data: bytes
+    # Of `data`.
+    ref: BlobRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,7 @@ class Release:
     digest: bytes
     # `public`, encoded whole.
     whole: bytes
+    whole_ref: BlobRef
     # Oldest first, ending at `public`.
     patches: tuple[EncodedPatch, ...]
 
@@ -61,27 +69,39 @@ class Downlink:
     def __init__(self, codec: CodecSpec, public: Vector | None = None) -> None:
         self._codec = codec
         self._public = public
+        # Of `_public`, where it is known.
+        self._digest: bytes | None = None
         self._patches: deque[EncodedPatch] = deque(maxlen=KEEP_PATCHES)
+        # The last patch, until its bytes are made: its base, and it.
+        self._unpacked: tuple[bytes, Encoding] | None = None
 
-    def release(self, parameters: Vector, *, seed: int) -> Release:
-        """The next link.
+    def advance(self, parameters: Vector, *, seed: int) -> Vector:
+        """Makes the next link; `current` gives it out.
 
         Args:
             parameters: the true ones, float32 [num_parameters].
             seed: of stochastic codecs.
+
+        Returns:
+            The public parameters.
         """
+        self._pack()
         if self._public is None or not self.compresses:
-            self._public = parameters
+            self._public, self._digest = parameters, None
             self._patches.clear()
         else:
-            base = self._public
-            data = encode(parameters - base, self._codec, seed=seed)
-            change = decode(data, Limits(max_parameters=len(parameters)))
+            base, digest = self._public, self._public_digest()
+            encoding = begin_encoding(parameters - base, self._codec, seed=seed)
             # float32 additions in order: clients do the same and get the same bits.
             public = base.copy()
-            change.add_to(public)
-            self._public = public
-            self._patches.append(EncodedPatch(vector_digest(base), data))
+            encoding.restored().add_to(public)
+            self._public, self._digest = public, None
+            self._unpacked = (digest, encoding)
+        return self._public
+
+    def release(self, parameters: Vector, *, seed: int) -> Release:
+        """The next link, given out; arguments as of `advance`."""
+        self.advance(parameters, seed=seed)
         return self.current()
 
     @property
@@ -96,19 +116,34 @@ class Downlink:
 
     def holds(self, digest: bytes) -> bool:
         """Whether the last link is the one with this digest."""
-        return self._public is not None and vector_digest(self._public) == digest
+        return self._public is not None and self._public_digest() == digest
 
     def current(self) -> Release:
         """The last link again."""
-        assert self._public is not None, "release comes first"
-        return Release(
-            public=self._public,
-            digest=vector_digest(self._public),
-            whole=encode(self._public, WHOLE),
-            patches=tuple(self._patches),
-        )
+        assert self._public is not None, "advance comes first"
+        packing = Beside(self._pack) if len(self._public) >= WORTH_A_THREAD else None
+        digest = self._public_digest()
+        whole = encode(self._public, WHOLE)
+        ref = blob_ref(whole)
+        if packing:
+            packing.result()
+        self._pack()
+        return Release(public=self._public, digest=digest, whole=whole, whole_ref=ref, patches=tuple(self._patches))
+
+    def _pack(self) -> None:
+        if self._unpacked:
+            base, encoding = self._unpacked
+            data = encoding.payload()
+            self._patches.append(EncodedPatch(base, data, blob_ref(data)))
+            self._unpacked = None
+
+    def _public_digest(self) -> bytes:
+        assert self._public is not None
+        if self._digest is None:
+            self._digest = vector_digest(self._public)
+        return self._digest
 
 
 def vector_digest(vector: Vector) -> bytes:
     """SHA-256 of a vector as little-endian float32."""
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).digest()
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).digest()

@@ -75,7 +75,7 @@ class FixedPointSum:
             if update.indices is None:
                 self.total[piece] += quantized
             else:
-                self.total[update.indices[piece]] += quantized
+                np.add.at(self.total, update.indices[piece], quantized)
         self._bound += largest + 1
         self.weight += weight
         self.count += 1
@@ -100,6 +100,16 @@ class FixedPointSum:
     def mean(self) -> npt.NDArray[np.float64]:
         """The weighted mean, float64 [num_parameters]; zeros if nothing was added."""
         return self.over(self.weight)
+
+    def added_to(self, parameters: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Parameters plus the weighted mean: the sum is float64 and rounded once, float32 [num_parameters]."""
+        divisor = float(self.weight or 1) * 2.0**FRACTION_BITS
+        result = np.empty(len(self.total), np.float32)
+        for start in range(0, len(result), _PIECE):
+            piece = slice(start, start + _PIECE)
+            # With nothing added, the total is zero.
+            result[piece] = parameters[piece] + self.total[piece] / divisor
+        return result
 
     def over(self, divisor: float) -> npt.NDArray[np.float64]:
         """The sum divided by something else than the weights, float64 [num_parameters]; zeros for 0."""

@@ -137,8 +137,10 @@ class RoundOpening:
             else None,
             clip_norm=private.clip_norm(server_state) if private else 0.0,
             vector=release.digest,
-            parameters=self._blobs.add(release.whole),
-            patches=tuple(Patch(base=patch.base, blob=self._blobs.add(patch.data)) for patch in release.patches),
+            parameters=self._blobs.add(release.whole, release.whole_ref),
+            patches=tuple(
+                Patch(base=patch.base, blob=self._blobs.add(patch.data, patch.ref)) for patch in release.patches
+            ),
         )
 
     def _release(self, number: int, parameters: Vector) -> Release:
@@ -154,7 +156,10 @@ class RoundOpening:
         return self._released(number, parameters)
 
     def _released(self, number: int, parameters: Vector) -> Release:
-        release = self._downlink.release(parameters, seed=self._config.seed + number)
-        if self._downlink.compresses:
-            self._directory.save_public(number, release.public)
-        return release
+        public = self._downlink.advance(parameters, seed=self._config.seed + number)
+        saving = Beside(lambda: self._directory.save_public(number, public)) if self._downlink.compresses else None
+        try:
+            return self._downlink.current()
+        finally:
+            if saving:
+                saving.result()

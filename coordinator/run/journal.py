@@ -20,11 +20,13 @@ import msgspec
 
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.secure.secure_records import SecureRecord
-from edgetrain.protocol.files import sync_directory
+from edgetrain.protocol.files import begin_writing, sync_directory
 from edgetrain.protocol.training import TrainingConfig
 
 HEADER = struct.Struct("<2sBBIQI")
 MAGIC, VERSION = b"EJ", 1
+# After so many bytes the disk may begin.
+_WRITE_BYTES = 1 << 20
 
 
 class RoundOpened(msgspec.Struct, frozen=True, kw_only=True, tag="opened"):
@@ -72,7 +74,7 @@ class Journal:
 
     def __init__(self, path: Path, *, length: int = 0, salt: bytes = b"") -> None:
         self.path = path
-        self._length = length
+        self._length = self._begun = length
         self._salt = salt
         try:
             self._fresh = not path.exists()
@@ -100,6 +102,9 @@ class Journal:
             self._file.truncate(self._length)
             raise RunError(f"{self.path}: cannot write to the journal: {error}") from error
         self._length += len(record)
+        if self._length - self._begun >= _WRITE_BYTES:
+            begin_writing(self._file.fileno(), self._begun, self._length)
+            self._begun = self._length
 
     def commit(self) -> None:
         """Returns when all records are on the disk.

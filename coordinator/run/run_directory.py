@@ -69,6 +69,8 @@ class RunDirectory:
         self.path = Path(config.out)
         self._vectors = RunVectors(self.path, manifest)
         self._saving: tuple[int, Vector, Beside[None]] | None = None
+        # What follows the end of a round.
+        self._tidying: Beside[None] | None = None
         try:
             (self.path / "journal").mkdir(parents=True, exist_ok=True)
             (self.path / "parameters").mkdir(exist_ok=True)
@@ -133,7 +135,9 @@ class RunDirectory:
         record = self.records[-1]
         vector = self._vectors.load_parameters(record)
         try:
-            self._tidy(record.round)
+            best = self.best_round()
+            self._vectors.name_latest(record.round, best)
+            self._tidy(record.round, best)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written: {error}") from error
         return record.round, vector
@@ -172,6 +176,7 @@ class RunDirectory:
         server_state: ServerState | None = None,
         strategy: str = "",
         clients: list[KnownClient] | None = None,
+        tidy_later: bool = False,
     ) -> None:
         """Writes state and parameters, then the database's row that makes the round count, then tidies up.
 
@@ -182,22 +187,34 @@ class RunDirectory:
             server_state: what the strategy remembers.
             strategy: its name, for people.
             clients: as for `save_clients`.
+            tidy_later: do not wait until what nobody needs any more is deleted. What a stop leaves of it is done at
+                the next start.
 
         Raises:
             RunError: not writable; then the round has not closed and its journal is still there.
         """
         try:
+            self._end_tidying()
             self._save_parameters(record.round, parameters)
             if server_state:
                 digest = self._vectors.save_state(record.round, server_state, strategy)
                 record = msgspec.structs.replace(record, server_state_sha256=digest)
             self._log.close_round(record, rows, clients)
-            self._tidy(record.round)
+            best = self.best_round()
+            self._vectors.name_latest(record.round, best)
+            self._tidying = Beside(lambda: self._tidy(record.round, best))
+            if not tidy_later:
+                self._end_tidying()
         except OSError as error:
             raise RunError(f"{self.path}: cannot write round {record.round}: {error}") from error
 
-    def _tidy(self, number: int) -> None:
-        self._vectors.tidy(number, self.best_round())
+    def _end_tidying(self) -> None:
+        tidying, self._tidying = self._tidying, None
+        if tidying:
+            tidying.result()
+
+    def _tidy(self, number: int, best: int | None) -> None:
+        self._vectors.tidy(number, best)
         for path in (self.path / "journal").glob("round-*.journal"):
             if (journal := round_of(path)) is not None and journal <= number:
                 path.unlink()
@@ -319,6 +336,8 @@ class RunDirectory:
         """Seals the audit log, closes the database and lets go of the lock."""
         if self._saving:
             self._saving[2].join()
+        if self._tidying:
+            self._tidying.join()
         try:
             self.audit.close()
         finally:

@@ -101,7 +101,7 @@ class RunVectors:
         write_atomically(self._state_path(number), data)
         return hashlib.sha256(data).hexdigest()
 
-    def tidy(self, number: int, best: int | None) -> None:
+    def name_latest(self, number: int, best: int | None) -> None:
         """What follows when round `number` has closed; repeated at the next start, if a stop came between.
 
         Args:
@@ -114,6 +114,9 @@ class RunVectors:
         link_atomically(self._parameters_path(number), self.path / "parameters.safetensors")
         if best == number:
             link_atomically(self._parameters_path(number), self.path / "best.safetensors")
+
+    def tidy(self, number: int, best: int | None) -> None:
+        """Deletes what nobody needs after that; arguments and errors as of `name_latest`."""
         for path in (self.path / "strategy").glob("round-*.safetensors"):
             if (old := round_of(path)) is not None and old < number:
                 path.unlink()
@@ -143,7 +146,7 @@ class RunVectors:
         """
         path = self._public_path(number)
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, np.ascontiguousarray(vector, dtype="<f4").tobytes())
+        write_atomically(path, np.ascontiguousarray(vector, dtype="<f4").data)
 
     def load_public(self, newest: int) -> Vector | None:
         """What `save_public` kept of a round or the last before it, if it is there and of the right length.

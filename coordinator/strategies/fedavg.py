@@ -6,8 +6,6 @@ algorithm 1: the next parameters are the mean of the clients', weighted by their
 
 from __future__ import annotations
 
-import numpy as np
-
 from edgetrain.coordinator.rounds.folding import FixedPointSum
 from edgetrain.coordinator.strategies.base import Contribution, ServerState, Strategy, Vector
 
@@ -27,6 +25,6 @@ def fedavg(*, weighted: bool = True) -> Strategy:
         return partial
 
     def finish(partial: FixedPointSum, parameters: Vector, state: ServerState) -> tuple[Vector, ServerState]:
-        return (parameters + partial.mean()).astype(np.float32), state
+        return partial.added_to(parameters), state
 
     return Strategy("fedavg", init, fold, finish)

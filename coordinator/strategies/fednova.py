@@ -19,7 +19,7 @@ import numpy as np
 from edgetrain.coordinator.errors import UpdateRefused
 from edgetrain.coordinator.rounds.folding import FixedPointSum
 from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy, Vector
-from edgetrain.edge_client.schedules import learning_rate_factor
+from edgetrain.edge_client.training.schedules import learning_rate_factor
 from edgetrain.protocol.training import TrainingConfig
 
 # The norm is worked out step by step: nobody may claim so many that this takes long.

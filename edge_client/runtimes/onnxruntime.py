@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.memory import trim
+from edgetrain.edge_client.host.memory import trim
 from edgetrain.edge_client.runtimes.base import Parameters
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
 from edgetrain.edge_client.runtimes.leaves import Array

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.memory import give_back_memory
+from edgetrain.edge_client.host.memory import give_back_memory
 from edgetrain.edge_client.runtimes.base import (
     Batch,
     ClippedStepResult,

@@ -18,6 +18,7 @@ from edgetrain.coordinator.broker import start_broker
 from edgetrain.protocol.privacy.calibrate import noise_multiplier_for
 from edgetrain.protocol.privacy.distributed import distributed_noise
 from edgetrain.protocol.privacy.release import Release
+from edgetrain.protocol.secure_aggregation.arithmetic import Quantizer
 
 HERE = Path(__file__).parent
 HOSPITALS = ("aachen", "bergen", "cadiz", "dublin", "evora")
@@ -72,7 +73,7 @@ def one_round(noise_multiplier: float) -> Release:
     return distributed_noise(
         "discrete-gaussian",
         noise_multiplier=noise_multiplier,
-        l2_steps=CLIP_NORM * 127 / VALUE_RANGE,
+        l2_steps=CLIP_NORM / Quantizer(range=VALUE_RANGE).step,
         dimension=PARAMETERS,
         clients=len(HOSPITALS),
     ).release

@@ -9,15 +9,17 @@ The payload describes itself; `docs/codecs.md` gives every bit of it for decoder
 """
 
 from edgetrain.protocol.codecs.feedback import received, residual
-from edgetrain.protocol.codecs.layout import decode, encode
+from edgetrain.protocol.codecs.layout import Encoding, begin_encoding, decode, encode
 from edgetrain.protocol.codecs.negotiate import negotiate
 from edgetrain.protocol.codecs.result import Limits, SparseOrDense
 from edgetrain.protocol.codecs.spec import CodecSpec, supported_stages
 
 __all__ = [
     "CodecSpec",
+    "Encoding",
     "Limits",
     "SparseOrDense",
+    "begin_encoding",
     "decode",
     "encode",
     "negotiate",

@@ -11,6 +11,8 @@ from edgetrain.protocol.codecs.result import Bytes
 from edgetrain.protocol.errors import CodecError
 
 _VARINT_BYTES = 5
+# Bytes whose bits are unpacked at once.
+_AHEAD_BYTES = 1 << 14
 
 
 class Reader:
@@ -18,21 +20,28 @@ class Reader:
 
     def __init__(self, data: bytes | bytearray | memoryview) -> None:
         self._bytes: Bytes = np.frombuffer(data, np.uint8)
+        # The same: single bytes are read from here, which is much faster.
+        self._view = memoryview(data).cast("B")
+        self._size = len(self._view)
         self._position = 0
 
     @property
     def remaining(self) -> int:
         """Bytes not yet read."""
-        return len(self._bytes) - self._position
+        return self._size - self._position
 
     def take(self, count: int, what: str) -> Bytes:
         """The next `count` bytes, a view."""
-        if count > self.remaining:
-            raise CodecError(
-                f"truncated payload: {what} needs {count} bytes at byte {self._position}, {self.remaining} are left"
-            )
-        self._position += count
-        return self._bytes[self._position - count : self._position]
+        start, stop = self._position, self._position + count
+        if stop > self._size:
+            raise self._truncated(count, what)
+        self._position = stop
+        return self._bytes[start:stop]
+
+    def _truncated(self, count: int, what: str) -> CodecError:
+        return CodecError(
+            f"truncated payload: {what} needs {count} bytes at byte {self._position}, {self.remaining} are left"
+        )
 
     def array(self, count: int, dtype: str, what: str) -> npt.NDArray[Any]:
         """The next `count` elements of a little-endian dtype such as "<u2"."""
@@ -40,7 +49,11 @@ class Reader:
 
     def byte(self, what: str) -> int:
         """The next byte."""
-        return int(self.take(1, what)[0])
+        position = self._position
+        if position >= self._size:
+            raise self._truncated(1, what)
+        self._position = position + 1
+        return self._view[position]
 
     def varint(self, maximum: int, what: str) -> int:
         """The next LEB128 integer, at most `maximum`."""
@@ -66,14 +79,16 @@ class Reader:
     def integers(self, count: int, width: int, what: str) -> npt.NDArray[np.int64]:
         """The next `count` integers of `width` bits each, lowest bit first, int64 [count]."""
         columns = self.bits(count * width, what).reshape(count, width)
-        values = np.zeros(count, np.int64)
-        for i in range(width):
-            values |= columns[:, i].astype(np.int64) << i
-        return values
+        values: npt.NDArray[Any] = columns @ (1 << np.arange(width)).astype(np.uint8 if width <= 8 else np.int64)
+        return values.astype(np.int64)
 
     def peek(self, count: int) -> Bytes:
         """Up to `count` of the next bytes, without reading them."""
         return self._bytes[self._position : self._position + count]
+
+    def give_back(self, count: int) -> None:
+        """The last `count` bytes that were taken will be taken again."""
+        self._position -= count
 
     def bit_levels(self) -> BitLevels:
         """A cursor over bits whose number is not known beforehand; ends with `BitLevels.finish`."""
@@ -90,20 +105,27 @@ class BitLevels:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        # Bits of the last byte that the previous run left over.
-        self._left: Bytes = np.zeros(0, np.uint8)
+        # Bits that are unpacked, and how many of them are taken.
+        self._bits: Bytes = np.zeros(0, np.uint8)
+        self._taken = 0
 
     def take(self, count: int, what: str) -> Bytes:
         """The next `count` bits as 0 and 1."""
-        missing = max(0, count - len(self._left))
-        fresh = np.unpackbits(self._reader.take((missing + 7) // 8, what), bitorder="little")
-        bits = np.concatenate([self._left, fresh]) if len(self._left) else fresh
-        self._left = bits[count:]
-        return bits[:count]
+        missing = self._taken + count - len(self._bits)
+        if missing > 0:
+            # Some more at once: there are many short runs.
+            size = max((missing + 7) // 8, min(_AHEAD_BYTES, self._reader.remaining))
+            fresh = np.unpackbits(self._reader.take(size, what), bitorder="little")
+            left = self._bits[self._taken :]
+            self._bits, self._taken = np.concatenate([left, fresh]) if len(left) else fresh, 0
+        self._taken += count
+        return self._bits[self._taken - count : self._taken]
 
     def finish(self) -> None:
-        """Refuses padding that is not 0."""
-        if self._left.any():
+        """Gives back what was not asked for; refuses padding that is not 0."""
+        left = self._bits[self._taken :]
+        self._reader.give_back(len(left) // 8)
+        if left[: len(left) % 8].any():
             raise CodecError("padding bits that are not 0")
 
 
@@ -136,3 +158,11 @@ def pack_unary(values: npt.NDArray[np.int64]) -> bytes:
     bits = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, np.uint8)
     bits[ends] = 1
     return pack_bits(bits)
+
+
+def gaps_between(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many lie between each of ascending positions and the one before, int64 [len(positions)]; new."""
+    gaps = positions.copy()
+    gaps[1:] -= positions[:-1]
+    gaps[1:] -= 1
+    return gaps

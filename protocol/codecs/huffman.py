@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.protocol.codecs.bits import Reader, pack_bits, pack_unary
+from edgetrain.protocol.codecs.bits import Reader, gaps_between, pack_bits, pack_unary
 from edgetrain.protocol.codecs.result import Bytes
 from edgetrain.protocol.errors import CodecError
 
@@ -20,6 +20,9 @@ _FIRST_LENGTH = 7
 _TABLE_BITS_PER_SYMBOL = 31
 # Counts summed over so many neighbours give lengths that are cheaper to send; it pays for short updates.
 _WINDOWS = (1, 3, 9, 17)
+_ONE = np.uint16(1)
+# Symbols that are encoded at a time.
+_PIECE = 1 << 16
 
 
 def encode_symbols(symbols: Bytes) -> bytes:
@@ -97,12 +100,13 @@ def _pack_table(lengths: Bytes) -> bytes:
 
 def _read_table(reader: Reader, size: int) -> Bytes:
     raw = reader.peek(size * _TABLE_BITS_PER_SYMBOL // 8 + 1)
-    ends = np.flatnonzero(np.unpackbits(raw, bitorder="little"))[:size]
+    ends = np.unpackbits(raw, bitorder="little").nonzero()[0][:size]
     if len(ends) < size:
         raise CodecError(f"truncated payload: a table of {size} code lengths")
     reader.bits(int(ends[-1]) + 1, "code lengths")
-    zigzag = np.diff(ends, prepend=-1) - 1
-    lengths = _FIRST_LENGTH + np.cumsum(np.where(zigzag & 1, -(zigzag + 1) // 2, zigzag // 2))
+    zigzag = gaps_between(ends)
+    # 0, 1, 2, 3, 4 stand for 0, -1, 1, -2, 2.
+    lengths = _FIRST_LENGTH + ((zigzag >> 1) ^ -(zigzag & 1)).cumsum()
     if lengths.min() < 1 or lengths.max() > MAX_LENGTH:
         raise CodecError(f"code lengths from {lengths.min()} to {lengths.max()}, not within 1 to {MAX_LENGTH}")
     if int((1 << (MAX_LENGTH - lengths)).sum()) != 1 << MAX_LENGTH:
@@ -111,34 +115,36 @@ def _read_table(reader: Reader, size: int) -> Bytes:
 
 
 def _pack_codes(symbols: Bytes, lengths: Bytes) -> bytes:
-    codes = np.take(_canonical(lengths), symbols)
-    left = np.take(lengths, symbols)
-    shortest, longest = int(lengths.min()), int(lengths.max())
-    levels = []
-    for level in range(1, longest + 1):
-        if level > shortest:
-            pending = np.flatnonzero(left >= level)
-            codes, left = codes[pending], left[pending]
-        levels.append(((codes >> (MAX_LENGTH - level)) & 1).astype(np.uint8))
-    return pack_bits(np.concatenate(levels))
+    canonical = _canonical(lengths)
+    # Canonical: of the codes that end before a level, all are lower than the first that does not.
+    firsts = [int(canonical[lengths >= level].min()) for level in range(1, int(lengths.max()) + 1)]
+    levels: list[list[npt.NDArray[np.bool_]]] = [[] for _ in firsts]
+    # In pieces that stay in the processor's cache.
+    for start in range(0, len(symbols), _PIECE):
+        codes = np.take(canonical, symbols[start : start + _PIECE])
+        for level, first in enumerate(firsts):
+            if first:
+                codes = codes.take(np.flatnonzero(codes >= first))
+            levels[level].append((codes & (1 << (MAX_LENGTH - 1 - level))) != 0)
+    return pack_bits(np.concatenate([bits for level in levels for bits in level]))
 
 
 def _read_codes(reader: Reader, count: int, order: Bytes, per_length: list[int]) -> Bytes:
     symbols = np.zeros(0, np.uint8)
     # The symbols that are not complete: where they go, and their bits so far.
-    places = np.arange(0)
+    places = np.zeros(0, np.int64)
     codes = np.zeros(count, np.uint16)
     # Of the codes of this length, in canonical order: the first, and its rank among all.
     first = rank = 0
     levels = reader.bit_levels()
     for complete in per_length[1:]:
         first *= 2
-        codes <<= np.uint16(1)
+        codes <<= _ONE
         codes |= levels.take(len(codes), "Huffman codes")
         if not complete:
             continue
         # For codes that go on, a wrong symbol, which a later level replaces.
-        values = np.take(order, codes - np.uint16(first) + np.uint16(rank), mode="clip")
+        values = order.take(codes + np.uint16((rank - first) & 0xFFFF), mode="clip")
         if rank:
             symbols[places] = values
         else:
@@ -146,10 +152,10 @@ def _read_codes(reader: Reader, count: int, order: Bytes, per_length: list[int])
         first += complete
         rank += complete
         # Canonical: the complete codes of a length are its lowest.
-        pending = np.flatnonzero(codes >= first)
-        places = places[pending] if len(places) else pending
-        codes = codes[pending]
-        if not len(codes):
+        pending = (codes >= first).nonzero()[0]
+        if not len(pending):
             break
+        places = places.take(pending) if len(places) else pending
+        codes = codes.take(pending)
     levels.finish()
     return symbols

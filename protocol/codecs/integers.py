@@ -66,7 +66,7 @@ def _with_signs(reader: Reader, magnitudes: Bytes, num_nonzero: int) -> Codes:
     factors = np.int8(1) - np.int8(2) * negative.view(np.int8)
     if num_nonzero == len(codes):
         return codes * factors
-    codes[codes != 0] *= factors
+    codes[codes.nonzero()[0]] *= factors
     return codes
 
 
@@ -82,7 +82,7 @@ def _pack(codes: Codes, largest: int) -> bytes:
 
 def _unpack(reader: Reader, count: int, largest: int) -> Codes:
     if largest == 127:
-        codes = reader.array(count, "<i1", "int8 codes").copy()
+        codes = reader.array(count, "<i1", "int8 codes")
     else:
         raw = reader.take((count + 1) // 2, "int4 codes")
         nibbles = np.empty(2 * len(raw), np.uint8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
 
@@ -28,6 +30,8 @@ from edgetrain.protocol.errors import CodecError
 MAGIC = 0xE7
 VERSION = 1
 _INFINITY = 0x7F800000
+# How values are coded, and their bytes in pieces.
+_Packed = tuple[ValueCoding, tuple[bytes | memoryview, ...]]
 
 
 class IndexCoding(IntEnum):
@@ -70,6 +74,31 @@ def encode(delta: Vector, spec: str | CodecSpec, *, seed: int = 0, offsets: Sequ
     Raises:
         CodecError: no such codec, or a delta that it cannot carry.
     """
+    return begin_encoding(delta, spec, seed=seed, offsets=offsets).payload()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """A vector whose values are selected and quantized, so that what its receivers will see is settled."""
+
+    num_parameters: int
+    _indices: Indices | None
+    _restored: Callable[[], Vector]
+    _payload: Callable[[], bytes]
+
+    def payload(self) -> bytes:
+        """What `encode` returns."""
+        return self._payload()
+
+    def restored(self) -> SparseOrDense:
+        """What `decode` makes of the payload, which need not be there for it."""
+        return SparseOrDense(self.num_parameters, self._indices, self._restored())
+
+
+def begin_encoding(
+    delta: Vector, spec: str | CodecSpec, *, seed: int = 0, offsets: Sequence[int] | None = None
+) -> Encoding:
+    """The first half of `encode`; arguments and errors as there. The vector must not change before the second."""
     spec = CodecSpec.parse(spec) if isinstance(spec, str) else spec
     delta = np.asarray(delta)
     if delta.dtype != np.float32 or delta.ndim != 1:
@@ -77,22 +106,28 @@ def encode(delta: Vector, spec: str | CodecSpec, *, seed: int = 0, offsets: Sequ
     if len(delta) > MAX_PARAMETERS:
         raise CodecError(f"a delta of {len(delta)} parameters, at most {MAX_PARAMETERS} can be encoded")
     delta = np.ascontiguousarray(delta)
-    magnitudes = magnitude_bits(delta)
-    if len(delta) and magnitudes.max() >= _INFINITY:
-        position = int((magnitudes >= _INFINITY).argmax())
+    if not _is_finite(delta):
+        position = int((magnitude_bits(delta) >= _INFINITY).argmax())
         raise CodecError(f"the delta is not finite at position {position}: training diverged")
     tensors = _boundaries(spec, len(delta), offsets)
-    indices = select(spec, magnitudes, tensors, seed)
+    indices = select(spec, delta, tensors, seed)
     values = delta if indices is None else delta[indices]
-    index_coding, body = _encode_indices(spec, indices, len(delta), seed)
-    quantizer, coding, tail = _encode_values(spec, values, indices, tensors, seed)
-    body += tail
-    method = Wrap.NONE
-    if spec.zstd:
-        smaller = pack_varint(len(body)) + wrap.compress(body)
-        if len(smaller) < len(body):
-            method, body = Wrap.ZSTD, smaller
-    return bytes([MAGIC, VERSION, index_coding | quantizer << 4, coding | method << 4]) + body
+    quantizer, restored, packed = _quantize(spec, values, indices, tensors, seed)
+
+    def payload() -> bytes:
+        index_coding, head = _encode_indices(spec, indices, len(delta), seed)
+        coding, tail = packed()
+        body: tuple[bytes | memoryview, ...] = (head, *tail)
+        method = Wrap.NONE
+        if spec.zstd:
+            plain = b"".join(body)
+            smaller = pack_varint(len(plain)) + wrap.compress(plain)
+            if len(smaller) < len(plain):
+                method, body = Wrap.ZSTD, (smaller,)
+        first = bytes([MAGIC, VERSION, index_coding | quantizer << 4, coding | method << 4])
+        return b"".join((first, *body))
+
+    return Encoding(len(delta), indices, restored, payload)
 
 
 def decode(data: bytes | bytearray | memoryview, limits: Limits) -> SparseOrDense:
@@ -110,10 +145,8 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits) -> SparseOrDens
         raise CodecError(f"not an encoded update: it starts with 0x{magic:02x}, not 0x{MAGIC:02x}")
     if version != VERSION:
         raise CodecError(f"an update of codec version {version}, this edgetrain reads {VERSION}: upgrade")
-    index_coding = _member(IndexCoding, first & 0xF, "index coding")
-    quantizer = _member(Quantizer, first >> 4, "quantizer")
-    coding = _member(ValueCoding, second & 0xF, "value coding")
-    if _member(Wrap, second >> 4, "wrap") is Wrap.ZSTD:
+    index_coding, quantizer, coding, wrapped = _stages(first, second)
+    if wrapped is Wrap.ZSTD:
         size = reader.varint(limits.payload_bytes, "decompressed size")
         reader = Reader(wrap.decompress(reader.take(reader.remaining, "zstd frame").tobytes(), size))
     num_parameters = reader.varint(min(limits.max_parameters, MAX_PARAMETERS), "number of parameters")
@@ -161,27 +194,36 @@ def _decode_indices(reader: Reader, coding: IndexCoding, size: int) -> tuple[int
     return count, indices
 
 
-def _encode_values(
+def _quantize(
     spec: CodecSpec, values: Vector, indices: Indices | None, tensors: Indices, seed: int
-) -> tuple[Quantizer, ValueCoding, bytes]:
+) -> tuple[Quantizer, Callable[[], Vector], Callable[[], _Packed]]:
+    """How they are coded, what makes of them what a receiver decodes, and what makes their bytes."""
     if spec.quantize == "float32":
-        return Quantizer.FLOAT32, ValueCoding.PACKED, values.astype("<f4").tobytes()
+        return Quantizer.FLOAT32, values.copy, lambda: (ValueCoding.PACKED, (values.astype("<f4", copy=False).data,))
     if spec.quantize == "float16":
         with np.errstate(over="ignore", under="ignore"):
             halves = values.astype("<f2")
         if not np.isfinite(halves).all():
             raise CodecError(f"a value of {np.abs(values).max():.3g} is beyond float16: use int8 or float32")
-        return Quantizer.FLOAT16, ValueCoding.PACKED, halves.tobytes()
+        return Quantizer.FLOAT16, lambda: halves.astype(np.float32), lambda: (ValueCoding.PACKED, (halves.data,))
     starts, blocks = _encode_blocks(spec, len(values), indices, tensors)
     if spec.quantize in LARGEST:
         largest = LARGEST[spec.quantize]
         scales, codes = to_integers(
             values, starts, largest, stochastic=spec.stochastic, seed=seed, quantizer=spec.quantize
         )
-        coding, tail = encode_codes(codes, largest, huffman=spec.values == "huffman")
-        return Quantizer[spec.quantize.upper()], coding, blocks + scales.astype("<u2").tobytes() + tail
+
+        def packed() -> _Packed:
+            coding, coded = encode_codes(codes, largest, huffman=spec.values == "huffman")
+            return coding, (blocks, scales.astype("<u2").tobytes(), coded)
+
+        return Quantizer[spec.quantize.upper()], lambda: from_integers(codes, scales, starts), packed
     scales, negative = to_signs(values, starts)
-    return Quantizer.SIGN, ValueCoding.PACKED, blocks + scales.astype("<u2").tobytes() + pack_bits(negative)
+    return (
+        Quantizer.SIGN,
+        lambda: from_signs(negative, scales, starts),
+        lambda: (ValueCoding.PACKED, (blocks, scales.astype("<u2").tobytes(), pack_bits(negative))),
+    )
 
 
 def _decode_values(reader: Reader, quantizer: Quantizer, coding: ValueCoding, count: int) -> Vector:
@@ -190,11 +232,11 @@ def _decode_values(reader: Reader, quantizer: Quantizer, coding: ValueCoding, co
     if quantizer in (Quantizer.FLOAT32, Quantizer.FLOAT16):
         dtype = "<f4" if quantizer is Quantizer.FLOAT32 else "<f2"
         values: Vector = reader.array(count, dtype, "values").astype(np.float32)
-        if count and magnitude_bits(values).max() >= _INFINITY:
+        if not _is_finite(values):
             raise CodecError("values that are not finite")
         return values
     starts = _decode_blocks(reader, count)
-    scales = reader.array(len(starts), "<u2", "scales").astype(np.uint16)
+    scales = reader.array(len(starts), "<u2", "scales")
     if quantizer is Quantizer.SIGN:
         check_scales(scales, 1)
         return from_signs(reader.bits(count, "signs"), scales, starts)
@@ -227,6 +269,22 @@ def _decode_blocks(reader: Reader, count: int) -> Indices:
     if num_blocks == 0 or (len(rest) and rest[0] == 0):
         raise CodecError(f"{num_blocks} blocks, or an empty one, for {count} values")
     return np.concatenate([np.zeros(1, np.int64), rest])
+
+
+def _is_finite(values: Vector) -> bool:
+    # A NaN is the largest and the smallest of all.
+    return not len(values) or bool(np.isfinite(values.max()) and np.isfinite(values.min()))
+
+
+@functools.cache
+def _stages(first: int, second: int) -> tuple[IndexCoding, Quantizer, ValueCoding, Wrap]:
+    """What bytes 2 and 3 name; few combinations come again and again."""
+    return (
+        _member(IndexCoding, first & 0xF, "index coding"),
+        _member(Quantizer, first >> 4, "quantizer"),
+        _member(ValueCoding, second & 0xF, "value coding"),
+        _member(Wrap, second >> 4, "wrap"),
+    )
 
 
 _Enum = TypeVar("_Enum", bound=IntEnum)

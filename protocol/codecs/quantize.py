@@ -54,7 +54,9 @@ def to_integers(
 
 def from_integers(codes: Codes, scales: Scales, starts: Indices) -> Vector:
     """The product of each code and its block's scale; exact."""
-    return codes * _spread(from_bfloat16(scales), starts, len(codes))
+    values = codes.astype(np.float32)
+    values *= _spread(from_bfloat16(scales), starts, len(codes))
+    return values
 
 
 def to_signs(values: Vector, starts: Indices) -> tuple[Scales, Bytes]:
@@ -80,8 +82,9 @@ def check_scales(scales: Scales, largest: int) -> None:
     """Refuses scales that are negative, or whose product with `largest` is not finite."""
     if not len(scales):
         return
-    top = int(scales.max())
-    if top > _FINITE or float(from_bfloat16(scales).max()) * largest > _LARGEST_FLOAT:
+    # Of scales that are not negative, the order is that of their bits.
+    top = int(np.maximum.reduce(scales))
+    if top > _FINITE or float(np.uint32(top << 16).view(np.float32)) * largest > _LARGEST_FLOAT:
         raise CodecError(f"scale 0x{top:04x}: its values would not be finite")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgetrain.protocol.codecs.bits import Reader, pack_integers, pack_unary, pack_varint
+from edgetrain.protocol.codecs.bits import Reader, gaps_between, pack_integers, pack_unary, pack_varint
 from edgetrain.protocol.codecs.result import Indices
 from edgetrain.protocol.errors import CodecError
 
@@ -39,12 +39,15 @@ def decode_positions(reader: Reader, count: int, size: int) -> Indices:
         raise CodecError(f"Rice parameter {k}, at most {_MAX_PARAMETER} is allowed")
     total = reader.varint((size - count) >> k, "sum of the Rice quotients")
     bits = reader.bits(total + count, "Rice quotients")
-    ends = np.flatnonzero(bits)
+    ends = bits.nonzero()[0]
     if len(ends) != count or ends[-1] != total + count - 1:
         raise CodecError(f"Rice quotients: not {count} unary numbers that add up to {total}")
-    gaps = (np.diff(ends, prepend=-1) - 1) << k
+    gaps = gaps_between(ends)
+    gaps <<= k
     gaps |= reader.integers(count, k, "Rice remainders")
-    positions: Indices = np.cumsum(gaps + 1) - 1
+    gaps += 1
+    positions: Indices = gaps.cumsum()
+    positions -= 1
     if positions[-1] >= size:
         raise CodecError(f"position {positions[-1]} in a vector of {size}")
     return positions

@@ -20,17 +20,18 @@ def magnitude_bits(delta: Vector) -> npt.NDArray[np.uint32]:
     return delta.view(np.uint32) & _ABS
 
 
-def select(spec: CodecSpec, magnitudes: npt.NDArray[np.uint32], tensors: Indices, seed: int) -> Indices | None:
+def select(spec: CodecSpec, delta: Vector, tensors: Indices, seed: int) -> Indices | None:
     """Ascending positions that are sent, int64 [m]; None for all of them.
 
     Args:
         spec: the codec.
-        magnitudes: from `magnitude_bits`, uint32 [n].
+        delta: float32 [n], finite.
         tensors: boundaries of the tensors, int64 [t + 1], from 0 to n.
         seed: for randk.
     """
-    size = len(magnitudes)
+    size = len(delta)
     if spec.select == "topk":
+        magnitudes = magnitude_bits(delta)
         spans = _spans(tensors) if spec.per_tensor else iter([(0, size)])
         found = [start + top_k(magnitudes[start:stop], count_of(spec, stop - start)) for start, stop in spans]
         return np.concatenate([np.zeros(0, np.int64), *found])
@@ -40,7 +41,7 @@ def select(spec: CodecSpec, magnitudes: npt.NDArray[np.uint32], tensors: Indices
         threshold = np.float32(spec.amount) if spec.amount <= float(np.finfo(np.float32).max) else np.float32(np.inf)
         if float(threshold) > spec.amount:
             threshold = np.nextafter(threshold, np.float32(0))
-        return np.flatnonzero(magnitudes > threshold.view(np.uint32))
+        return np.flatnonzero(magnitude_bits(delta) > threshold.view(np.uint32))
     if spec.select == "randk":
         return random_k(size, count_of(spec, size), seed)
     return None

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from edgetrain.edge_client.runtimes import open_session
-from edgetrain.edge_client.selftest import read_self_test, run_self_test
+from edgetrain.edge_client.training.selftest import read_self_test, run_self_test
 from edgetrain.protocol import Limits, decode, encode
 from edgetrain.protocol.bundle import Bundle
 

@@ -11,9 +11,9 @@ from edgetrain.coordinator import events
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig, StopConfig
 from edgetrain.coordinator.evaluation import Evaluation
 from edgetrain.coordinator.run.past_run import PastRun
-from edgetrain.edge_client.data import Dataset
 from edgetrain.edge_client.runtimes import open_session
-from edgetrain.edge_client.trainer import evaluate
+from edgetrain.edge_client.training.data import Dataset
+from edgetrain.edge_client.training.trainer import evaluate
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.errors import EdgetrainError
 from edgetrain.protocol.training import TrainingConfig

@@ -170,6 +170,23 @@ def test_an_older_copy_of_everything_is_found_by_what_a_client_has_seen(small):
         verify_audit(small, public_key=KEY.public_key, seen={seen.records: seen.hash})
 
 
+def test_a_checkpoint_is_told_when_the_next_commit_has_it_on_the_disk(small):
+    log = open_log(small)
+    log.append(Command(command="pause"))
+    point = log.note_checkpoint()
+    assert list(log.checkpoints) == []
+    assert (point, point.records) == (log.sealed, 8)
+    log.append(Command(command="resume"))
+    log.commit()
+    assert list(log.checkpoints) == [point]
+    log.close()
+    kinds = [json.loads(line)["type"] for line in (small / "audit.jsonl").read_bytes().splitlines()][6:]
+    assert kinds == ["command", "seal", "checkpoint", "command", "seal"]
+    again = open_log(small)
+    assert list(again.checkpoints) == [point]
+    again.close()
+
+
 # --- crashes -----------------------------------------------------------------------------------------
 
 

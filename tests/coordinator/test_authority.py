@@ -18,7 +18,7 @@ from edgetrain.coordinator.authority.certificates import make_authority, revocat
 from edgetrain.coordinator.clients.enrolments import Enrolments
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.edge_client.config import ClientConfig, SecureAggregationConfig
-from edgetrain.edge_client.enrolled import who_is_enrolled
+from edgetrain.edge_client.privacy.enrolled import who_is_enrolled
 from edgetrain.protocol.config import convert, read_toml
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.signing import SigningKey

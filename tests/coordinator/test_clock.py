@@ -25,7 +25,7 @@ STAMPS = {
     "coordinator/run/serials.py",
 }
 # Hours of the day are the wall clock's.
-QUIET_HOURS = {"edge_client/policy.py"}
+QUIET_HOURS = {"edge_client/host/policy.py"}
 WALL = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from tests.coordinator.test_coordinator import expected_parameters, final_parame
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator.rounds.collection import Collection
 from edgetrain.coordinator.run.database import RunDatabase
-from edgetrain.coordinator.run.journal import Journal, RoundOpened, UpdateAccepted
+from edgetrain.coordinator.run.journal import Invited, Journal, RoundOpened, UpdateAccepted
 from edgetrain.coordinator.run.journal_reading import read_journal
 from edgetrain.coordinator.run.run_directory import RunDirectory
+from edgetrain.coordinator.strategies import make_strategy
+from edgetrain.protocol.codecs import Limits
 from edgetrain.protocol.signing import SigningKey
 from support.scripted import Crash, ScriptedClient, ScriptedFederation
 
@@ -279,6 +283,28 @@ def test_a_run_that_is_over_stays_over(tiny_bundle, ram_path):
     assert (summary.status, summary.rounds) == ("completed", 3)
     np.testing.assert_array_equal(final_parameters(federation), before)
     check(federation)
+
+
+def test_how_a_round_began_is_on_the_disk_before_any_update_is(tiny_bundle, ram_path, monkeypatch):
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
+    directory = RunDirectory(federation.config, federation.bundle.manifest, federation.bundle.digest)
+    synced, sync = [], os.fsync
+
+    def fsync(file):
+        sync(file)
+        synced.append(Path(f"/proc/self/fd/{file}").readlink())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    collection = Collection(make_strategy("fedavg"), 4, {}, Limits(max_parameters=4), 1000)
+    opened = RoundOpened(run=directory.run, round=1, nonce=bytes(16), parameters=bytes(32), salt=bytes(16))
+    collection.open(directory, opened)
+    journal = directory.journal_path(1)
+    assert synced == []
+    collection.invite(["a", "b"])
+    collection.close()
+    assert synced == [journal, journal.parent]
+    assert [meta for meta, _ in read_journal(journal)] == [opened, Invited(clients=("a", "b"))]
+    directory.close()
 
 
 def test_a_journal_of_another_round_is_an_error(tiny_bundle, ram_path):

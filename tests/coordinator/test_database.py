@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 
+import msgspec
 import pytest
 
 from edgetrain.coordinator.errors import RunError
@@ -98,4 +99,15 @@ def test_a_key_stays_the_first(tmp_path):
     database.save_clients([("a", b"k" * 32, None)])
     database.save_clients([("a", b"thief".ljust(32), (3, b"d" * 32))])
     assert database.clients() == [("a", b"k" * 32, (3, b"d" * 32))]
+    database.close()
+
+
+def test_a_note_that_does_not_wait_for_the_disk_is_read_by_the_next_and_the_rest_waits(tmp_path, connection):
+    database = RunDatabase(tmp_path)
+    opened = RoundOpened(run=bytes(16), round=1, nonce=bytes(16), parameters=bytes(32))
+    database.note_opened(opened)
+    # As after kill -9: nothing was closed.
+    [(noted,)] = connection.execute("SELECT opened FROM opened_rounds").fetchall()
+    assert msgspec.msgpack.decode(noted, type=RoundOpened) == opened
+    assert database._connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
     database.close()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgetrain.coordinator.rounds.downlink import KEEP_PATCHES, Downlink, vector_digest
-from edgetrain.edge_client.held_parameters import HeldParameters
+from edgetrain.edge_client.durable.held_parameters import HeldParameters
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import CodecSpec, Limits, decode, encode
@@ -103,6 +103,18 @@ def test_a_client_that_was_away_applies_several_patches_or_takes_the_whole():
     fetch = Fetcher(release)
     assert held.advance(plan_of(release, 9), fetch).tobytes() == release.public.tobytes()
     assert fetch.bytes == len(release.whole)
+
+
+def test_a_release_is_the_same_whether_it_is_made_by_one_thread_or_two(monkeypatch):
+    releases = []
+    for worth in (0, N + 1):
+        monkeypatch.setattr("edgetrain.coordinator.rounds.downlink.WORTH_A_THREAD", worth)
+        downlink = Downlink(INT8)
+        releases.append([downlink.release(vector, seed=number) for number, vector in enumerate(walk(4))])
+    for one, other in zip(*releases, strict=True):
+        assert (one.digest, one.whole, one.patches) == (other.digest, other.whole, other.patches)
+        assert (one.digest, one.whole_ref) == (vector_digest(one.public), blob_ref(one.whole))
+        assert [patch.ref for patch in one.patches] == [blob_ref(patch.data) for patch in one.patches]
 
 
 def test_the_same_plan_again_fetches_nothing():

@@ -25,10 +25,11 @@ from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
 from edgetrain.coordinator.secure.secure_coordinator import SecureCoordinator
 from edgetrain.coordinator.secure.secure_round import SecureRound
 from edgetrain.coordinator.secure.secure_settings import round_settings
-from edgetrain.edge_client import secure_aggregation as participation
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.config import SecureAggregationConfig as Demands
-from edgetrain.edge_client.enrolled import read_enrolled
+from edgetrain.edge_client.errors import StateError
+from edgetrain.edge_client.privacy import secure_aggregation as participation
+from edgetrain.edge_client.privacy.enrolled import read_enrolled
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.enrolment import Authority, authority_key, prove_enrolment
 from edgetrain.protocol.errors import ConfigError, SecureAggregationError
@@ -602,3 +603,19 @@ def test_what_a_client_asks_for(tmp_path, federate):
     path.write_text("c abc\n")
     with pytest.raises(ConfigError, match="line 1"):
         read_enrolled(path)
+
+
+def test_a_client_that_cannot_store_its_session_says_nothing_of_it(federate):
+    """What it said would be forgotten with the process, and could be said a second time in another way."""
+    federation = federate()
+    client, sent = federation.clients["client-0"], []
+    client._mail.send = sent.append
+    (client._state.path / "secure.bin").mkdir()
+    settings = Settings(minimum=3, count=7, seed=1, quantizer=Quantizer(range=0.5))
+    plan = Plan(run=bytes(16), round=1, nonce=bytes(16), bundle=bytes(32), vector=bytes(32),
+                parameters=BlobRef(digest=bytes(32), size=1), deadline_seconds=1, secure=encode(settings))  # fmt: skip
+    feedback = client._state.error_feedback(bundle=bytes(32), run=bytes(16), num_parameters=66)
+    for _ in range(2):
+        with pytest.raises(StateError, match="cannot store the session"):
+            client._secure.take_part(plan, feedback, weight=1, seed=0, resources=None, fetch=None, is_over=lambda: True)
+    assert sent == []

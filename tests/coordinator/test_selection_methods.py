@@ -19,7 +19,7 @@ from edgetrain.coordinator.rounds.selection import (
     unfit,
 )
 from edgetrain.coordinator.run.records import ClientRow
-from edgetrain.edge_client.device import device_state, is_news
+from edgetrain.edge_client.host.device import device_state, is_news
 from edgetrain.protocol.messages import DeviceState
 
 

@@ -14,9 +14,9 @@ from edgetrain.coordinator.rounds.collection import Collection
 from edgetrain.coordinator.rounds.rounds import OUTSTANDING
 from edgetrain.coordinator.rounds.selection import SelectionConfig
 from edgetrain.coordinator.run.requests import write_request
-from edgetrain.edge_client.data import Dataset
 from edgetrain.edge_client.rounds import Rounds
 from edgetrain.edge_client.runtimes import open_session
+from edgetrain.edge_client.training.data import Dataset
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.groups import elements_of

@@ -15,13 +15,13 @@ from edgetrain.coordinator.post import COORDINATOR
 from edgetrain.edge_client import open_session
 from edgetrain.edge_client.client import Client, connection_will, new_connection
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.data import load_dataset
-from edgetrain.edge_client.dataset import Dataset
-from edgetrain.edge_client.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.edge_client.errors import DataError, RefusedError, SessionError
-from edgetrain.edge_client.policy import LOOK_SECONDS, Policy, PolicyConfig, Surroundings
-from edgetrain.edge_client.state import ClientState
-from edgetrain.edge_client.trainer import evaluate, train
+from edgetrain.edge_client.host.policy import LOOK_SECONDS, Policy, PolicyConfig, Surroundings
+from edgetrain.edge_client.training.data import load_dataset
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.trainer import evaluate, train
 from edgetrain.edge_client.workplace import split_validation
 from edgetrain.protocol import BundleError, EdgetrainError, Limits, decode
 from edgetrain.protocol.blobs import HEADER_BYTES, cut
@@ -297,7 +297,7 @@ class Disk:
 
 
 def test_a_full_disk_declines_with_the_reason_sends_nothing_and_is_survived(scene, monkeypatch, caplog):
-    disk = Disk(monkeypatch, "checked_file")
+    disk = Disk(monkeypatch, "durable.checked_file")
     coordinator = scene.coordinator
     plans = [coordinator.plan(START, number, codec="dense|float32") for number in (1, 2)]
 
@@ -326,7 +326,7 @@ def test_a_full_disk_declines_with_the_reason_sends_nothing_and_is_survived(scen
 
 def test_a_disk_that_is_full_when_the_verdict_comes_settles_later(scene, monkeypatch):
     """The update was accepted, the disk does not know: it is offered again, not made again, and settled once."""
-    disk = Disk(monkeypatch, "checked_file")
+    disk = Disk(monkeypatch, "durable.checked_file")
     disk.full = False
     coordinator = scene.coordinator
     plans = [coordinator.plan(START, number, codec="topk:0.1|float32") for number in (1, 2)]

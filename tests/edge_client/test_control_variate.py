@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from edgetrain.edge_client.control_variate import ControlVariate, control_change
-from edgetrain.edge_client.personal import PersonalParameters
+from edgetrain.edge_client.durable.control_variate import ControlVariate, control_change
+from edgetrain.edge_client.durable.personal import PersonalParameters
+from edgetrain.edge_client.errors import StateError
 from edgetrain.protocol.codecs import SparseOrDense
 from edgetrain.protocol.training import ScheduleConfig, TrainingConfig
 
@@ -94,3 +95,14 @@ def test_personal_parameters_are_kept_and_laid_over(tmp_path):
     (tmp_path / "personal.bin").write_bytes(data[:-1])
     assert personal(tmp_path).overlay(received).tolist() == [1, 2, 3, 4]
     assert received.tolist() == [1, 2, 3, 4]
+
+
+def test_personal_parameters_that_cannot_be_stored_are_those_of_before(tmp_path):
+    mine = personal(tmp_path)
+    mine.keep(np.array([9, 8, 7, 6], np.float32), training=(b"run", 1))
+    (tmp_path / "personal.bin").unlink()
+    (tmp_path / "personal.bin").mkdir()
+    with pytest.raises(StateError, match="cannot store the personal parameters"):
+        mine.keep(np.array([9, 80, 7, 60], np.float32), training=(b"run", 2))
+    # The round is trained again, from where it began.
+    assert mine.overlay(np.ones(4, np.float32), training=(b"run", 2)).tolist() == [1, 8, 1, 6]

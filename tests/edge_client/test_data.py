@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgetrain.edge_client.data import Dataset, load_dataset
 from edgetrain.edge_client.errors import DataError
+from edgetrain.edge_client.training.data import Dataset, load_dataset
 from edgetrain.protocol.bundle import Bundle
 from support.tiny_bundle import make_data, write_tiny_bundle
 
@@ -243,7 +243,7 @@ def test_sources_that_are_none(tmp_path, manifest):
 
 def test_a_dataset_is_returned_as_it_is(tmp_path, manifest):
     (tmp_path / "a.py").write_text(
-        "import numpy as np\nfrom edgetrain.edge_client.data import Dataset\n"
+        "import numpy as np\nfrom edgetrain.edge_client.training.data import Dataset\n"
         "def load(): return Dataset(np.ones((3, 5)), np.zeros(3, int))\n"
     )
     dataset = load_dataset(f"{tmp_path / 'a.py'}:load", manifest)

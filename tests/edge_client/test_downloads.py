@@ -8,7 +8,7 @@ import random
 import pytest
 
 from edgetrain.edge_client.downloads import Download
-from edgetrain.edge_client.garbage import forget_old_bundles
+from edgetrain.edge_client.durable.garbage import forget_old_bundles
 from edgetrain.protocol.blobs import Assembler, blob_ref, cut, parse_chunk
 from edgetrain.protocol.partial import PartialBlob, forget_partial_blobs
 from edgetrain.protocol.ranges import RangeSet

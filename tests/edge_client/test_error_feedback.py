@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edgetrain.edge_client.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.error_feedback import ErrorFeedback
 from edgetrain.edge_client.errors import StateError
 from edgetrain.protocol import CodecError, Limits, decode
 from edgetrain.protocol.blobs import blob_ref

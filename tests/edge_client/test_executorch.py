@@ -24,7 +24,7 @@ from edgetrain.edge_client import open_session  # noqa: E402
 from edgetrain.edge_client.errors import DataError, SessionError  # noqa: E402
 from edgetrain.edge_client.runtimes import executorch_build, find_runtime  # noqa: E402
 from edgetrain.edge_client.runtimes.executorch_library import Program, ProgramError  # noqa: E402
-from edgetrain.edge_client.selftest import run_self_test  # noqa: E402
+from edgetrain.edge_client.training.selftest import run_self_test  # noqa: E402
 from edgetrain.protocol.bundle import Bundle  # noqa: E402
 from edgetrain.protocol.errors import BundleError  # noqa: E402
 from support.bundles import eager_step, flat_parameters  # noqa: E402
@@ -299,7 +299,7 @@ import sys
 sys.modules["torch"] = None  # an import of torch fails
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.edge_client import open_session
-from edgetrain.edge_client.selftest import run_self_test
+from edgetrain.edge_client.training.selftest import run_self_test
 bundle = Bundle(sys.argv[1])
 report = run_self_test(bundle, open_session(bundle, "executorch"))
 assert report.worst < 1e-5, report

@@ -15,11 +15,11 @@ pytest.importorskip("torch")
 
 from edgetrain.edge_client import open_session
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import StateError
-from edgetrain.edge_client.feature_cache import cache_features
-from edgetrain.edge_client.frozen_part import skip_frozen_part
-from edgetrain.edge_client.trainer import evaluate, train
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.feature_cache import cache_features
+from edgetrain.edge_client.training.frozen_part import skip_frozen_part
+from edgetrain.edge_client.training.trainer import evaluate, train
 from edgetrain.export import export_bundle
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.training import TrainingConfig

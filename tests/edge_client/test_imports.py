@@ -23,8 +23,8 @@ TRAIN = """
 import sys
 import numpy as np
 from edgetrain.edge_client import available_runtimes, open_session
-from edgetrain.edge_client.data import Dataset
-from edgetrain.edge_client.trainer import evaluate, train
+from edgetrain.edge_client.training.data import Dataset
+from edgetrain.edge_client.training.trainer import evaluate, train
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.training import TrainingConfig
 bundle = Bundle(sys.argv[1])

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("torch")
 
 from edgetrain.edge_client import open_session
-from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
-from edgetrain.edge_client.trainer import evaluate, train
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.trainer import evaluate, train
 from edgetrain.export import Storage, export_bundle
 from edgetrain.models import get_model
 from edgetrain.models.data import digits

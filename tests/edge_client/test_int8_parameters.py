@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from edgetrain.edge_client.errors import TrainingError
-from edgetrain.edge_client.local_parameters import RoundedParameters
-from edgetrain.edge_client.optimizers import sgd
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
+from edgetrain.edge_client.training.local_parameters import RoundedParameters
+from edgetrain.edge_client.training.optimizers import sgd
 from edgetrain.protocol.int8 import representable
 from edgetrain.protocol.manifest import ParameterEntry
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from edgetrain.edge_client import available_runtimes, open_session
-from edgetrain.edge_client.dataset import Dataset
-from edgetrain.edge_client.schedules import learning_rate_factor
-from edgetrain.edge_client.trainer import batches, evaluate, train
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.schedules import learning_rate_factor
+from edgetrain.edge_client.training.trainer import batches, evaluate, train
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.training import ScheduleConfig, TrainingConfig
 

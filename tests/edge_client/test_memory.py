@@ -14,12 +14,12 @@ import psutil
 import pytest
 
 from edgetrain.edge_client import open_session
-from edgetrain.edge_client.data import load_dataset
-from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import DataError
-from edgetrain.edge_client.memory import MappedRows, forget_code, map_rows, only_of_files
+from edgetrain.edge_client.host.memory import MappedRows, forget_code, map_rows, only_of_files
 from edgetrain.edge_client.runtimes.onnxruntime import OnnxGraph
-from edgetrain.edge_client.selftest import read_self_test
+from edgetrain.edge_client.training.data import load_dataset
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.selftest import read_self_test
 from edgetrain.protocol.bundle import Bundle
 from support.tiny_bundle import make_data, write_tiny_bundle
 
@@ -120,7 +120,7 @@ def loaded_graphs():
 
 FREEING = """
 import os, sys
-from edgetrain.edge_client.memory import return_what_is_freed, trim
+from edgetrain.edge_client.host.memory import return_what_is_freed, trim
 
 def resident():
     with open("/proc/self/statm") as file:

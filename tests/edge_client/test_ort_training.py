@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from edgetrain.edge_client import available_runtimes, open_session
-from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.errors import SessionError
 from edgetrain.edge_client.runtimes.ort_training_native import NativeTrainer
-from edgetrain.edge_client.trainer import batches, train
+from edgetrain.edge_client.training.data import load_dataset
+from edgetrain.edge_client.training.trainer import batches, train
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.training import TrainingConfig
 from support.tiny_bundle import initial_parameters, write_tiny_bundle

@@ -7,9 +7,9 @@ import datetime as dt
 import msgspec
 import pytest
 
-from edgetrain.edge_client import surroundings
-from edgetrain.edge_client.policy import LOOK_SECONDS, Policy, PolicyConfig, Surroundings, objection
-from edgetrain.edge_client.surroundings import is_metered, throttled
+from edgetrain.edge_client.host import surroundings
+from edgetrain.edge_client.host.policy import LOOK_SECONDS, Policy, PolicyConfig, Surroundings, objection
+from edgetrain.edge_client.host.surroundings import is_metered, throttled
 from edgetrain.protocol.messages import DeviceState
 
 FINE = {"battery_percent": 80.0, "charging": False, "network": "wifi", "free_memory_mb": 900, "temperature_c": 45.0}

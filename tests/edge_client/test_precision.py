@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 from edgetrain.edge_client import open_session
 from edgetrain.edge_client.errors import SessionError
 from edgetrain.edge_client.runtimes.torch_precision import LossScale
-from edgetrain.edge_client.selftest import read_self_test, run_self_test
+from edgetrain.edge_client.training.selftest import read_self_test, run_self_test
 from edgetrain.export import export_bundle
 from edgetrain.protocol.bundle import Bundle
 from support.frozen import frozen_cnn

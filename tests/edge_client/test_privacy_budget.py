@@ -10,9 +10,9 @@ import pytest
 
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
 from edgetrain.coordinator.errors import RoundFailed
-from edgetrain.edge_client.privacy_budget import DeviceBudget, DevicePrivacy
-from edgetrain.edge_client.private_steps import check_bundle
+from edgetrain.edge_client.privacy.sample_budget import DeviceBudget, DevicePrivacy
 from edgetrain.edge_client.runtimes import open_session
+from edgetrain.edge_client.training.private_steps import check_bundle
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.privacy import PrivacyError, Release, spent

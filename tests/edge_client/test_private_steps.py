@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import DataError, SessionError, TrainingError
-from edgetrain.edge_client.private_steps import GRID, MARGIN, PrivateSteps, planned_release
 from edgetrain.edge_client.runtimes import open_session
-from edgetrain.edge_client.trainer import train
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.private_steps import GRID, MARGIN, PrivateSteps, planned_release
+from edgetrain.edge_client.training.trainer import train
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.privacy import Keystream, Release
 from edgetrain.protocol.training import SamplePrivacy, TrainingConfig

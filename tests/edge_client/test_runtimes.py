@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from edgetrain.edge_client import available_runtimes, open_session
-from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.errors import DataError, SessionError
 from edgetrain.edge_client.runtimes import find_runtime, registered_runtimes
-from edgetrain.edge_client.selftest import run_self_test
-from edgetrain.edge_client.trainer import evaluate, train
+from edgetrain.edge_client.training.data import load_dataset
+from edgetrain.edge_client.training.selftest import run_self_test
+from edgetrain.edge_client.training.trainer import evaluate, train
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.errors import BundleError
 from support.exported import CONFIG, MICRO_BATCH, RUNTIMES, SEED

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from edgetrain.edge_client.schedules import learning_rate_factor
+from edgetrain.edge_client.training.schedules import learning_rate_factor
 from edgetrain.protocol.training import ScheduleConfig
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from edgetrain.edge_client import available_runtimes, open_session
 from edgetrain.edge_client.errors import SessionError
-from edgetrain.edge_client.selftest import read_self_test, run_self_test
+from edgetrain.edge_client.training.selftest import read_self_test, run_self_test
 from edgetrain.protocol.bundle import Bundle
 from support.tiny_bundle import write_tiny_bundle
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edgetrain.coordinator.broker import find_mosquitto
-from edgetrain.edge_client.service import LivingTransport, Service
+from edgetrain.edge_client.host.service import LivingTransport, Service
 from edgetrain.protocol.transport import MemoryBroker
 from support.cgroup import memory_group
 from support.federation import ENVIRONMENT, Federation

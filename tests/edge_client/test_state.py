@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.edge_client.errors import StateError
-from edgetrain.edge_client.state import ClientState
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.manifest import FileEntry
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from edgetrain.edge_client import available_runtimes, open_session
-from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import DataError, TrainingError
-from edgetrain.edge_client.trainer import batches, count_steps, evaluate, train
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.trainer import batches, count_steps, evaluate, train
 from edgetrain.protocol.training import ScheduleConfig, TrainingConfig
 from support.tiny_bundle import (
     NUM_PARAMETERS,

@@ -10,10 +10,10 @@ pytest.importorskip("executorch.exir")
 
 from edgetrain.edge_client import open_session
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.dataset import Dataset
-from edgetrain.edge_client.frozen_part import skip_frozen_part
-from edgetrain.edge_client.selftest import read_self_test, run_self_test
-from edgetrain.edge_client.trainer import train
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.frozen_part import skip_frozen_part
+from edgetrain.edge_client.training.selftest import read_self_test, run_self_test
+from edgetrain.edge_client.training.trainer import train
 from edgetrain.export import Storage, ToleranceError, export_bundle
 from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.lowering.executorch.lowering import _compare

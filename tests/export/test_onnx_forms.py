@@ -306,8 +306,7 @@ def test_no_strips_where_something_else_reads_them():
 
 
 def test_no_strips_in_what_is_frozen_and_in_inference():
-    example = read_example((torch.randn(4, 96, 48), ()), None)
-    problem = make_problem(prepare(Tower(), r"down\.3"), squared, example)
+    problem = make_problem(prepare(Tower(), r"down\.3"), squared, read_example((torch.randn(4, 96, 48), ()), None))
     translator = Translator(OnnxLowering(), problem)
     for trace in (trace_infer, trace_step):
         model = onnx.load_from_string(translator.translate(trace)[1].data)

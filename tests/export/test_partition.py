@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from edgetrain.edge_client import open_session
-from edgetrain.edge_client.selftest import read_self_test, run_self_test
+from edgetrain.edge_client.training.selftest import read_self_test, run_self_test
 from edgetrain.export import export_bundle
 from edgetrain.export.batch import read_example
 from edgetrain.export.exporter import make_problem

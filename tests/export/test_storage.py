@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from edgetrain.edge_client import open_session
-from edgetrain.edge_client.selftest import read_self_test, run_self_test
+from edgetrain.edge_client.training.selftest import read_self_test, run_self_test
 from edgetrain.export import Storage, ToleranceError, UnsupportedError, export_bundle
 from edgetrain.export.errors import BatchError
 from edgetrain.export.storage.frozen_weights import round_weight

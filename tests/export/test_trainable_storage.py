@@ -12,7 +12,7 @@ import torch
 from edgetrain.edge_client import open_session
 from edgetrain.edge_client.errors import DataError
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
-from edgetrain.edge_client.selftest import read_self_test, run_self_test
+from edgetrain.edge_client.training.selftest import read_self_test, run_self_test
 from edgetrain.export import Storage, ToleranceError, UnsupportedError, export_bundle, merge
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.int8 import representable

@@ -9,7 +9,7 @@ pytest.importorskip("torch")
 
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
 from edgetrain.edge_client import open_session
-from edgetrain.edge_client.dataset import Dataset
+from edgetrain.edge_client.training.dataset import Dataset
 from edgetrain.export import export_bundle
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.training import TrainingConfig

@@ -12,10 +12,10 @@ from safetensors.numpy import load_file
 from edgetrain.coordinator.broker import find_mosquitto
 from edgetrain.coordinator.run.journal_reading import read_journal
 from edgetrain.coordinator.secure.secure_records import SecureReceived
-from edgetrain.edge_client.data import load_dataset
 from edgetrain.edge_client.runtimes import open_session
-from edgetrain.edge_client.seeds import mix_seed
-from edgetrain.edge_client.trainer import train
+from edgetrain.edge_client.training.data import load_dataset
+from edgetrain.edge_client.training.seeds import mix_seed
+from edgetrain.edge_client.training.trainer import train
 from edgetrain.edge_client.workplace import split_validation
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.codecs.hashing import uniform

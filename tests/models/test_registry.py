@@ -1,3 +1,4 @@
+import importlib
 import re
 import subprocess
 import sys
@@ -7,7 +8,6 @@ import pytest
 import torch
 
 from edgetrain.models import MODELS, ModelError, get_model
-from edgetrain.models.registry import _builder
 from support.learning import call
 
 SMALL = {"batch_size": 2}
@@ -58,7 +58,7 @@ def test_example_batch_runs_and_every_parameter_gets_a_gradient(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_docstring_states_the_number_of_parameters(name):
-    doc = sys.modules[_builder(name).__module__].__doc__
+    doc = importlib.import_module(MODELS[name].partition(":")[0]).__doc__
     stated = int(re.search(r"\| parameters \| ([\d,]+)", doc)[1].replace(",", ""))
     assert sum(p.numel() for p in get_model(name, **SMALL).module.parameters()) == stated
 

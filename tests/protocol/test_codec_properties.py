@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edgetrain.protocol import CodecError, CodecSpec, Limits, decode, encode
-from edgetrain.protocol.codecs import residual, supported_stages, wrap
+from edgetrain.protocol.codecs import begin_encoding, residual, supported_stages, wrap
 from edgetrain.protocol.codecs.bits import Reader
 from edgetrain.protocol.codecs.huffman import code_lengths, decode_symbols, encode_symbols
 from edgetrain.protocol.codecs.rice import decode_positions, encode_positions
@@ -75,6 +76,28 @@ def encoded(draw):
             return delta, spec, offsets, encode(delta, spec, seed=seed, offsets=offsets)
         delta, offsets = delta[:0], [0]
     return delta, spec, offsets, encode(delta, spec, seed=seed, offsets=offsets)
+
+
+@given(vectors, specs(), st.integers(0, 2**64 - 1))
+@settings(max_examples=300, deadline=None)
+def test_what_is_restored_is_what_is_decoded(delta, spec, seed):
+    offsets = [0, 0, len(delta) // 3, len(delta) // 2]
+    try:
+        payload = encode(delta, spec, seed=seed, offsets=offsets)
+    except CodecError as error:
+        with pytest.raises(CodecError, match=re.escape(str(error))):
+            begin_encoding(delta, spec, seed=seed, offsets=offsets).payload()
+        return
+    encoding = begin_encoding(delta, spec, seed=seed, offsets=offsets)
+    restored = encoding.restored()
+    decoded = decode(payload, Limits(max_parameters=len(delta)))
+    assert (encoding.payload(), restored.num_parameters) == (payload, decoded.num_parameters)
+    assert restored.values.tobytes() == decoded.values.tobytes()
+    assert restored.values.dtype == np.float32
+    assert not np.shares_memory(restored.values, delta)
+    assert (restored.indices is None) == (decoded.indices is None)
+    if restored.indices is not None:
+        np.testing.assert_array_equal(restored.indices, decoded.indices)
 
 
 def blocks_of(spec, sent, positions, offsets):

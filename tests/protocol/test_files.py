@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgetrain.protocol.files import write_atomically
+from edgetrain.protocol.files import begin_writing, write_atomically
 
 
 def test_it_writes_and_replaces(tmp_path):
@@ -75,3 +75,17 @@ def test_a_secret_is_never_in_a_file_that_somebody_else_prepared(tmp_path):
         assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
         assert not (tmp_path / "key").is_symlink()
         assert target.read_bytes() == b""
+
+
+def test_what_the_disk_has_begun_with_stays_what_it_is(tmp_path):
+    data = os.urandom(3 << 20)
+    with (tmp_path / "f").open("wb", buffering=0) as file:
+        for start in range(0, len(data), 1 << 20):
+            file.write(data[start : start + (1 << 20)])
+            begin_writing(file.fileno(), start, start + (1 << 20))
+    assert (tmp_path / "f").read_bytes() == data
+    reader, writer = os.pipe()
+    # A pipe has no disk.
+    begin_writing(writer, 0, 10)
+    os.close(reader)
+    os.close(writer)

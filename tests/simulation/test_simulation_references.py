@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from edgetrain.coordinator.clients.clients import select_random
-from edgetrain.edge_client.data import Dataset
 from edgetrain.edge_client.runtimes import open_session
-from edgetrain.edge_client.trainer import batches
+from edgetrain.edge_client.training.data import Dataset
+from edgetrain.edge_client.training.trainer import batches
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.training import TrainingConfig
 from edgetrain.simulation import SimulationConfig, simulate

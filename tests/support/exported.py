@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgetrain.edge_client.schedules import learning_rate_factor
-from edgetrain.edge_client.trainer import batches, count_steps
+from edgetrain.edge_client.training.schedules import learning_rate_factor
+from edgetrain.edge_client.training.trainer import batches, count_steps
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.training import ScheduleConfig, TrainingConfig
 

@@ -17,7 +17,7 @@ from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.serve import coordinator_kind
 from edgetrain.edge_client.client import Client, connection_will, new_connection
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.state import ClientState
+from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.transport.memory import MemoryBroker
 from support.tiny_bundle import make_data

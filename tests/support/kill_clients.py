@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
-from edgetrain.edge_client.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.error_feedback import ErrorFeedback
 from edgetrain.protocol.training import TrainingConfig
 from support.in_memory import Federation, shards
 

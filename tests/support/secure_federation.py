@@ -10,7 +10,7 @@ import numpy as np
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
 from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
 from edgetrain.coordinator.secure.secure_round import SecureRound
-from edgetrain.edge_client import secure_aggregation as participation
+from edgetrain.edge_client.privacy import secure_aggregation as participation
 from edgetrain.protocol.training import TrainingConfig
 from support.in_memory import Federation, shards
 

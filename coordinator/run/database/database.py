@@ -1,7 +1,8 @@
 """state.sqlite: the truth about what has happened in a run.
 
-In WAL mode with `synchronous = FULL`: what a transaction has committed is on the disk, what it has not is as if it
-had never been, whenever the process or the machine ends. Errors of the disk are `OSError`, as for the other files.
+In WAL mode with `synchronous = FULL`: what a transaction has committed is on the disk (but for `note_opened`), what it
+has not is as if it had never been, whenever the process or the machine ends. Errors of the disk are `OSError`, as for
+the other files.
 """
 
 from __future__ import annotations
@@ -134,12 +135,12 @@ class RunDatabase:
         return None
 
     def note_opened(self, opened: RoundOpened) -> None:
-        """Notes how a round was opened.
+        """Notes how a round was opened. Does not wait for the disk: so says the round's journal, too.
 
         Raises:
             OSError: not writable.
         """
-        with self._errors(), self._transaction():
+        with self._errors(), self._unsynced(), self._transaction():
             self._connection.execute(
                 "INSERT OR REPLACE INTO opened_rounds (round, opened) VALUES (?, ?)",
                 (opened.round, msgspec.msgpack.encode(opened)),
@@ -210,6 +211,15 @@ class RunDatabase:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
+
+    @contextlib.contextmanager
+    def _unsynced(self) -> Iterator[None]:
+        """What is committed in its body survives the end of this process, but a power cut only with what follows."""
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        try:
+            yield
+        finally:
+            self._connection.execute("PRAGMA synchronous = FULL")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 def command(config: str | None, broker: str | None, **given: Any) -> None:
     """Take part in a federation: train the coordinator's bundle on local data, send compressed updates."""
     from edgetrain.edge_client.client import Client, connection_will, new_connection
-    from edgetrain.edge_client.data import find_source
-    from edgetrain.edge_client.memory import return_what_is_freed
-    from edgetrain.edge_client.service import LivingTransport, Service
-    from edgetrain.edge_client.state import ClientState
+    from edgetrain.edge_client.durable.state import ClientState
+    from edgetrain.edge_client.host.memory import return_what_is_freed
+    from edgetrain.edge_client.host.service import LivingTransport, Service
+    from edgetrain.edge_client.training.data import find_source
     from edgetrain.protocol.names import check_name
     from edgetrain.protocol.signing import SigningKey
     from edgetrain.protocol.transport.address import parse_address

@@ -93,7 +93,7 @@ def command(
     MODEL is a registered name (digits-cnn), or path/to/file.py:function, where the function returns
     (module, loss, example_batch), or hf:PATH_OR_CONFIG for a model of the transformers library.
     """
-    from edgetrain.edge_client.data import load_samples
+    from edgetrain.edge_client.training.data import load_samples
     from edgetrain.export import Storage, export_bundle, load_source
     from edgetrain.export.batch import as_tensors, batch_spec
     from edgetrain.protocol.bundle import Bundle

@@ -65,7 +65,7 @@ def write(bundle: Path, out: Path, runtime: str | None = None) -> None:
         SessionError: the bundle does not run here, or its self-test fails.
     """
     from edgetrain.edge_client.runtimes import open_session
-    from edgetrain.edge_client.selftest import read_self_test, run_self_test
+    from edgetrain.edge_client.training.selftest import read_self_test, run_self_test
     from edgetrain.protocol import encode
     from edgetrain.protocol.bundle import Bundle
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from edgetrain.edge_client.selftest import SelfTestReport
+    from edgetrain.edge_client.training.selftest import SelfTestReport
 
 
 @click.command("verify")
@@ -26,7 +26,7 @@ def command(bundle: str, runtime: str | None, threads: int, precision: str, tole
     """
     from edgetrain.edge_client.runtimes import open_session
     from edgetrain.edge_client.runtimes.parts import TRUNK
-    from edgetrain.edge_client.selftest import run_self_test
+    from edgetrain.edge_client.training.selftest import run_self_test
     from edgetrain.protocol.bundle import Bundle
 
     opened = Bundle(bundle)

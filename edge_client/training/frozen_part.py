@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import DataError, StateError
-from edgetrain.edge_client.feature_cache import cache_features
 from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.runtimes.parts import TRUNK
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.feature_cache import cache_features
 from edgetrain.protocol.manifest import STEP_CLIPPED
 
 logger = logging.getLogger(__name__)

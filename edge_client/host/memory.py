@@ -85,17 +85,15 @@ def only_of_files(smaps: bytes) -> list[tuple[int, int]]:
 
 
 class MappedRows(np.memmap):
-    """A memory-mapped array whose rows are read, not mapped: what a process reads by mapping counts as its memory.
+    """A memory-mapped array whose rows are read, not mapped: what a process reads by mapping counts as its memory."""
 
-    Only the whole array knows its file; views of it are ordinary ones.
-    """
-
-    _descriptor: int | None = None
+    # Of the file, if this is the whole array: views of it are ordinary ones.
+    descriptor: int | None = None
 
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
         """The samples at `indices`, copied."""
         part = np.empty((len(indices), *self.shape[1:]), self.dtype)
-        if self._descriptor is None:
+        if self.descriptor is None:
             part[...] = self[indices]
             return part
         size = self.nbytes // max(1, len(self))
@@ -104,7 +102,7 @@ class MappedRows(np.memmap):
         for first, last in pairwise(starts if len(indices) else []):
             where = self.offset + int(indices[first]) * size
             # A file that was cut short gives fewer bytes: a mapping would end the process there.
-            if os.preadv(self._descriptor, [part[first:last].data], where) != (last - first) * size:
+            if os.preadv(self.descriptor, [part[first:last].data], where) != (last - first) * size:
                 raise OSError(f"{self.filename}: is shorter than it was")
         return part
 
@@ -116,6 +114,6 @@ def map_rows(
     with path.open("rb") as file:
         array = np.memmap(file, dtype, "r", offset, shape, order).view(MappedRows)
         if order == "C" and array.dtype.kind in "fiub" and hasattr(os, "preadv"):
-            array._descriptor = os.dup(file.fileno())  # noqa: SLF001 - of this module
-            weakref.finalize(array, os.close, array._descriptor)  # noqa: SLF001
+            array.descriptor = os.dup(file.fileno())
+            weakref.finalize(array, os.close, array.descriptor)
     return array

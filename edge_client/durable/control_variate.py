@@ -17,9 +17,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edgetrain.edge_client.checked_file import CheckedFile
+from edgetrain.edge_client.durable.checked_file import CheckedFile
 from edgetrain.edge_client.runtimes.base import Vector
-from edgetrain.edge_client.schedules import learning_rate_factor
+from edgetrain.edge_client.training.schedules import learning_rate_factor
 from edgetrain.protocol.codecs import SparseOrDense
 from edgetrain.protocol.training import TrainingConfig
 

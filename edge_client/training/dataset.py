@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import DataError
-from edgetrain.edge_client.memory import MappedRows
+from edgetrain.edge_client.host.memory import MappedRows
 from edgetrain.edge_client.runtimes.base import Batch, Half
 from edgetrain.edge_client.runtimes.leaves import (
     Array,

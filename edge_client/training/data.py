@@ -31,10 +31,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.dataset import Dataset, check_dataset
 from edgetrain.edge_client.errors import DataError
-from edgetrain.edge_client.memory import map_rows
+from edgetrain.edge_client.host.memory import map_rows
 from edgetrain.edge_client.runtimes.leaves import Array, describe, halves, unflatten
+from edgetrain.edge_client.training.dataset import Dataset, check_dataset
 from edgetrain.protocol.manifest import BatchSpec, Manifest, Structure
 
 __all__ = ["Dataset", "check_dataset", "load_dataset"]

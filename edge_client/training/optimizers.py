@@ -88,28 +88,21 @@ def sgd(*, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 
     return Optimizer(init=OptimizerState, apply=apply)
 
 
-def clip_by_global_norm(gradient: Vector, max_norm: float) -> tuple[Vector, float]:
-    """Scales a gradient down to `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
-
-    Args:
-        gradient: float32 [num_parameters].
-        max_norm: 0 for no clipping.
-
-    Returns:
-        The clipped gradient, and the norm before clipping.
-    """
-    norm = norm_of(gradient)
-    factor = clipping_factor(norm, max_norm)
-    return gradient if factor == 1 else gradient * np.float32(factor), norm
-
-
 def norm_of(gradient: Vector) -> float:
     """The Euclidean norm."""
     return float(np.linalg.norm(gradient))
 
 
 def clipping_factor(norm: float, max_norm: float) -> float:
-    """What a gradient of that norm is to be multiplied with; 1 if it is left as it is."""
+    """What scales a gradient of that norm down to `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        norm: finite.
+        max_norm: 0 for no clipping.
+
+    Returns:
+        Above 0; 1 if the gradient is left as it is.
+    """
     # torch's own epsilon.
     scale = max_norm / (norm + 1e-6)
     return scale if max_norm > 0 and scale < 1 else 1.0

@@ -7,28 +7,20 @@ coordinator's, are trained like the rest, and stay here; in what is sent they ar
 A round's training counts once: a client that was killed after it has stored them and before its update was stored
 trains that round again, and from what they were before.
 
-The file: "EP" | version 1 | reserved 0 | length of the header, u32 | CRC-32 of all that follows, u32
-| header, msgpack | values, little-endian float32 | those before the last round, if there were any
+The file (`checked_file.py`, "EP"): the body is the values, little-endian float32, then those before the last round, if
+there were any.
 """
 
 from __future__ import annotations
 
-import logging
-import struct
-import zlib
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.errors import StateError
+from edgetrain.edge_client.durable.checked_file import CheckedFile
 from edgetrain.edge_client.runtimes.base import Vector
-from edgetrain.protocol.files import write_atomically
-
-logger = logging.getLogger(__name__)
-
-_PREFIX = struct.Struct("<2sBBII")
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +42,7 @@ class PersonalParameters:
     """
 
     def __init__(self, path: Path, *, bundle: bytes, patterns: tuple[str, ...], mask: npt.NDArray[np.bool_]) -> None:
-        self._path = path
+        self._file = CheckedFile(path, b"EP", "the personal parameters")
         self._header = _Header(bundle=bundle, patterns=patterns)
         self.mask = mask
         # Those of now, and those before the training that the header names.
@@ -76,40 +68,25 @@ class PersonalParameters:
         """Stores this device's own part of parameters that were trained in (run, round).
 
         Raises:
-            StateError: not writable.
+            StateError: not writable; nothing has changed.
         """
         values = trained[self.mask]
         before = self._before if self._made_in(training) else self._values
         run, number = training
-        self._header = msgspec.structs.replace(self._header, run=run, round=number)
-        header = msgspec.msgpack.encode(self._header)
-        body = header + values.astype("<f4").tobytes() + (b"" if before is None else before.astype("<f4").tobytes())
-        try:
-            write_atomically(self._path, _PREFIX.pack(b"EP", 1, 0, len(header), zlib.crc32(body)) + body)
-        except OSError as error:
-            raise StateError(f"{self._path}: cannot store the personal parameters: {error}") from error
-        self._values, self._before = values, before
+        header = msgspec.structs.replace(self._header, run=run, round=number)
+        parts = [values] if before is None else [values, before]
+        self._file.write(header, np.concatenate(parts).astype("<f4").tobytes())
+        self._header, self._values, self._before = header, values, before
 
     def _made_in(self, training: tuple[bytes, int] | None) -> bool:
         return training is not None and training == (self._header.run, self._header.round)
 
     def _load(self) -> None:
-        try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
+        found = self._file.read(_Header)
+        if found is None:
             return
-        except OSError as error:
-            raise StateError(f"{self._path}: cannot read the personal parameters: {error}") from error
-        try:
-            magic, version, _, header_bytes, crc = _PREFIX.unpack_from(data)
-            body = data[_PREFIX.size :]
-            if magic != b"EP" or version != 1 or zlib.crc32(body) != crc:
-                raise StateError("wrong magic, version or checksum")
-            header = msgspec.msgpack.decode(body[:header_bytes], type=_Header)
-        except (struct.error, msgspec.DecodeError, StateError) as error:
-            logger.warning("%s is damaged (%s): starting from the coordinator's", self._path, error)
-            return
-        values = np.frombuffer(body[header_bytes:], dtype="<f4").astype(np.float32)
+        header, body = found
+        values = np.frombuffer(body, dtype="<f4").astype(np.float32)
         count = int(self.mask.sum())
         ours = (header.bundle, header.patterns) == (self._header.bundle, self._header.patterns)
         if ours and len(values) in {count, 2 * count}:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgetrain.edge_client.device_ledger import DeviceLedger
+from edgetrain.edge_client.privacy.device_ledger import DeviceLedger
 from edgetrain.protocol.privacy.release import Release
 from edgetrain.protocol.secure_aggregation.messages import Settings
 from edgetrain.protocol.secure_aggregation.noise import noise_of

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Protocol
 
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.frozen_part import keeps_features
-from edgetrain.edge_client.memory import give_back_memory
+from edgetrain.edge_client.durable.state import ClientState
+from edgetrain.edge_client.host.memory import give_back_memory
 from edgetrain.edge_client.runtimes import available_runtimes, check_precision, find_runtime, open_session
 from edgetrain.edge_client.runtimes.base import Session
-from edgetrain.edge_client.selftest import run_self_test
-from edgetrain.edge_client.state import ClientState
+from edgetrain.edge_client.training.frozen_part import keeps_features
+from edgetrain.edge_client.training.selftest import run_self_test
 from edgetrain.protocol import BundleError
 from edgetrain.protocol.bundle import MAX_MANIFEST_BYTES, Bundle
 from edgetrain.protocol.manifest import MANIFEST_FILE, decode_manifest

@@ -7,7 +7,7 @@ import logging
 
 import numpy as np
 
-from edgetrain.edge_client.installation import Fetch
+from edgetrain.edge_client.durable.installation import Fetch
 from edgetrain.edge_client.runtimes.base import Vector
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.codecs import Limits, decode
@@ -40,8 +40,8 @@ class HeldParameters:
             vector = self._patched(plan, fetch, limit)
             if vector is None:
                 vector = decode(fetch(plan.parameters, limit=limit), self._limits()).dense()
-            if len(vector) != self._length or _digest(vector) != plan.vector:
-                raise CodecError("the round's parameters are not those that the plan names")
+                if len(vector) != self._length or _digest(vector) != plan.vector:
+                    raise CodecError("the round's parameters are not those that the plan names")
             self._vector, self._digest = vector, plan.vector
         assert self._vector is not None, "it has a digest"
         return self._vector.copy()
@@ -67,4 +67,4 @@ class HeldParameters:
 
 
 def _digest(vector: Vector) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).digest()
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).digest()

@@ -10,8 +10,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edgetrain.edge_client.device import device_state
-from edgetrain.edge_client.surroundings import is_metered, throttled
+from edgetrain.edge_client.host.device import device_state
+from edgetrain.edge_client.host.surroundings import is_metered, throttled
 from edgetrain.protocol.messages import DeviceState
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edgetrain.edge_client.device_ledger import DeviceLedger
-from edgetrain.edge_client.private_steps import planned_release
+from edgetrain.edge_client.privacy.device_ledger import DeviceLedger
+from edgetrain.edge_client.training.private_steps import planned_release
 from edgetrain.protocol.privacy.release import Release
 from edgetrain.protocol.training import TrainingConfig
 

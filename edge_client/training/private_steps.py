@@ -19,9 +19,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.edge_client.runtimes.base import Session, StepResult, Vector
+from edgetrain.edge_client.training.dataset import Dataset
 from edgetrain.protocol.manifest import STEP_CLIPPED
 from edgetrain.protocol.privacy.errors import PrivacyError
 from edgetrain.protocol.privacy.noise import chunks, rounded_gaussian

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.checked_file import CheckedFile
+from edgetrain.edge_client.durable.checked_file import CheckedFile
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import encode, residual
 from edgetrain.protocol.messages import Offer, split_update

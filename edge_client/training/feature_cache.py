@@ -30,12 +30,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.dataset import Dataset, map_half, pieces
 from edgetrain.edge_client.errors import DataError, StateError
-from edgetrain.edge_client.memory import map_rows
+from edgetrain.edge_client.host.memory import map_rows
 from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.runtimes.leaves import Array, flatten, leaf_key
 from edgetrain.edge_client.runtimes.parts import FEATURE, TRUNK
+from edgetrain.edge_client.training.dataset import Dataset, map_half, pieces
 from edgetrain.protocol.files import sync_directory
 from edgetrain.protocol.manifest import TensorSpec
 

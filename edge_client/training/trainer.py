@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.dataset import Dataset
 from edgetrain.edge_client.errors import TrainingError
-from edgetrain.edge_client.local_parameters import local_parameters
-from edgetrain.edge_client.optimizers import clipping_factor, norm_of, sgd
-from edgetrain.edge_client.private_steps import PrivateSteps
 from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult, Vector
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
 from edgetrain.edge_client.runtimes.staging import check_vector
-from edgetrain.edge_client.schedules import learning_rate_factor
+from edgetrain.edge_client.training.dataset import Dataset
+from edgetrain.edge_client.training.local_parameters import local_parameters
+from edgetrain.edge_client.training.optimizers import clipping_factor, norm_of, sgd
+from edgetrain.edge_client.training.private_steps import PrivateSteps
+from edgetrain.edge_client.training.schedules import learning_rate_factor
 from edgetrain.protocol.privacy.randomness import RandomBytes
 from edgetrain.protocol.training import TrainingConfig, count_steps
 
@@ -147,10 +147,10 @@ def train(
         if private:
             gradient, divisor = private.mean_gradient(gradient, len(dataset)), 1.0
         norm = norm_of(gradient) / divisor
-        # The mean is made, and clipped, where it is used: a whole vector of its own costs time and memory.
-        divisor /= clipping_factor(norm, config.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainingError(_astray("gradient", step, config, _Sums() if private else means))
+        # The mean is made, and clipped, where it is used: a whole vector of its own costs time and memory.
+        divisor /= clipping_factor(norm, config.max_grad_norm)
         if gradient_correction is not None or config.proximal_mu:
             gradient, divisor = gradient / np.float32(divisor), 1.0
         if gradient_correction is not None:

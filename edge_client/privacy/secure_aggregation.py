@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.config import ClientConfig
-from edgetrain.edge_client.device import device_state
-from edgetrain.edge_client.enrolled import who_is_enrolled
-from edgetrain.edge_client.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.installation import Fetch
+from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.edge_client.errors import StateError
-from edgetrain.edge_client.installation import Fetch
+from edgetrain.edge_client.host.device import device_state
 from edgetrain.edge_client.mailbox import Mailbox
-from edgetrain.edge_client.state import ClientState
-from edgetrain.edge_client.sum_budget import SumBudget
+from edgetrain.edge_client.privacy.enrolled import who_is_enrolled
+from edgetrain.edge_client.privacy.sum_budget import SumBudget
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.files import write_atomically
@@ -279,11 +279,12 @@ class SecureParticipation:
     def _keep(self, of: Plan | Secure, member: Member) -> None:
         if self._stored and self._stored.member == member:
             return
-        self._stored = _Stored(run=of.run, round=of.round, nonce=of.nonce, member=member)
+        stored = _Stored(run=of.run, round=of.round, nonce=of.nonce, member=member)
         try:
-            write_atomically(self._path, msgspec.msgpack.encode(self._stored), mode=0o600)
+            write_atomically(self._path, msgspec.msgpack.encode(stored), mode=0o600)
         except OSError as error:
             raise StateError(f"{self._path}: cannot store the session: {error}") from error
+        self._stored = stored
 
     def _load(self) -> _Stored | None:
         try:

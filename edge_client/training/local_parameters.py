@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 
-from edgetrain.edge_client.optimizers import Optimizer, OptimizerState
 from edgetrain.edge_client.runtimes.base import Parameters, Vector
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
+from edgetrain.edge_client.training.optimizers import Optimizer, OptimizerState
 from edgetrain.protocol.manifest import ParameterEntry
 
 # Of the generator that rounds, beside the seed.

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.control_variate import ControlVariate
-from edgetrain.edge_client.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.control_variate import ControlVariate
+from edgetrain.edge_client.durable.error_feedback import ErrorFeedback
+from edgetrain.edge_client.durable.garbage import forget_old_bundles
+from edgetrain.edge_client.durable.personal import PersonalParameters
 from edgetrain.edge_client.errors import StateError
-from edgetrain.edge_client.garbage import forget_old_bundles
-from edgetrain.edge_client.personal import PersonalParameters
 from edgetrain.protocol.checkpoints import CheckpointMemory
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.files import write_atomically

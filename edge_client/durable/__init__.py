@@ -1,0 +1,1 @@
+"""What the device keeps between rounds and after a power cut."""

@@ -1,0 +1,1 @@
+"""The device itself: its resources, its owner's rules, its service manager."""

@@ -1,0 +1,1 @@
+"""What the device sees to itself: its own budgets, and its part in secure aggregation."""
