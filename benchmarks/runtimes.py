@@ -139,9 +139,13 @@ def main() -> None:
 
 
 def replaced(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows measured before, but for those of the same entry (and number of threads)."""
-    measured = {(row["entry"], row.get("threads")) for row in new}
-    return [row for row in old if (row["entry"], row.get("threads")) not in measured] + new
+    """Rows measured before, but for those of the same entry (and contender and number of threads)."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["entry"], row.get("contender"), row.get("threads")
+
+    measured = set(map(key, new))
+    return [row for row in old if key(row) not in measured] + new
 
 
 def export(entry: str, folder: Path, kept: Path | None = None, **options: Any) -> Path:
