@@ -85,7 +85,7 @@ class SizeRow:
 @dataclass(frozen=True)
 class CacheRow:
     entry: str
-    # Of the same 64 samples.
+    # Of the same 256 samples.
     epoch_without_ms: float
     first_epoch_ms: float
     later_epoch_ms: float
@@ -93,6 +93,8 @@ class CacheRow:
     share: float
     # Steps of the head alone on features in memory.
     head_alone_ms: float
+    # Later epochs against the head alone right after them: the median.
+    times_head_alone: float
     cache_bytes: int
     error: float
     client_peak_mb: float
@@ -137,9 +139,13 @@ def main() -> None:
 
 
 def replaced(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows measured before, but for those of the same entry (and number of threads)."""
-    measured = {(row["entry"], row.get("threads")) for row in new}
-    return [row for row in old if (row["entry"], row.get("threads")) not in measured] + new
+    """Rows measured before, but for those of the same entry (and contender and number of threads)."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["entry"], row.get("contender"), row.get("threads")
+
+    measured = set(map(key, new))
+    return [row for row in old if key(row) not in measured] + new
 
 
 def export(entry: str, folder: Path, kept: Path | None = None, **options: Any) -> Path:
@@ -280,8 +286,8 @@ def session(path: Path, contender: str, threads: int) -> Callable[[], object]:
     parameters = bundle.initial_parameters()
     if contender == HEAD:
         opened, batch = on_features(opened, batch)
-    # A fresh vector each time, as after an optimizer step.
-    return lambda: opened.step(parameters.copy(), batch, weights)
+    # The same vector each time: training changes it in place.
+    return lambda: opened.step(parameters, batch, weights)
 
 
 def share_of_products(path: Path) -> float:
@@ -375,7 +381,7 @@ def ask_once(program: str, bundle: Path) -> dict[str, Any]:
 
 
 def cached_epochs(path: Path) -> dict[str, float]:
-    """Epochs over 64 samples without and with the cache, as a client runs them, on one thread.
+    """Epochs over 256 samples without and with the cache, as a client runs them, on one thread.
 
     In time of the processor: what others do on this machine does not count.
     """
@@ -395,7 +401,7 @@ def cached_epochs(path: Path) -> dict[str, float]:
     return_what_is_freed()
     bundle = Bundle(path)
     (x, y), _ = read_self_test(bundle)
-    data = Dataset(np.concatenate([x] * 8), np.concatenate([y] * 8))  # type: ignore[arg-type]
+    data = Dataset(x, y).select(np.tile(np.arange(len(y)), 256 // len(y)))
     training = TrainingConfig(epochs=1, batch_size=MICRO_BATCH, learning_rate=0.01)
     start_at = bundle.initial_parameters()
 
@@ -428,12 +434,14 @@ def cached_epochs(path: Path) -> dict[str, float]:
             alone.append(1000 * (time.process_time() - begin))
     # The quickest of twenty: others still take the caches away.
     plain, fast, bare = (min(found) for found in (without, later, alone))
+    ratios = [epoch_ms / head_ms for epoch_ms, head_ms in zip(later, alone, strict=True)]
     return {
         "epoch_without_ms": round(plain, 2),
         "first_epoch_ms": round(first, 2),
         "later_epoch_ms": round(fast, 2),
         "share": round(fast / plain, 4),
         "head_alone_ms": round(bare, 2),
+        "times_head_alone": round(statistics.median(ratios), 3),
         "cache_bytes": cached.size,
         "error": cached.error,
         "client_peak_mb": round(peak, 1),

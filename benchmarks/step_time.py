@@ -146,8 +146,8 @@ def session_step(path: Path, runtime: str) -> Callable[[], object]:
     session = open_session(bundle, runtime)
     batch, weights = read_self_test(bundle)
     parameters = bundle.initial_parameters()
-    # A fresh vector each time, as after an optimizer step.
-    return lambda: session.step(parameters.copy(), batch, weights)
+    # The same vector each time: training changes it in place.
+    return lambda: session.step(parameters, batch, weights)
 
 
 def eager_step(path: Path, model: str) -> Callable[[], object]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.durable.state import ClientState
+from edgetrain.edge_client.host.memory import give_back_memory
 from edgetrain.edge_client.runtimes import available_runtimes, check_precision, find_runtime, open_session
 from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.training.frozen_part import keeps_features
@@ -75,6 +76,8 @@ def install_bundle(
     # The manifest last: a directory that has it is whole.
     state.store_file(ref.digest, MANIFEST_FILE, data)
     bundle = Bundle(state.bundle_directory(ref.digest))
+    # What starting and fetching took.
+    give_back_memory()
     session = open_session(bundle, runtime, threads=config.threads, precision=config.precision)
     in_parts = keeps_features(session, config)
     session.save_memory(in_parts=in_parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import weakref
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,6 +17,14 @@ import numpy.typing as npt
 
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+# Of Linux's mman.h.
+_MADV_DONTNEED = 4
+# A private mapping of a file that cannot be written to: from, to, and kB that are no longer the file's.
+_READ_ONLY = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) r-[x-]p \S+ \S+ [1-9]\d* +/.*\n(?:[A-Z].*\n)*?Anonymous: +(\d+) kB\n"
+    rb"(?:[A-Z].*\n)*?Swap: +(\d+) kB\n",
+    re.MULTILINE,
+)
 # Blocks of at least so many bytes go back to the system when they are freed.
 _LARGE = 1 << 20
 
@@ -45,9 +54,34 @@ def _of_glibc(name: str) -> Callable[..., int] | None:
 
 
 def give_back_memory() -> None:
-    """Collects garbage and returns what is free."""
+    """Collects garbage, and returns what is free and what files hold."""
     gc.collect()
     trim()
+    forget_code()
+
+
+def forget_code() -> None:
+    """Unmaps pages of programs and libraries; those that are needed come back from the file.
+
+    Most of them were read once: to import modules, to load and optimize a graph. Only mappings that cannot be written
+    to and hold nothing but the file's own pages (no relocated addresses) are taken.
+    """
+    try:
+        advise = ctypes.CDLL(None).madvise
+        smaps = Path("/proc/self/smaps").read_bytes()
+    except (AttributeError, OSError):
+        return  # no Linux
+    for start, end in only_of_files(smaps):
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
+def only_of_files(smaps: bytes) -> list[tuple[int, int]]:
+    """Where mappings are whose every page can be read again from the file, in /proc/self/smaps."""
+    return [
+        (int(start, 16), int(end, 16))
+        for start, end, changed, swapped in _READ_ONLY.findall(smaps)
+        if int(changed) == int(swapped) == 0
+    ]
 
 
 class MappedRows(np.memmap):

@@ -134,7 +134,8 @@ class GraphSession(ABC):
         self._frugal = True
         if in_parts and TRUNK in self._graphs:
             self._plans = {name: (TRUNK, part) for name, part in PARTS.items()}
-            self.release()
+            self._bound.clear()
+        give_back_memory()
 
     def release(self) -> None:
         """Gives the memory of all loaded graphs back; each loads again when it is called."""
@@ -146,7 +147,8 @@ class GraphSession(ABC):
         if TRUNK not in self._graphs:
             return None
         head = self.on_features()
-        head._frugal = self._frugal  # noqa: SLF001 - of the same class
+        if self._frugal:
+            head.save_memory(in_parts=False)
         return head
 
     def on_features(self) -> GraphSession:
@@ -194,6 +196,9 @@ class GraphSession(ABC):
             check_inputs(self.manifest, graph, self.staging.specs)
             outputs = self._outputs(name, graph)
             self._bound[name] = self.bind(name, graph, outputs), outputs
+            if self._frugal:
+                # What loading took, which is not what running takes.
+                give_back_memory()
         return self._bound[name]
 
     def _outputs(self, name: str, graph: Graph) -> list[Array]:

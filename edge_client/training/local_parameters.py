@@ -14,7 +14,8 @@ from edgetrain.protocol.manifest import ParameterEntry
 # Of the generator that rounds, beside the seed.
 _STREAM = 2
 # Elements that the optimizer works on at a time.
-_BLOCK = 1 << 15
+_BLOCK = 1 << 16
+_NOTHING = OptimizerState()
 
 
 class LocalParameters(Protocol):
@@ -29,8 +30,10 @@ class LocalParameters(Protocol):
         """As float32 [num_parameters]; not to be changed."""
         ...
 
-    def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
-        """One step of the optimizer, which treats every element for itself."""
+    def descend(
+        self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float, divisor: float = 1.0
+    ) -> OptimizerState:
+        """One step of the optimizer, which treats every element for itself, along `gradient / divisor`."""
         ...
 
     def trained(self) -> Vector:
@@ -54,17 +57,20 @@ def local_parameters(entries: tuple[ParameterEntry, ...], received: Vector, seed
 class _Step:
     """One step of an optimizer on pieces of a vector."""
 
-    def __init__(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> None:
+    def __init__(
+        self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float, divisor: float
+    ) -> None:
         self._optimizer = optimizer
         self._gradient = gradient
+        self._divisor = divisor
         self._before = state.velocity
         self._rate = rate
         self._after = state.velocity
 
-    def __call__(self, part: slice, old: Vector) -> Vector:
-        """The new piece there."""
-        before = OptimizerState(None if self._before is None else self._before[part])
-        new, after = self._optimizer.apply(old, self._gradient[part], before, self._rate)
+    def __call__(self, part: slice, old: Vector, room: Vector | None = None) -> Vector:
+        """The new piece there; with `room`, in the place of the old one."""
+        before = _NOTHING if self._before is None else OptimizerState(self._before[part])
+        new, after = self._optimizer.apply(old, self._gradient[part], before, self._rate, self._divisor, room)
         if after.velocity is not None:
             if self._after is None:
                 self._after = np.empty_like(self._gradient)
@@ -83,6 +89,7 @@ class FloatParameters:
     def __init__(self, received: Vector) -> None:
         self._received = received
         self._vector = received
+        self._room = np.empty(min(_BLOCK, len(received)), np.float32)
 
     @property
     def given(self) -> Parameters:
@@ -93,14 +100,17 @@ class FloatParameters:
         """The vector."""
         return self._vector
 
-    def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
+    def descend(
+        self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float, divisor: float = 1.0
+    ) -> OptimizerState:
         """One step, a piece of the vector at a time."""
         if self._vector is self._received:
             self._vector = self._received.copy()
-        step = _Step(optimizer, gradient, state, rate)
+        step = _Step(optimizer, gradient, state, rate, divisor)
         for first in range(0, len(gradient), _BLOCK):
-            part = slice(first, first + _BLOCK)
-            self._vector[part] = step(part, self._vector[part])
+            part = self._vector[first : first + _BLOCK]
+            # Always the same room, which stays in the processor's cache.
+            step(slice(first, first + _BLOCK), part, self._room[: len(part)])
         return step.state
 
     def trained(self) -> Vector:
@@ -126,9 +136,11 @@ class RoundedParameters:
         """All of it widened."""
         return self._int8.vector()
 
-    def descend(self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float) -> OptimizerState:
+    def descend(
+        self, optimizer: Optimizer, gradient: Vector, state: OptimizerState, rate: float, divisor: float = 1.0
+    ) -> OptimizerState:
         """One step, a piece of the vector at a time, so that it is never widened whole."""
-        step = _Step(optimizer, gradient, state, rate)
+        step = _Step(optimizer, gradient, state, rate, divisor)
         self._int8.update(step, self._rng)
         return step.state
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -22,12 +23,29 @@ class OptimizerState:
     velocity: Vector | None = None
 
 
+class Apply(Protocol):
+    """One step: the new parameters and state."""
+
+    def __call__(
+        self,
+        parameters: Vector,
+        gradient: Vector,
+        state: OptimizerState,
+        learning_rate: float,
+        divisor: float = 1.0,
+        room: Vector | None = None,
+        /,
+    ) -> tuple[Vector, OptimizerState]:
+        """Along `gradient / divisor`. With `room`, a vector as long, it changes the parameters; else no argument."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """`apply(parameters, gradient, state, learning_rate) -> (parameters, state)`, changing no argument."""
+    """An initial state, and a step."""
 
     init: Callable[[], OptimizerState]
-    apply: Callable[[Vector, Vector, OptimizerState, float], tuple[Vector, OptimizerState]]
+    apply: Apply
 
 
 def sgd(*, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0) -> Optimizer:
@@ -46,32 +64,45 @@ def sgd(*, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 
         raise ConfigError("nesterov needs a momentum above 0, e.g. momentum = 0.9")
 
     def apply(
-        parameters: Vector, gradient: Vector, state: OptimizerState, learning_rate: float
+        parameters: Vector,
+        gradient: Vector,
+        state: OptimizerState,
+        learning_rate: float,
+        divisor: float = 1.0,
+        room: Vector | None = None,
+        /,
     ) -> tuple[Vector, OptimizerState]:
+        if divisor != 1 and (weight_decay or momentum):
+            gradient, divisor = gradient / np.float32(divisor), 1.0
         if weight_decay:
             gradient = gradient + np.float32(weight_decay) * parameters
         direction, velocity = gradient, state.velocity
         if momentum:
             velocity = gradient.copy() if velocity is None else np.float32(momentum) * velocity + gradient
             direction = gradient + np.float32(momentum) * velocity if nesterov else velocity
-        return parameters - np.float32(learning_rate) * direction, OptimizerState(velocity)
+        change = np.multiply(direction, np.float32(learning_rate / divisor), out=room)
+        # The change is this function's own, but for one in the caller's room, which is for the next step again.
+        new = np.subtract(parameters, change, out=change if room is None else parameters)
+        return new, OptimizerState(velocity) if momentum else state
 
     return Optimizer(init=OptimizerState, apply=apply)
 
 
-def clip_by_global_norm(gradient: Vector, max_norm: float) -> tuple[Vector, float]:
-    """Scales a gradient down to `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
+def norm_of(gradient: Vector) -> float:
+    """The Euclidean norm."""
+    return float(np.linalg.norm(gradient))
+
+
+def clipping_factor(norm: float, max_norm: float) -> float:
+    """What scales a gradient of that norm down to `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
 
     Args:
-        gradient: float32 [num_parameters].
+        norm: finite.
         max_norm: 0 for no clipping.
 
     Returns:
-        The clipped gradient, and the norm before clipping.
+        Above 0; 1 if the gradient is left as it is.
     """
-    norm = float(np.linalg.norm(gradient))
     # torch's own epsilon.
     scale = max_norm / (norm + 1e-6)
-    if max_norm > 0 and scale < 1:
-        return gradient * np.float32(scale), norm
-    return gradient, norm
+    return scale if max_norm > 0 and scale < 1 else 1.0

@@ -20,7 +20,7 @@ from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_i
 from edgetrain.edge_client.runtimes.staging import check_vector
 from edgetrain.edge_client.training.dataset import Dataset
 from edgetrain.edge_client.training.local_parameters import local_parameters
-from edgetrain.edge_client.training.optimizers import clip_by_global_norm, sgd
+from edgetrain.edge_client.training.optimizers import clipping_factor, norm_of, sgd
 from edgetrain.edge_client.training.private_steps import PrivateSteps
 from edgetrain.edge_client.training.schedules import learning_rate_factor
 from edgetrain.protocol.privacy.randomness import RandomBytes
@@ -143,16 +143,22 @@ def train(
             break
         if sums.weight_sum == 0 and not private:
             continue
-        mean = private.mean_gradient(sums.gradient_sum(), len(dataset)) if private else sums.mean_gradient()
-        gradient, norm = clip_by_global_norm(mean, config.max_grad_norm)
+        gradient, divisor = sums.gradient_sum(), sums.weight_sum
+        if private:
+            gradient, divisor = private.mean_gradient(gradient, len(dataset)), 1.0
+        norm = norm_of(gradient) / divisor
         if not math.isfinite(norm):
             raise TrainingError(_astray("gradient", step, config, _Sums() if private else means))
+        # The mean is made, and clipped, where it is used: a whole vector of its own costs time and memory.
+        divisor /= clipping_factor(norm, config.max_grad_norm)
+        if gradient_correction is not None or config.proximal_mu:
+            gradient, divisor = gradient / np.float32(divisor), 1.0
         if gradient_correction is not None:
             gradient = gradient + gradient_correction
         if config.proximal_mu:
             gradient = gradient + np.float32(config.proximal_mu) * (local.vector() - parameters)
         rate = config.learning_rate * learning_rate_factor(config.schedule, step, total_steps)
-        state = local.descend(optimizer, gradient, state, rate)
+        state = local.descend(optimizer, gradient, state, rate, divisor)
         means.add(sums)
         step += 1
         if on_step is not None:
@@ -225,7 +231,8 @@ class _Sums:
         self.loss_sum += result.loss_sum
         self.weight_sum += result.weight_sum
         for name, value in result.metrics.items():
-            self.metrics[name] = self.metrics.get(name, np.zeros(())) + value.astype(np.float64)
+            before = self.metrics.get(name)
+            self.metrics[name] = value.astype(np.float64) if before is None else before + value
         if not self.with_gradient or not isinstance(result, StepResult):
             return
         if self.gradient is None:
@@ -236,11 +243,6 @@ class _Sums:
     def gradient_sum(self) -> Vector:
         assert self.gradient is not None
         return self.gradient
-
-    def mean_gradient(self) -> Vector:
-        """In place: what follows clears it, or is the session's next step, which overwrites it."""
-        gradient = self.gradient_sum()
-        return np.divide(gradient, np.float32(self.weight_sum), out=gradient if gradient.flags.writeable else None)
 
     def mean_loss(self) -> float:
         return self.loss_sum / self.weight_sum if self.weight_sum else math.nan

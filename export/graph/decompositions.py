@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +15,11 @@ from torch._decomp import core_aten_decompositions
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from edgetrain.export.graph import pooling
-from edgetrain.export.graph.before_autograd import COMPOSITES
 from edgetrain.export.graph.pooling import per_dimension
-from edgetrain.export.lowering import onnx_convolution
 
 aten = torch.ops.aten
 
+# Replacements of operators by simpler ones, as `make_fx` takes them.
 Decompositions = dict[torch._ops.OpOverload, Callable[..., Any]]  # noqa: SLF001
 
 
@@ -40,24 +38,6 @@ def common() -> Decompositions:
         aten.empty_permuted.default: empty_permuted,
         **pooling.rules(),
     }
-
-
-def for_onnx() -> Decompositions:
-    """`common()`, and forms that onnxruntime is faster with."""
-    return (
-        common()
-        | COMPOSITES
-        | {
-            aten.convolution.default: onnx_convolution.convolution,
-            aten.convolution_backward.default: onnx_convolution_backward,
-            aten.gelu.default: gelu,
-            aten.gelu_backward.default: gelu_backward,
-            aten._safe_softmax.default: safe_softmax,  # noqa: SLF001
-            aten.native_layer_norm_backward.default: layer_norm_backward,
-            aten.hardtanh_backward.default: hardtanh_backward,
-            aten.threshold_backward.default: threshold_backward,
-        }
-    )
 
 
 def convolution_backward(
@@ -98,30 +78,6 @@ def convolution_backward(
     if output_mask[2]:
         grad_b = grad.sum([0, *range(2, grad.ndim)])
     return grad_x, grad_w, grad_b
-
-
-def onnx_convolution_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Sequence[int] | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`convolution_backward` with products in the forms of `onnx_convolution`, where there is one."""
-    form = onnx_convolution.choose(x, weight, stride, padding, dilation, transposed, groups)
-    grad_x = grad_w = None
-    if form is not None:
-        grad_x, grad_w = onnx_convolution.gradients(grad, x, weight, form, output_mask)
-    rest = [output_mask[0] and grad_x is None, output_mask[1] and grad_w is None, output_mask[2]]
-    settings = (stride, padding, dilation, transposed, output_padding, groups)
-    other = convolution_backward(grad, x, weight, bias_sizes, *settings, rest)
-    return (other[0] if grad_x is None else grad_x, other[1] if grad_w is None else grad_w, other[2])
 
 
 def _weight_gradient(
@@ -246,86 +202,6 @@ def _positions(size: Sequence[int], stride: Sequence[int], offset: int) -> Tenso
 def empty_permuted(size: Sequence[int], _order: Sequence[int], **options: Any) -> Tensor:
     """Memory formats mean nothing to a runtime."""
     return torch.zeros(size, dtype=options.get("dtype"))
-
-
-def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    """In tanh form x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3): five operators, which the backward shares."""
-    if approximate != "tanh":
-        return x * _normal_distribution(x)
-    return x * _gate(x)
-
-
-def gelu_backward(grad: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
-    """Gradient of `gelu`, of what it has computed already."""
-    if approximate != "tanh":
-        density: Tensor = torch.exp(x * x * -0.5) * (2 * math.pi) ** -0.5
-        return grad * (_normal_distribution(x) + x * density)
-    gate = _gate(x)
-    y = x * gate
-    slope = x * x * (3 * GELU_CUBIC) + GELU_LINEAR
-    return grad * (gate + (y - y * gate) * slope)
-
-
-# 2u = GELU_LINEAR x + GELU_CUBIC x^3
-GELU_LINEAR: float = 2 * math.sqrt(2 / math.pi)
-GELU_CUBIC = 0.044715 * GELU_LINEAR
-
-
-def _gate(x: Tensor) -> Tensor:
-    return torch.sigmoid(x * (x * x * GELU_CUBIC + GELU_LINEAR))
-
-
-def _normal_distribution(x: Tensor) -> Tensor:
-    return torch.erf(x * 0.5**0.5) * 0.5 + 0.5
-
-
-def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros where everything is masked, which the row's largest value tells in one pass."""
-    x = x if dtype is None else x.to(dtype)
-    masked = torch.amax(x, dim, keepdim=True) == -math.inf
-    return torch.where(masked, torch.zeros((), dtype=x.dtype), torch.softmax(x, dim))
-
-
-def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
-    """Of ReLU above all. A product with ones and zeros takes half the time of a choice."""
-    return grad * (x > threshold).to(grad.dtype)
-
-
-def layer_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    shape: Sequence[int],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Ba et al. 2016, with sums over rows and columns as products with vectors, and few sweeps over x."""
-    del bias
-    D = math.prod(shape)
-    grad_ND, x_ND = grad.reshape(-1, D), x.reshape(-1, D)
-    mean_N1, rstd_N1 = mean.reshape(-1, 1), rstd.reshape(-1, 1)
-    centred = x_ND - mean_N1
-    product = grad_ND * centred
-    by_x = by_weight = by_bias = None
-    if mask[0]:
-        # Divided here and not in the means: with columns, and factors within products, onnxruntime is slow.
-        shares = (torch.ones(D, dtype=grad.dtype) if weight is None else weight.reshape(D)) * (1 / D)
-        column = shares.reshape(D, 1)
-        scaled = grad_ND if weight is None else grad_ND * weight.reshape(1, D)
-        slope = torch.mm(product, column) * rstd_N1 * rstd_N1
-        by_x = (((scaled - torch.mm(grad_ND, column)) - centred * slope) * rstd_N1).reshape(x.shape)
-    if mask[1]:
-        by_weight = torch.mm(rstd_N1.reshape(1, -1), product).reshape(shape)
-    if mask[2]:
-        by_bias = grad_ND.sum(0).reshape(shape)
-    return by_x, by_weight, by_bias
-
-
-def hardtanh_backward(grad: Tensor, x: Tensor, min_val: float, max_val: float) -> Tensor:
-    """Of ReLU6 above all; see `threshold_backward`."""
-    return grad * ((x > min_val) & (x < max_val)).to(grad.dtype)
 
 
 def hardshrink_backward(grad: Tensor, x: Tensor, lambd: float) -> Tensor:

@@ -27,6 +27,7 @@ from edgetrain.export.batch import (
     tensor_spec,
 )
 from edgetrain.export.graph.before_autograd import before_autograd, standard
+from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.fold import fold_batch_norms
 from edgetrain.export.graph.ghost import use_ghost_norms
 from edgetrain.export.graph.tidy import VIEWS, drop_unused_leaves, mutates, name_constants, simplify
@@ -36,9 +37,6 @@ from edgetrain.protocol.int8 import nearest
 from edgetrain.protocol.manifest import CLIP_NORM, STEP_CLIPPED, TensorSpec
 
 aten = torch.ops.aten
-
-Decompositions = Mapping[torch._ops.OpOverload, Callable[..., Any]]  # noqa: SLF001
-"""Replacement of an operator by simpler ones, as `make_fx` takes it."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import torch
 from torch import fx
 
 from edgetrain.export.errors import OperatorError, UnsupportedError
-from edgetrain.export.graph.decompositions import Decompositions, for_onnx
+from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run, Weights
+from edgetrain.export.lowering.onnx_decompositions import for_onnx
 from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
 from edgetrain.export.quiet import quiet
 from edgetrain.export.storage.frozen_weights import store

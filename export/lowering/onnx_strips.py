@@ -110,7 +110,10 @@ class _Writer:
             return self._new.node_copy(node, lambda value: self._value(value, strip))
         *added, left, right = arguments(node)
         bias = [self._part(value, value.meta["val"].ndim - 1, strip, count) for value in added]
-        return self._call(node.target, *bias, self._whole[left], self._part(right, 1, strip, count), **node.kwargs)
+        weight = self._part(right, 1, strip, count)
+        if is_turn(weight) and len(bias) == 1 and not node.kwargs:
+            return self._call(aten.linear.default, self._whole[left], arguments(weight)[0], bias[0])
+        return self._call(node.target, *bias, self._whole[left], weight, **node.kwargs)
 
     def _added(self, node: fx.Node, strip: int, count: int, before: fx.Node | None) -> fx.Node:
         *added, left, right = arguments(node)

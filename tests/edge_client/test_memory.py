@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -14,7 +15,7 @@ import pytest
 
 from edgetrain.edge_client import open_session
 from edgetrain.edge_client.errors import DataError
-from edgetrain.edge_client.host.memory import MappedRows, map_rows
+from edgetrain.edge_client.host.memory import MappedRows, forget_code, map_rows, only_of_files
 from edgetrain.edge_client.runtimes.onnxruntime import OnnxGraph
 from edgetrain.edge_client.training.data import load_dataset
 from edgetrain.edge_client.training.dataset import Dataset
@@ -150,3 +151,53 @@ def test_what_is_freed_goes_back_to_the_system():
     assert max(kept["told"]) < 8
     assert kept["left alone"][0] > 48
     assert kept["left alone"][1] < 8
+
+
+SMAPS = b"""\
+55b0b5cc9000-55b0b5cca000 r--p 00000000 fe:00 10      /usr/bin/some thing
+Rss:                   4 kB
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd mr mw me
+55b0b5cca000-55b0b5ccc000 r--p 00001000 fe:00 10      /usr/bin/relocated
+Anonymous:             4 kB
+Swap:                  0 kB
+55b0b5ccc000-55b0b5ccd000 rw-p 00001000 fe:00 10      /usr/bin/written
+Anonymous:             0 kB
+Swap:                  0 kB
+7fe0c9000000-7fe0c9002000 r-xp 00000000 fe:00 11      /usr/lib/code.so
+Anonymous:             0 kB
+Swap:                  4 kB
+7fe0c9100000-7fe0c9104000 r-xp 00000000 fe:00 12      /usr/lib/more.so
+Size:                 16 kB
+Anonymous:             0 kB
+LazyFree:              0 kB
+Swap:                  0 kB
+7fe0c9200000-7fe0c9204000 r--p 00000000 00:00 0
+Anonymous:             0 kB
+Swap:                  0 kB
+7fe0c9300000-7fe0c9304000 r--s 00000000 fe:00 13      /data
+Anonymous:             0 kB
+Swap:                  0 kB
+7fe0c9400000-7fe0c9404000 r-xp 00000000 00:00 0       [vdso]
+Anonymous:             0 kB
+Swap:                  0 kB
+"""
+
+
+def test_only_what_a_file_holds_is_forgotten():
+    assert only_of_files(SMAPS) == [(0x55B0B5CC9000, 0x55B0B5CCA000), (0x7FE0C9100000, 0x7FE0C9104000)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux")
+def test_code_comes_back_when_it_is_needed():
+    def of_files():
+        return int(Path("/proc/self/status").read_text().partition("RssFile:")[2].split()[0])
+
+    matrix = np.random.default_rng(0).normal(size=(50, 50))
+    expected = np.linalg.inv(matrix)
+    before = of_files()
+    forget_code()
+    # Python, numpy and onnxruntime are tens of megabytes.
+    assert of_files() < before - 10_000
+    np.testing.assert_array_equal(np.linalg.inv(matrix), expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgetrain.edge_client.training.optimizers import OptimizerState, clip_by_global_norm, sgd
+from edgetrain.edge_client.training.optimizers import OptimizerState, clipping_factor, norm_of, sgd
 from edgetrain.protocol.errors import ConfigError
 
 VARIANTS = {
@@ -69,14 +69,30 @@ def test_clipping_equals_torch(max_norm):
         torch.from_numpy(gradient[40:].copy()),
     )
     expected_norm = torch.nn.utils.clip_grad_norm_(tensors, max_norm)
-    clipped, norm = clip_by_global_norm(gradient, max_norm)
+    norm = norm_of(gradient)
     assert norm == pytest.approx(float(expected_norm), rel=1e-6)
+    clipped = gradient * np.float32(clipping_factor(norm, max_norm))
     np.testing.assert_allclose(clipped, torch.cat([t.grad for t in tensors]).numpy(), rtol=1e-6)
 
 
 def test_clipping_by_hand_and_off():
     gradient = np.array([3, 4], np.float32)
-    clipped, norm = clip_by_global_norm(gradient, 1.0)
-    assert norm == 5
-    np.testing.assert_allclose(clipped, [0.6, 0.8], rtol=1e-6)
-    assert clip_by_global_norm(gradient, 0)[0] is gradient
+    assert norm_of(gradient) == 5
+    np.testing.assert_allclose(gradient * clipping_factor(5.0, 1.0), [0.6, 0.8], rtol=1e-6)
+    assert clipping_factor(5.0, 0) == clipping_factor(5.0, 7.0) == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_along_the_mean_of_a_sum_in_place(variant):
+    """The sum over 3 samples and its divisor, against their mean in fresh memory."""
+    rng = np.random.default_rng(2)
+    start, total, velocity = rng.normal(size=(3, 50)).astype(np.float32)
+    optimizer = sgd(**VARIANTS[variant])
+    state = OptimizerState(velocity)
+    expected, after = optimizer.apply(start.copy(), total / 3, state, 0.1)
+    parameters, given = start.copy(), total.copy()
+    new, changed = optimizer.apply(parameters, total, state, 0.1, 3.0, np.empty(50, np.float32))
+    assert new is parameters
+    np.testing.assert_allclose(parameters, expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(total, given)
+    np.testing.assert_allclose(changed.velocity, after.velocity, rtol=1e-6)
