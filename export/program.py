@@ -8,8 +8,9 @@ from collections.abc import Callable
 from edgetrain.export import locate, parity
 from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.graph import before_autograd, joint
+from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.functional import functional_problem
-from edgetrain.export.graph.joint import Decompositions, Problem, TracedGraph
+from edgetrain.export.graph.joint import Problem, TracedGraph
 from edgetrain.export.graph.narrow import narrowed_problem
 from edgetrain.export.graph.partition import Split, split_step, with_features
 from edgetrain.export.lowering.base import FurtherGraphs, LoweredGraph, Lowering, Run
