@@ -151,6 +151,7 @@ class Coordinator:
                 self._uploads.foreman.close()
             self._opening.close()
             self._side_by_side.close()
+            self._directory.settle()
         self._pump.announce("ended", reason)
         return self._summarize("completed", reason)
 

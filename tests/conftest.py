@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from support.tiny_bundle import write_tiny_bundle
 # The same examples on every machine and in every run; a slow machine is not a failure.
 settings.register_profile("edgetrain", deadline=None, derandomize=True)
 settings.load_profile("edgetrain")
+# Whoever was started in the background by a script ignores Ctrl-C, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -332,12 +332,16 @@ class RunDirectory:
         """summary.json."""
         self.write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
 
-    def close(self) -> None:
-        """Seals the audit log, closes the database and lets go of the lock."""
+    def settle(self) -> None:
+        """Returns when nothing is written or deleted beside any more; what failed is done at the next start."""
         if self._saving:
             self._saving[2].join()
         if self._tidying:
             self._tidying.join()
+
+    def close(self) -> None:
+        """Seals the audit log, closes the database and lets go of the lock."""
+        self.settle()
         try:
             self.audit.close()
         finally:

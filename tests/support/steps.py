@@ -24,7 +24,8 @@ class Step:
         translator = Translator(lowering, functional_problem(problem) if functional else problem)
         graph, lowered = translator.translate(trace_step)
         self.names = problem.names
-        self.ops = [node.op_type for node in onnx.load_from_string(lowered.data).graph.node]
+        self.model = onnx.load_from_string(lowered.data)
+        self.ops = [node.op_type for node in self.model.graph.node]
         self._graph, self._run = graph, lowering.load(lowered)
         self._problem = problem
         self._eager = (module, loss, batch)
