@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,8 +59,3 @@ def decode_state(data: bytes) -> dict[str, npt.NDArray[Any]]:
         return safetensors.numpy.load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from error
-
-
-def vector_sha256(vector: Vector) -> str:
-    """SHA-256 of a vector's little-endian float32 bytes, in hex."""
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).hexdigest()

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.clients.clients import ClientRecord
-from edgetrain.coordinator.parameters import vector_sha256
 from edgetrain.coordinator.rounds.open_round import OpenRound
 from edgetrain.coordinator.rounds.rounds import OUTSTANDING, Part
 from edgetrain.coordinator.run.records import ClientRow, RoundRecord, Summary
 from edgetrain.protocol.messages import Report
+from edgetrain.protocol.vectors import vector_digest
 
 Vector = npt.NDArray[np.float32]
 
@@ -51,7 +51,7 @@ def round_record(
         bytes_up_float32=4 * len(parameters) * accepted,
         bytes_down=bytes_down,
         epsilon=epsilon,
-        parameters_sha256=vector_sha256(parameters),
+        parameters_sha256=vector_digest(parameters).hex(),
     )
 
 

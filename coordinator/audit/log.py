@@ -144,16 +144,6 @@ class AuditLog:
         self._noted.append(point)
         return point
 
-    def checkpoint(self) -> Head:
-        """The same, and commits it.
-
-        Raises:
-            RunError: the disk did not take it.
-        """
-        point = self.note_checkpoint()
-        self.commit()
-        return point
-
     def close(self) -> None:
         """Commits and closes the file. Idempotent.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from edgetrain.coordinator.clients.clients import ClientRecord, Roster
-from edgetrain.coordinator.run.exports import KnownClient
+from edgetrain.coordinator.run.records import KnownClient
 from edgetrain.coordinator.run.run_directory import RunDirectory
 
 
@@ -25,8 +25,9 @@ class KnownClients:
         self.roster = Roster(clock)
         for name, key, last in directory.load_clients():
             self.roster.add(ClientRecord(name, key, last_accepted=last))
-        # By name: the last accepted update, as it is written down.
-        self._saved = {record.name: record.last_accepted for record in self.roster.all()}
+        # By name, as it is written down.
+        self._saved: dict[str, KnownClient] = {}
+        self.note_saved(map(_known, self.roster.all()))
 
     def save(self) -> None:
         """Writes down names, keys and last accepted updates, where something is new.
@@ -40,15 +41,11 @@ class KnownClients:
 
     def changed(self) -> list[KnownClient]:
         """Names, keys and last accepted updates of those of whom this is not written down yet."""
-        return [
-            (record.name, record.public_key, record.last_accepted)
-            for record in self.roster.all()
-            if self._saved.get(record.name, ()) != record.last_accepted
-        ]
+        return [known for known in map(_known, self.roster.all()) if self._saved.get(known[0]) != known]
 
     def note_saved(self, clients: Iterable[KnownClient]) -> None:
         """They are written down."""
-        self._saved.update((name, last) for name, _, last in clients)
+        self._saved.update((known[0], known) for known in clients)
 
     def save_new(self) -> None:
         """Writes if somebody is new: a name belongs to its first key, also after a crash.
@@ -58,3 +55,7 @@ class KnownClients:
         """
         if len(self.roster) != len(self._saved):
             self.save()
+
+
+def _known(record: ClientRecord) -> KnownClient:
+    return record.name, record.public_key, record.last_accepted

@@ -12,7 +12,6 @@ holds none takes the public parameters whole.
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from edgetrain.coordinator.beside import Beside
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import CodecSpec, Encoding, begin_encoding, encode
 from edgetrain.protocol.messages import BlobRef
+from edgetrain.protocol.vectors import vector_digest
 
 Vector = npt.NDArray[np.float32]
 
@@ -142,8 +142,3 @@ class Downlink:
         if self._digest is None:
             self._digest = vector_digest(self._public)
         return self._digest
-
-
-def vector_digest(vector: Vector) -> bytes:
-    """SHA-256 of a vector as little-endian float32."""
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).digest()

@@ -12,7 +12,6 @@ from edgetrain.coordinator.clients.clients import Roster
 from edgetrain.coordinator.clients.history import History
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.rounds.adaptation import DeviceRule, adapted_setting, rule_for
-from edgetrain.coordinator.rounds.downlink import vector_digest
 from edgetrain.coordinator.rounds.open_round import OpenRound
 from edgetrain.coordinator.rounds.pace import come_back_seconds
 from edgetrain.coordinator.rounds.rounds import Part
@@ -23,6 +22,7 @@ from edgetrain.coordinator.strategies import Setting, Strategy, Vector, check_st
 from edgetrain.protocol.codecs import CodecSpec, negotiate
 from edgetrain.protocol.messages import BlobRef, Plan
 from edgetrain.protocol.training import TrainingConfig
+from edgetrain.protocol.vectors import vector_digest
 
 # What no client can encode with.
 NO_CODEC = "secure aggregation only"

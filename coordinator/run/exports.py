@@ -17,11 +17,9 @@ from typing import TypeVar
 import msgspec
 
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.run.records import ClientRow, RoundRecord
+from edgetrain.coordinator.run.records import ClientRow, KnownClient, RoundRecord
 
 T = TypeVar("T")
-
-KnownClient = tuple[str, bytes, tuple[int, bytes] | None]
 
 
 class _PinnedClient(msgspec.Struct, frozen=True, kw_only=True):

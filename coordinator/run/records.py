@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+KnownClient = tuple[str, bytes, tuple[int, bytes] | None]
+"""(name, public key, last accepted round and digest)."""
+
 
 class RoundRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A line of rounds.jsonl."""

@@ -36,10 +36,9 @@ from edgetrain.coordinator.beside import Beside
 from edgetrain.coordinator.clients.spread import FederatedEvaluation
 from edgetrain.coordinator.config import FederationConfig, to_toml
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.run.exports import KnownClient
 from edgetrain.coordinator.run.journal import RoundOpened
 from edgetrain.coordinator.run.journal_reading import read_journal
-from edgetrain.coordinator.run.records import ClientRow, RoundRecord, Summary
+from edgetrain.coordinator.run.records import ClientRow, KnownClient, RoundRecord, Summary
 from edgetrain.coordinator.run.run_identity import load_or_create_run
 from edgetrain.coordinator.run.run_log import RunLog
 from edgetrain.coordinator.run.run_vectors import RunVectors, round_of

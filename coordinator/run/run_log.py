@@ -15,10 +15,9 @@ from pathlib import Path
 from edgetrain.coordinator.clients.spread import FederatedEvaluation
 from edgetrain.coordinator.run import exports
 from edgetrain.coordinator.run.database import RunDatabase
-from edgetrain.coordinator.run.exports import KnownClient
 from edgetrain.coordinator.run.journal import RoundOpened
 from edgetrain.coordinator.run.past_run import read_rows
-from edgetrain.coordinator.run.records import ClientRow, RoundRecord
+from edgetrain.coordinator.run.records import ClientRow, KnownClient, RoundRecord
 from edgetrain.protocol.files import write_atomically
 
 logger = logging.getLogger(__name__)

@@ -21,12 +21,12 @@ from edgetrain.coordinator.parameters import (
     decode_state,
     encode_parameters,
     encode_state,
-    vector_sha256,
 )
 from edgetrain.coordinator.run.records import RoundRecord
 from edgetrain.coordinator.strategies import ServerState
 from edgetrain.protocol.files import link_atomically, write_atomically
 from edgetrain.protocol.manifest import Manifest
+from edgetrain.protocol.vectors import vector_digest
 
 Vector = npt.NDArray[np.float32]
 
@@ -57,7 +57,7 @@ class RunVectors:
             vector = decode_parameters(path.read_bytes(), self._manifest)
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: cannot read the parameters of round {record.round}: {error}") from error
-        if vector_sha256(vector) != record.parameters_sha256:
+        if vector_digest(vector).hex() != record.parameters_sha256:
             raise RunError(f"{path}: is not what round {record.round} wrote; restore it from a copy")
         return vector
 

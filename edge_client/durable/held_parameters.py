@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-
-import numpy as np
 
 from edgetrain.edge_client.durable.installation import Fetch
 from edgetrain.edge_client.runtimes.base import Vector
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.codecs import Limits, decode
 from edgetrain.protocol.messages import Plan
+from edgetrain.protocol.vectors import vector_digest
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ class HeldParameters:
             vector = self._patched(plan, fetch, limit)
             if vector is None:
                 vector = decode(fetch(plan.parameters, limit=limit), self._limits()).dense()
-                if len(vector) != self._length or _digest(vector) != plan.vector:
+                if len(vector) != self._length or vector_digest(vector) != plan.vector:
                     raise CodecError("the round's parameters are not those that the plan names")
             self._vector, self._digest = vector, plan.vector
         assert self._vector is not None, "it has a digest"
@@ -55,7 +53,7 @@ class HeldParameters:
         try:
             for patch in plan.patches[bases.index(self._digest) :]:
                 decode(fetch(patch.blob, limit=limit), self._limits()).add_to(vector)
-            if _digest(vector) != plan.vector:
+            if vector_digest(vector) != plan.vector:
                 raise CodecError("they lead to other parameters")
         except (BlobError, CodecError) as error:
             logger.warning("round %d: the patches are of no use: %s; taking the whole", plan.round, error)
@@ -64,7 +62,3 @@ class HeldParameters:
 
     def _limits(self) -> Limits:
         return Limits(max_parameters=self._length)
-
-
-def _digest(vector: Vector) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").data).digest()

@@ -153,7 +153,8 @@ def test_an_older_copy_of_everything_is_found_by_what_a_client_has_seen(small):
     old = {name: (small / name).read_bytes() for name in ("audit.jsonl", "audit.head")}
     log = open_log(small)
     log.append(Command(command="stop"))
-    seen = log.checkpoint()
+    seen = log.note_checkpoint()
+    log.commit()
     log.close()
     report = verify_audit(small, public_key=KEY.public_key, seen={seen.records: seen.hash})
     assert report.compared == 1

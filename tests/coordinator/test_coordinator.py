@@ -15,11 +15,12 @@ from edgetrain.coordinator.audit.verify import records_of
 from edgetrain.coordinator.config import EvaluationConfig, LimitsConfig, StopConfig
 from edgetrain.coordinator.errors import RoundFailed
 from edgetrain.coordinator.evaluation import Evaluation
-from edgetrain.coordinator.parameters import decode_parameters, vector_sha256
+from edgetrain.coordinator.parameters import decode_parameters
 from edgetrain.protocol import CodecError, ConfigError, encode
 from edgetrain.protocol.blobs import HEADER_BYTES, blob_ref, cut
 from edgetrain.protocol.messages import BlobRef, Decline, Offer, Ready, Report, Want
 from edgetrain.protocol.signing import SigningKey, seal
+from edgetrain.protocol.vectors import vector_digest
 from support.scripted import FEDERATION, ScriptedClient, ScriptedFederation
 from support.tiny_bundle import NUM_PARAMETERS, initial_parameters
 
@@ -64,7 +65,7 @@ def test_honest_clients_give_the_mean_to_the_bit(federate):
         assert (record["round"], record["accepted"], record["num_examples"]) == (number, 2, 20)
         assert record["bytes_up_float32"] == 2 * dense
         assert dense * 2 < record["update_bytes"] < dense * 2 + 100
-    assert federation.records()[-1]["parameters_sha256"] == vector_sha256(final_parameters(federation))
+    assert federation.records()[-1]["parameters_sha256"] == vector_digest(final_parameters(federation)).hex()
     rows = list(csv.DictReader((federation.out / "clients.csv").read_text().splitlines()))
     assert [(row["round"], row["client"]) for row in rows] == [(n, c) for n in "123" for c in "ab"]
     assert msgspec.json.decode((federation.out / "summary.json").read_bytes())["status"] == "completed"

@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from edgetrain.coordinator.rounds.downlink import KEEP_PATCHES, Downlink, vector_digest
+from edgetrain.coordinator.rounds.downlink import KEEP_PATCHES, Downlink
 from edgetrain.edge_client.durable.held_parameters import HeldParameters
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import CodecSpec, Limits, decode, encode
 from edgetrain.protocol.messages import Patch, Plan
+from edgetrain.protocol.vectors import vector_digest
 
 N = 1000
 INT8 = CodecSpec.parse("dense|int8:block=64")

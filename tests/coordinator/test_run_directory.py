@@ -18,12 +18,12 @@ import safetensors.numpy
 from edgetrain.coordinator.clients.spread import evaluation_of
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.parameters import vector_sha256
 from edgetrain.coordinator.run.journal import Journal
 from edgetrain.coordinator.run.records import ClientRow, RoundRecord
 from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.errors import EdgetrainError
+from edgetrain.protocol.vectors import vector_digest
 from support.tiny_bundle import NUM_PARAMETERS, SHAPES, initial_parameters
 
 
@@ -52,7 +52,7 @@ def vector(number):
 def record(number, loss=None):
     return RoundRecord(
         round=number, attempts=1, seconds=1.5, invited=2, accepted=2, declined=0, refused=0, lost=0, loss=loss,
-        parameters_sha256=vector_sha256(vector(number)),
+        parameters_sha256=vector_digest(vector(number)).hex(),
     )  # fmt: skip
 
 

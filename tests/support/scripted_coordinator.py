@@ -11,7 +11,6 @@ import numpy as np
 
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.post import Post
-from edgetrain.coordinator.rounds.downlink import vector_digest
 from edgetrain.protocol import encode
 from edgetrain.protocol.blobs import Assembler, parse_chunk
 from edgetrain.protocol.bundle import Bundle
@@ -30,6 +29,7 @@ from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import SigningKey, unseal, verify
 from edgetrain.protocol.training import TrainingConfig
 from edgetrain.protocol.transport import MemoryBroker, Received
+from edgetrain.protocol.vectors import vector_digest
 from support.scripted import FEDERATION, Clock
 
 TRAINING = TrainingConfig(epochs=1, batch_size=4, learning_rate=0.1)

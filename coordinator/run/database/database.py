@@ -20,14 +20,11 @@ from edgetrain.coordinator.clients.spread import FederatedEvaluation
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.run.database.migrations import migrate
 from edgetrain.coordinator.run.journal import RoundOpened
-from edgetrain.coordinator.run.records import ClientRow, RoundRecord
+from edgetrain.coordinator.run.records import ClientRow, KnownClient, RoundRecord
 
 T = TypeVar("T")
 
 FILE = "state.sqlite"
-
-KnownClient = tuple[str, bytes, tuple[int, bytes] | None]
-"""(name, public key, last accepted round and digest)."""
 
 # Others who look at the file while it is written do not make us fail.
 BUSY_SECONDS = 10.0
