@@ -226,8 +226,9 @@ def fold_spy(monkeypatch, seen):
     original = Collection._fold
 
     def fold(self, client, offer, data, training):
+        row = original(self, client, offer, data, training)
         seen.append((client, self._round - offer.round))
-        return original(self, client, offer, data, training)
+        return row
 
     monkeypatch.setattr(Collection, "_fold", fold)
     return seen
