@@ -382,7 +382,8 @@ class MqttTransport:
                 self._feed(connection, now)
                 patience = self._outgoing.wait(now)
                 oldest = self._outgoing.oldest
-            # Whoever empties the queue after this looks at it, too.
+            # Never twice in a row, so that the broker is heard. Set before the queue is looked at: whoever empties it
+            # after that sees this, and wakes us.
             self._sated = not self._sated
             self._sated = self._sated and self._events.qsize() >= self._some
             rest = _SATED_SECONDS if self._sated else connection.heard_at + self._most_received * _REST_SECONDS - now
