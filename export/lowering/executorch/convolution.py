@@ -222,10 +222,12 @@ def weight_gradient(x_NHWC: Tensor, grad_NHWC: Tensor, geometry: Geometry) -> Te
     G, (N, H, W, C) = geometry.groups, grad_NHWC.shape
     O, I, P, K = C // G, x_NHWC.shape[3] // G, H * W, math.prod(geometry.kernel)
     if I == 1 and O == 1 and G > 1:
-        ones = ones_like_row(N * P)
-        sums = [
-            torch.bmm(ones, (tap * grad_NHWC).reshape(1, N * P, G)) for tap in taps(x_NHWC, *geometry.forward((H, W)))
-        ]
+        seen, still = taps(x_NHWC, *geometry.forward((H, W))), grad_NHWC
+        if geometry.stride == (1, 1):
+            # The same sums, with the other one shifted: as for the input gradient, which then shares the shifts.
+            seen, still = taps(grad_NHWC, *_downwards(geometry, x_NHWC.shape[1:3]))[::-1], x_NHWC
+        ones = ones_like_row(still.numel() // G)
+        sums = [torch.bmm(ones, (tap * still).reshape(1, -1, G)) for tap in seen]
         return torch.cat(sums, 1).reshape(-1, G).permute(1, 0).reshape(G, 1, *geometry.kernel)
     rows, columns = geometry.forward((H, W))
     if G == 1 and K > 1 and rows.step == columns.step == 1 and H * x_NHWC.shape[2] <= WIDEST * P:
@@ -311,6 +313,12 @@ def _class(geometry: Geometry, i: int, offset: int, count: int) -> tuple[Windows
         return None
     first = (reach - taps[-1] * dilation) // stride
     return Windows(first, 1, _gap(taps) * dilation // stride or 1, len(taps), count), taps
+
+
+def _downwards(geometry: Geometry, size: Sequence[int]) -> tuple[Windows, Windows]:
+    """What each input row and column meets of the gradient at unit strides, taps in reversed order."""
+    (rows, _), (columns, _) = (found for i in range(2) if (found := _class(geometry, i, 0, size[i])))
+    return rows, columns
 
 
 def _gap(taps: Sequence[int]) -> int:
