@@ -108,15 +108,10 @@ def taps(x_NHWC: Tensor, rows: Windows, columns: Windows, value: float = 0.0) ->
     x, top, left = padded(x_NHWC, rows, columns, value)
     if rows.step == columns.step == 1:
         # Slices stay within the delegate.
-        found = []
-        across = [
-            x[:, :, columns.first + left + j * columns.spacing :][:, :, : columns.positions].contiguous()
-            for j in range(columns.taps)
-        ]
-        for i in range(rows.taps):
-            start = rows.first + top + i * rows.spacing
-            found += [part[:, start : start + rows.positions].contiguous() for part in across]
-        return found
+        lefts = [columns.first + left + j * columns.spacing for j in range(columns.taps)]
+        across = [x[:, :, start : start + columns.positions].contiguous() for start in lefts]
+        tops = [rows.first + top + i * rows.spacing for i in range(rows.taps)]
+        return [part[:, start : start + rows.positions].contiguous() for start in tops for part in across]
     n, h, w, _ = x.stride()
     sizes, strides = (
         [x.shape[0], rows.positions, columns.positions, x.shape[3]],
