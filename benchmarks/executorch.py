@@ -281,7 +281,7 @@ def tensors(path: Path) -> tuple[Any, Any, list[Any]]:
     bundle = Bundle(path)
     (inputs, targets), weights = read_self_test(bundle)
     vector = torch.from_numpy(bundle.initial_parameters())
-    parameters = [vector[e.offset : e.offset + e.numel].reshape(e.shape) for e in bundle.manifest.parameters]
+    parameters = [entry.of(vector) for entry in bundle.manifest.parameters]
     halves = [map_leaves(torch.from_numpy, half) for half in (inputs, targets)]
     leaves = [leaf for half in halves for leaf in (half.values() if isinstance(half, dict) else [half])]
     return leaves, torch.from_numpy(weights), parameters

@@ -115,7 +115,7 @@ class Unscaled:
         entries = [entry for entry in self.manifest.parameters if entry.dtype == "int8"]
         scales = parameters.graph_inputs()[len(self.manifest.parameters) :]
         for entry, scale in zip(entries, scales, strict=True):
-            part = result.gradients[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
+            part = entry.of(result.gradients)
             part *= scale.reshape(-1, *[1] * (part.ndim - 1)) ** 2
         return result
 

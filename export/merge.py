@@ -186,10 +186,7 @@ def _state_dict(
             f"{_first_difference(have, want)}"
         )
     merged = prepared.adapters.merged(
-        {
-            entry.name: torch.from_numpy(vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape).copy())
-            for entry in manifest.parameters
-        }
+        {entry.name: torch.from_numpy(entry.of(vector).copy()) for entry in manifest.parameters}
     )
     outputs = _run_eager(prepared, merged, manifest.batch.inputs, inputs)
     _compare(expected, outputs, "the given module (are its frozen weights those that were exported?)")

@@ -29,7 +29,7 @@ from edgetrain.edge_client.runtimes.executorch_library import (
 )
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import num_parameters
-from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, view
+from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession
 from edgetrain.edge_client.runtimes.staging import READ_BEYOND
 from edgetrain.edge_client.runtimes.versions import check_minimum, parse_version
 from edgetrain.protocol.bundle import Bundle
@@ -121,7 +121,7 @@ class _ExecutorchGraph:
         if self._entries and parameters is not self._parameters:
             safe = _readable_beyond(parameters)
             for index, entry in enumerate(self._entries):
-                self._program.bind(index, view(safe, entry), output=False)
+                self._program.bind(index, entry.of(safe), output=False)
             self._parameters = parameters if safe is parameters else None
         try:
             self._program.run()

@@ -26,7 +26,7 @@ from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import FEATURE, PARTS, TRUNK, head_manifest, parameter_specs
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
-from edgetrain.protocol.manifest import STEP_CLIPPED, Graph, Manifest, ParameterEntry, TensorSpec
+from edgetrain.protocol.manifest import STEP_CLIPPED, Graph, Manifest, TensorSpec
 
 
 class BoundGraph(Protocol):
@@ -212,7 +212,7 @@ class GraphSession(ABC):
             return [np.zeros(output.shape, output.dtype) for output in graph.outputs]
         gradients: list[Array] = []
         if name in {"step", PARTS["step"], STEP_CLIPPED}:
-            gradients = [view(self.gradients, entry) for entry in self.manifest.parameters]
+            gradients = [entry.of(self.gradients) for entry in self.manifest.parameters]
         own = 2 + len(self.manifest.metrics)
         further = 1 if name == STEP_CLIPPED else 0
         if len(graph.outputs) != own + len(gradients) + further:
@@ -245,11 +245,6 @@ def check_inputs(manifest: Manifest, graph: Graph, leaves: Mapping[str, TensorSp
     for declared in graph.inputs[len(specs) :]:
         if leaves.get(declared.name) != declared:
             raise SessionError(f"{graph.file.file}: input {declared.name!r} is no leaf of the batch")
-
-
-def view(vector: Vector, entry: ParameterEntry) -> Array:
-    """One parameter of a flat vector, without a copy."""
-    return vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
 
 
 def first_line(error: Exception) -> str:
