@@ -19,7 +19,6 @@ from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph import joint
 from edgetrain.export.graph.joint import Problem, TracedGraph
 from edgetrain.export.graph.partition import FEATURES, Split, with_features
-from edgetrain.export.graph.tidy import frozen_attribute
 from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering
 from edgetrain.export.parity import Expected, Reference
 from edgetrain.export.program import Translator, graph_entry, split_problem
@@ -29,7 +28,6 @@ from edgetrain.protocol.manifest import Graph, Program, StorageReport
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_UP = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.add.Tensor)
 # The features of the example batch may be off by this share, or so many times as much as those of the calibration data,
 # before it is said.
 _OFF, _UNLIKE = 0.05, 2.0
@@ -113,21 +111,8 @@ def make_stored_program(
         graphs=maker.graphs,
         storage=report,
     )
-    return StoredProgram(program, maker.reference, unlike, _quantized(problem, lowering, parts, storage.kind))
-
-
-def _quantized(problem: Problem, lowering: StoringLowering, parts: Split | None, kind: str) -> dict[str, str]:
-    """Names of the frozen tensors that are stored in fewer bytes, with how."""
     large = [name for name, tensor in problem.prepared.frozen.items() if is_weight(tensor)]
-    if (weights := lowering.weights(kind)) != "float32":
-        return dict.fromkeys(large, weights)
-    assert parts is not None, "nothing but a trunk is quantized"
-    # Only layers that the head does not read: what the trunk looks up, or computes with otherwise, stays float32.
-    float32 = {str(node.target) for node in parts.head_step.module.graph.nodes if node.op == "get_attr"}
-    for node in parts.trunk.module.graph.nodes:
-        if node.op == "get_attr" and any(user.target in _LOOKED_UP for user in node.users):
-            float32.add(str(node.target))
-    return {name: "int8" for name in large if frozen_attribute(name) not in float32}
+    return StoredProgram(program, maker.reference, unlike, lowering.stored_as(large, storage.kind, parts))
 
 
 class _Maker:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.joint import TracedGraph
+from edgetrain.export.graph.partition import Split
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.executorch import training_module
 from edgetrain.export.lowering.executorch.compile import compile_module, quicker
@@ -91,6 +92,14 @@ class ExecutorchLowering:
         """Constants of XNNPACK's float32 operators are float32: nothing is rounded outside a quantized trunk."""
         del kind
         return "float32"
+
+    def stored_as(self, names: Sequence[str], kind: str, parts: Split | None) -> dict[str, str]:
+        """The weights of the trunk's layers."""
+        from edgetrain.export.lowering.executorch.quantize import in_layers  # noqa: PLC0415  # slow to import
+
+        del kind
+        assert parts is not None, "nothing but a trunk is quantized"
+        return dict.fromkeys(in_layers(names, parts), "int8")
 
     def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:
         """As it is."""

@@ -21,6 +21,8 @@ from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from edgetrain.export.graph.joint import TracedGraph
+from edgetrain.export.graph.partition import Split
+from edgetrain.export.graph.tidy import frozen_attribute
 from edgetrain.export.lowering.executorch.rewrite import rewrite
 
 aten = torch.ops.aten
@@ -28,6 +30,8 @@ aten = torch.ops.aten
 _LAYERS = (aten.conv2d.default, aten.linear.default)
 # Shared quantization would round averages with the range of what they average.
 _FLOAT = (aten.mean.dim,)
+# What reads a table of vectors, or adds one.
+_NO_LAYERS = (aten.embedding.default, aten.index.Tensor, aten.add.Tensor)
 _ARITHMETIC = (aten.add.Tensor, aten.mul.Tensor)
 
 
@@ -50,6 +54,15 @@ def quantized_module(trunk: TracedGraph, batches: Sequence[Sequence[Tensor]]) ->
         prepared(*batch)
     converted: torch.nn.Module = convert_pt2e(prepared)
     return converted
+
+
+def in_layers(names: Sequence[str], parts: Split) -> list[str]:
+    """Of some frozen tensors the weights of the trunk's layers; those that the head reads, too, stay float32."""
+    float32 = {str(node.target) for node in parts.head_step.module.graph.nodes if node.op == "get_attr"}
+    for node in parts.trunk.module.graph.nodes:
+        if node.op == "get_attr" and any(user.target in _NO_LAYERS for user in node.users):
+            float32.add(str(node.target))
+    return [name for name in names if frozen_attribute(name) not in float32]
 
 
 def layers(module: fx.GraphModule) -> None:
