@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("--churn", type=float, default=0.1)
     parser.add_argument("--parameters", type=int, default=10_000)
     parser.add_argument("--codec", default="dense|int8")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
-    arguments.out.mkdir(exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "load.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "memory_mb"}, indent=1))
 
