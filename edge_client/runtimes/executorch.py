@@ -59,13 +59,13 @@ class ExecutorchRuntime:
         return None
 
     def open(self, bundle: Bundle, *, threads: int) -> ExecutorchSession:
-        """Loads the bundle's program for executorch.
+        """Opens the bundle's program for executorch; nothing is loaded yet.
 
         `threads` is set for the whole process: all programs share one pool.
 
         Raises:
-            SessionError: not installed, too old, no compiler, or the program does not load.
-            BundleError: no program for this runtime, or a corrupt file.
+            SessionError: not installed, too old, or no compiler.
+            BundleError: no program for this runtime.
         """
         check_minimum(bundle.manifest, self.name, find_wheel().version, "executorch")
         set_threads(threads)

@@ -49,11 +49,11 @@ class OnnxRuntime:
         return None
 
     def open(self, bundle: Bundle, *, threads: int) -> OnnxSession:
-        """Loads the bundle's program for onnxruntime.
+        """Opens the bundle's program for onnxruntime; nothing is loaded yet.
 
         Raises:
-            SessionError: not installed, too old, or the program does not load.
-            BundleError: no program for this runtime, or a corrupt file.
+            SessionError: too old, or it cannot bind parameters as the bundle keeps them.
+            BundleError: no program for this runtime.
         """
         import onnxruntime
 

@@ -44,11 +44,11 @@ class OrtTrainingRuntime:
         return None
 
     def open(self, bundle: Bundle, *, threads: int) -> OrtTrainingSession:
-        """Loads the bundle's program for the training build.
+        """Opens the bundle's program for the training build; nothing is loaded yet.
 
         Raises:
-            SessionError: not installed, too old, or the program does not load.
-            BundleError: no program for this runtime, or a corrupt file.
+            SessionError: too old, or it cannot bind parameters as the bundle keeps them.
+            BundleError: no program for this runtime.
         """
         import onnxruntime
 

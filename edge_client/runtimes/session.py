@@ -40,7 +40,7 @@ class BoundGraph(Protocol):
 class GraphSession(ABC):
     """A `base.Session` of a runtime that says how one graph is loaded.
 
-    `step` loads at once, `eval` and `infer` when first called: a client that never evaluates pays nothing.
+    A graph loads when it is first called, those of `step` by `load`: a client that never evaluates pays nothing.
     """
 
     # Whether it can bind parameters in int8.
@@ -66,8 +66,6 @@ class GraphSession(ABC):
         self._plans = {
             name: (part,) if head else (TRUNK, part) if in_parts else (name,) for name, part in PARTS.items()
         }
-        for name in self._plans["step"]:
-            self._load(name)
 
     @abstractmethod
     def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
@@ -81,6 +79,11 @@ class GraphSession(ABC):
         Raises:
             SessionError: the runtime cannot load it.
         """
+
+    def load(self) -> None:
+        """Loads what `step` runs now and not at its first call."""
+        for name in self._plans["step"]:
+            self._load(name)
 
     def step(self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
         """Loss and gradients of one micro-batch."""
@@ -147,6 +150,7 @@ class GraphSession(ABC):
         if TRUNK not in self._graphs:
             return None
         head = self.on_features()
+        head.load()
         if self._frugal:
             head.save_memory(in_parts=False)
         return head

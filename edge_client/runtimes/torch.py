@@ -43,13 +43,13 @@ class TorchRuntime:
         return None
 
     def open(self, bundle: Bundle, *, threads: int, precision: str = "fp32") -> TorchSession:
-        """Loads the bundle's program for torch, its products in `precision`.
+        """Opens the bundle's program for torch, its products in `precision`; nothing is loaded yet.
 
         `threads` is set for the whole process: torch knows no other way.
 
         Raises:
-            SessionError: too old, or the program does not load.
-            BundleError: no program for this runtime, or a corrupt file.
+            SessionError: too old.
+            BundleError: no program for this runtime.
         """
         import torch
 
