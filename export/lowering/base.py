@@ -50,6 +50,11 @@ class Lowering(Protocol):
         """The oldest version of the runtime that can run what `lower` writes."""
         ...
 
+    @property
+    def narrows(self) -> bool:
+        """Whether rows that nothing reads are left out of its graphs; see `edgetrain.export.graph.narrow`."""
+        ...
+
     def available(self) -> str | None:
         """None if graphs can be lowered and run here, else the reason and the remedy."""
         ...

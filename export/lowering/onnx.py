@@ -38,6 +38,7 @@ class OnnxLowering:
 
     runtime = "onnxruntime"
     minimum_version = "1.22"
+    narrows = True
 
     def __init__(self, rewrite: Callable[[fx.GraphModule], fx.GraphModule] = for_onnxruntime) -> None:
         self._rewrite = rewrite

@@ -54,6 +54,7 @@ class OrtTrainingLowering:
 
     runtime = "ort-training"
     minimum_version = "1.19"
+    narrows = True
 
     def available(self) -> str | None:
         """None, or how to get the second environment."""

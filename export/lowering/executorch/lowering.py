@@ -36,6 +36,7 @@ class ExecutorchLowering:
 
     runtime = "executorch"
     minimum_version = VERSION
+    narrows = True
 
     def __init__(self, style: str = "functional") -> None:
         if style not in STYLES:
