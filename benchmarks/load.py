@@ -110,7 +110,8 @@ def summarize(
     acknowledged = {(name, number) for name, number, accepted in told if accepted}
     seconds = [record["seconds"] for record in records]
     settled = [size for at, size in memory if at > memory[-1][0] * 0.2]
-    slope = float(np.polyfit(range(len(settled)), settled, 1)[0]) * len(settled)
+    # A run too short for two looks at it has grown by nothing.
+    slope = float(np.polyfit(range(len(settled)), settled, 1)[0]) * len(settled) if len(settled) > 1 else 0.0
     return {
         "machine": platform.processor() or platform.machine(),
         "connections": arguments.connections, "drivers": arguments.drivers, "rounds": len(records),
