@@ -20,11 +20,9 @@ from edgetrain.edge_client.runtimes.session import BoundGraph
 from edgetrain.edge_client.runtimes.versions import check_minimum
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Graph
+from edgetrain.protocol.ort_training import BUFFER_SUFFIX, RESET_INPUT
 
 INSTALL = "in an environment without onnxruntime: pip install onnxruntime-training-cpu==1.19.2"
-# Names that `generate_artifacts` gives.
-RESET_INPUT = "lazy_reset_grad"
-BUFFER_SUFFIX = "_grad.accumulation.buffer"
 
 
 class OrtTrainingRuntime:
