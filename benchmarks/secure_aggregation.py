@@ -328,7 +328,7 @@ def federation(bundle: Path, clients: int, rounds: int, *, secure: bool) -> Row:
     """Real clients (threads of this process), coordinator and mosquitto."""
     from edgetrain.coordinator.broker import Mosquitto, free_port
     from edgetrain.coordinator.config import EvaluationConfig, FederationConfig, RoundsConfig
-    from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
+    from edgetrain.coordinator.secure.config import SecureAggregationConfig
     from edgetrain.coordinator.serve import serve
     from edgetrain.edge_client.client import Client, connection_will, new_connection
     from edgetrain.edge_client.config import ClientConfig

@@ -15,7 +15,7 @@ from edgetrain.coordinator import events
 from edgetrain.coordinator.coordinator import Coordinator
 from edgetrain.coordinator.errors import RoundFailed
 from edgetrain.coordinator.rounds.open_round import OpenRound
-from edgetrain.coordinator.rounds.rounds import OUTSTANDING, Part
+from edgetrain.coordinator.rounds.state import OUTSTANDING, Part
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.messages import BlobRef
 

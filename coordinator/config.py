@@ -12,7 +12,7 @@ from edgetrain.coordinator.observability.config import ObservabilityConfig
 from edgetrain.coordinator.privacy.config import PrivacyConfig
 from edgetrain.coordinator.rounds.adaptation import DeviceRule
 from edgetrain.coordinator.rounds.selection import SelectionConfig
-from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
+from edgetrain.coordinator.secure.config import SecureAggregationConfig
 from edgetrain.coordinator.strategies import StrategyTable
 from edgetrain.protocol.training import TrainingConfig
 from edgetrain.protocol.transport.mqtt import BrokerConfig

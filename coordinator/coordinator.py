@@ -22,7 +22,7 @@ from edgetrain.coordinator.reports import client_rows, round_record, summarize
 from edgetrain.coordinator.rounds.deadlines import deadline_seconds
 from edgetrain.coordinator.rounds.invitations import checked_strategy
 from edgetrain.coordinator.rounds.open_round import OpenRound
-from edgetrain.coordinator.rounds.rounds import Outcome, Part
+from edgetrain.coordinator.rounds.state import Outcome, Part
 from edgetrain.coordinator.run.records import Summary
 from edgetrain.coordinator.run.requests import read_request, write_request
 from edgetrain.coordinator.run.run_directory import RunDirectory

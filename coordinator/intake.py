@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 from edgetrain import __version__
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients.clients import ClientRecord, Roster
 from edgetrain.coordinator.clients.enrolments import Enrolments
 from edgetrain.coordinator.clients.presence import Presence
 from edgetrain.coordinator.clients.refusals import Kind, Refusals
+from edgetrain.coordinator.clients.roster import ClientRecord, Roster
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
-from edgetrain.coordinator.rounds.rounds import Part
+from edgetrain.coordinator.rounds.state import Part
 from edgetrain.coordinator.rounds.uploads import Uploads
 from edgetrain.coordinator.signatures import Signatures
 from edgetrain.protocol import BlobError, MessageError, SignatureError

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.coordinator.clients.clients import ClientRecord
+from edgetrain.coordinator.clients.roster import ClientRecord
 from edgetrain.coordinator.rounds.open_round import OpenRound
-from edgetrain.coordinator.rounds.rounds import OUTSTANDING, Part
+from edgetrain.coordinator.rounds.state import OUTSTANDING, Part
 from edgetrain.coordinator.run.records import ClientRow, RoundRecord, Summary
 from edgetrain.protocol.messages import Report
 from edgetrain.protocol.vectors import vector_digest

@@ -21,7 +21,7 @@ from edgetrain.coordinator.events import Observer
 from edgetrain.coordinator.observability import observers
 from edgetrain.coordinator.run.records import Summary
 from edgetrain.coordinator.run.run_directory import RunDirectory
-from edgetrain.coordinator.secure.secure_coordinator import SecureCoordinator
+from edgetrain.coordinator.secure.coordinator import SecureCoordinator
 from edgetrain.coordinator.strategies import make_strategy
 from edgetrain.coordinator.workers.lead import check_workers
 from edgetrain.edge_client.runtimes import open_session

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import compress
 
-from edgetrain.coordinator.clients.clients import Roster
+from edgetrain.coordinator.clients.roster import Roster
 from edgetrain.coordinator.side_by_side import SideBySide
 from edgetrain.protocol import MessageError, SignatureError
 from edgetrain.protocol.names import Topics

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgetrain.coordinator.clients.clients import Roster
+from edgetrain.coordinator.clients.roster import Roster
 
 
 def count_traffic(roster: Roster, *, resumed: bool) -> tuple[int, int]:

@@ -12,16 +12,13 @@ Ed25519: RFC 8032.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from pathlib import Path
 
 import msgspec
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from edgetrain.protocol.ed25519 import PrivateKey, is_signed
 from edgetrain.protocol.errors import ConfigError, MessageError, SignatureError
 from edgetrain.protocol.files import write_atomically
 
@@ -44,8 +41,8 @@ class SigningKey:
 
     def __init__(self, seed: bytes) -> None:
         self._seed = seed
-        self._key = Ed25519PrivateKey.from_private_bytes(seed)
-        self.public_key: bytes = self._key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+        self._key = PrivateKey(seed)
+        self.public_key = self._key.public_key
 
     @classmethod
     def generate(cls) -> SigningKey:
@@ -146,21 +143,6 @@ def unseal(data: bytes) -> Envelope:
         return msgspec.msgpack.decode(data, type=Envelope)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MessageError(f"not an edgetrain envelope: {error}") from error
-
-
-def is_signed(public_key: bytes, data: bytes, signature: bytes) -> bool:
-    """Whether the owner of `public_key` signed these bytes."""
-    try:
-        _loaded(public_key).verify(signature, data)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
-
-
-@functools.lru_cache(maxsize=4096)
-def _loaded(public_key: bytes) -> Ed25519PublicKey:
-    """The same few keys sign again and again."""
-    return Ed25519PublicKey.from_public_bytes(public_key)
 
 
 def verify(envelope: Envelope, federation: str, public_key: bytes) -> None:

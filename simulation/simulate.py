@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.coordinator.clients.clients import select_random
+from edgetrain.coordinator.clients.roster import select_random
 from edgetrain.coordinator.errors import UpdateRefused
 from edgetrain.coordinator.rounds.downlink import Downlink
 from edgetrain.coordinator.strategies import (

@@ -36,7 +36,8 @@ from typing import BinaryIO
 import msgspec
 
 from edgetrain.coordinator.errors import CoordinatorError
-from edgetrain.protocol.signing import SigningKey, is_signed
+from edgetrain.protocol.ed25519 import is_signed
+from edgetrain.protocol.signing import SigningKey
 
 LOG_FILE, HEAD_FILE = "audit.jsonl", "audit.head"
 MAX_LINE_BYTES = 4096

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients.clients import Roster
+from edgetrain.coordinator.clients.roster import Roster
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.pump import Pump
 from edgetrain.coordinator.rounds.agenda import Agenda

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from edgetrain.coordinator.clients.clients import ClientRecord, Roster
+from edgetrain.coordinator.clients.roster import ClientRecord, Roster
 from edgetrain.coordinator.run.records import KnownClient
 from edgetrain.coordinator.run.run_directory import RunDirectory
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.audit import AuditLog, records
-from edgetrain.coordinator.clients.clients import ClientRecord, Roster
 from edgetrain.coordinator.clients.enrolments import Enrolments
 from edgetrain.coordinator.clients.refusals import Kind, Refusals
+from edgetrain.coordinator.clients.roster import ClientRecord, Roster
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.open_round import OpenRound
-from edgetrain.coordinator.rounds.rounds import Part
+from edgetrain.coordinator.rounds.state import Part
 from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.messages import Goodbye, Hello, Plan, Ready, Refusal, Welcome
 

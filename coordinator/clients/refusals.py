@@ -15,10 +15,10 @@ from typing import Literal
 from edgetrain.coordinator import events
 from edgetrain.coordinator.audit import AuditLog
 from edgetrain.coordinator.audit.records import Banned, RefusedMessage, RefusedUpdate
-from edgetrain.coordinator.clients.clients import Roster
+from edgetrain.coordinator.clients.roster import Roster
 from edgetrain.coordinator.config import BansConfig
 from edgetrain.coordinator.rounds.open_round import OpenRound
-from edgetrain.coordinator.rounds.rounds import Part
+from edgetrain.coordinator.rounds.state import Part
 from edgetrain.protocol.messages import Offer
 
 logger = logging.getLogger(__name__)

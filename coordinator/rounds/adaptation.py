@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edgetrain.coordinator.clients.clients import ClientRecord
+from edgetrain.coordinator.clients.roster import ClientRecord
 from edgetrain.coordinator.strategies import Setting
 from edgetrain.protocol.codecs import CodecSpec
 from edgetrain.protocol.training import TrainingConfig

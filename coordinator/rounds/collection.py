@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +14,7 @@ from edgetrain.coordinator.run.journal_reading import JournalReader
 from edgetrain.coordinator.run.records import ClientRow
 from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.run.segments import lock_segment, read_segment, segments_of
-from edgetrain.coordinator.secure.secure_records import (
+from edgetrain.coordinator.secure.records import (
     SecureClosed,
     SecureMasked,
     SecureOpened,
@@ -108,7 +108,7 @@ class Collection:
             if worker >= workers:
                 self.fold_segment(segment, first)
             else:
-                list(self.list_segment(segment, first))
+                self.list_segment(segment, first)
         self.opened = first
         return first
 
@@ -130,7 +130,7 @@ class Collection:
         if reader.length == 0:
             self._journal.append(opened)
 
-    def list_segment(self, path: Path, opened: RoundOpened) -> Iterator[tuple[str, Offer]]:
+    def list_segment(self, path: Path, opened: RoundOpened) -> list[tuple[Offer, ClientRow]]:
         """The updates that are whole in a segment that nobody writes to any more: from now on they count.
 
         They are not folded: whoever opens the segment next does that. Those that counted before are left out.
@@ -138,11 +138,12 @@ class Collection:
         Raises:
             RunError: it cannot be read.
         """
+        counted = []
         for meta, _ in read_segment(path, opened):
             if meta.client not in self.digests:
                 offer = offer_in(meta.envelope)
-                self.note_taken(meta.client, offer)
-                yield meta.client, offer
+                counted.append((offer, self.note_taken(meta.client, offer)))
+        return counted
 
     def fold_segment(self, path: Path, opened: RoundOpened) -> None:
         """Folds what is in a segment that nobody else will fold.
@@ -161,11 +162,13 @@ class Collection:
             if meta.client not in self.digests:
                 self.note_taken(meta.client, offer)
 
-    def note_taken(self, client: str, offer: Offer) -> None:
-        """An update counts that a worker has folded and journalled."""
+    def note_taken(self, client: str, offer: Offer) -> ClientRow:
+        """An update counts that a worker has folded and journalled; its row."""
         self.digests[client] = offer.update.digest
         self.update_bytes += offer.update.size
-        self.rows.append(accepted_row(client, offer, round_number=self._round))
+        row = accepted_row(client, offer, round_number=self._round)
+        self.rows.append(row)
+        return row
 
     def _take_back(self, reader: JournalReader, opened: RoundOpened, noted: RoundOpened | None) -> RoundOpened | None:
         """What an earlier process has accepted; how it opened the round, if it got so far."""
@@ -186,15 +189,12 @@ class Collection:
                     self.was_invited = True
                 case UpdateAccepted():
                     try:
-                        self._replay(meta, payload)
+                        self._fold(meta.client, offer_in(meta.envelope), payload, meta.training)
                     except (MessageError, UpdateRefused) as error:
                         raise _not_taken_back(reader.path, meta.client, error) from error
                 case SecureOpened() | SecureReceived() | SecureMasked() | SecureClosed():
                     self.secure_records.append((meta, payload))
         return first
-
-    def _replay(self, meta: UpdateAccepted, update: bytes) -> None:
-        self._fold(meta.client, offer_in(meta.envelope), update, meta.training)
 
     def invite(self, clients: Sequence[str]) -> None:
         """Notes who gets a plan. It is not waited for: what a power cut takes away of it, it takes within milliseconds.
@@ -209,7 +209,7 @@ class Collection:
 
     def accept(
         self, client: str, offer: Offer, envelope: bytes, update: bytes | memoryview, training: TrainingConfig
-    ) -> None:
+    ) -> ClientRow:
         """Checks and folds an update and appends it to the journal; `commit` makes it durable.
 
         Args:
@@ -219,13 +219,17 @@ class Collection:
             update: the bytes.
             training: what the client was told.
 
+        Returns:
+            Its row.
+
         Raises:
             UpdateRefused: it must not be folded. Nothing has changed.
             RunError: the journal cannot be written.
         """
         assert self._journal is not None, "open comes first"
-        self._fold(client, offer, update, training)
+        row = self._fold(client, offer, update, training)
         self._journal.append(UpdateAccepted(client=client, envelope=envelope, training=training), update)
+        return row
 
     def note(self, record: SecureRecord, payload: bytes = b"") -> None:
         """Appends a step of secure aggregation to the journal; `commit` makes it durable.
@@ -276,12 +280,12 @@ class Collection:
         if self._lock:
             self._lock.close()
 
-    def _fold(self, client: str, offer: Offer, data: bytes | memoryview, training: TrainingConfig) -> None:
+    def _fold(self, client: str, offer: Offer, data: bytes | memoryview, training: TrainingConfig) -> ClientRow:
         if client in self.digests:
             raise UpdateRefused("an update of this client is already in the round")
         self.partial = self._strategy.fold(self.partial, self._contribution(client, offer, data, training))
         self.folded.append(client)
-        self.note_taken(client, offer)
+        return self.note_taken(client, offer)
 
     def _contribution(
         self, client: str, offer: Offer, data: bytes | memoryview, training: TrainingConfig

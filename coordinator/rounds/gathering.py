@@ -10,7 +10,7 @@ from edgetrain.coordinator.errors import RoundFailed
 from edgetrain.coordinator.pump import Pump
 from edgetrain.coordinator.rounds.invitations import Invitations
 from edgetrain.coordinator.rounds.open_round import OpenRound
-from edgetrain.coordinator.rounds.rounds import Part
+from edgetrain.coordinator.rounds.state import Part
 
 
 class Gathering:

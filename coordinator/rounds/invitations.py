@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from edgetrain.coordinator.clients.clients import Roster
 from edgetrain.coordinator.clients.history import History
+from edgetrain.coordinator.clients.roster import Roster
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.rounds.adaptation import DeviceRule, adapted_setting, rule_for
 from edgetrain.coordinator.rounds.open_round import OpenRound
 from edgetrain.coordinator.rounds.pace import come_back_seconds
-from edgetrain.coordinator.rounds.rounds import Part
 from edgetrain.coordinator.rounds.selection import Candidate, admitted, select
+from edgetrain.coordinator.rounds.state import Part
 from edgetrain.coordinator.run.records import RoundRecord
-from edgetrain.coordinator.secure.secure_settings import check_secure_aggregation
+from edgetrain.coordinator.secure.settings import check_secure_aggregation
 from edgetrain.coordinator.strategies import Setting, Strategy, Vector, check_strategy, make_strategy
 from edgetrain.protocol.codecs import CodecSpec, negotiate
 from edgetrain.protocol.messages import BlobRef, Plan

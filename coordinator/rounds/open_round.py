@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from edgetrain.coordinator.rounds.collection import Collection
-from edgetrain.coordinator.rounds.rounds import OUTSTANDING, Round
-from edgetrain.coordinator.secure.secure_round import SecureRound
+from edgetrain.coordinator.rounds.state import OUTSTANDING, Round
+from edgetrain.coordinator.secure.round import SecureRound
 from edgetrain.coordinator.workers.pieces import RemotePieces
 from edgetrain.protocol.blobs import Assembler
 from edgetrain.protocol.messages import BlobRef, Offer, Patch

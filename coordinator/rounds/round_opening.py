@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from edgetrain.coordinator.beside import Beside
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients.clients import Roster
+from edgetrain.coordinator.clients.roster import Roster
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.rounds.collection import Collection
 from edgetrain.coordinator.rounds.downlink import Downlink, Release
 from edgetrain.coordinator.rounds.open_round import OpenRound
-from edgetrain.coordinator.rounds.rounds import Part, Round
+from edgetrain.coordinator.rounds.state import Part, Round
 from edgetrain.coordinator.rounds.uploads import accepted_record
 from edgetrain.coordinator.run.journal import RoundOpened
 from edgetrain.coordinator.run.run_directory import RunDirectory

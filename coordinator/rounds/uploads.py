@@ -9,15 +9,15 @@ from pathlib import Path
 from edgetrain.coordinator import events
 from edgetrain.coordinator.audit import AuditLog, records
 from edgetrain.coordinator.beside import Beside
-from edgetrain.coordinator.clients.clients import ClientRecord, Roster
 from edgetrain.coordinator.clients.refusals import Kind, Refusals
+from edgetrain.coordinator.clients.roster import ClientRecord, Roster
 from edgetrain.coordinator.errors import RunError, UpdateRefused
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.open_round import OpenRound, Upload
-from edgetrain.coordinator.rounds.rounds import Part
+from edgetrain.coordinator.rounds.state import Part
 from edgetrain.coordinator.run.records import ClientRow
-from edgetrain.coordinator.secure.secure_round import SecureRound
+from edgetrain.coordinator.secure.round import SecureRound
 from edgetrain.coordinator.workers.foreman import Foreman
 from edgetrain.coordinator.workers.pieces import RemotePieces
 from edgetrain.protocol import BlobError
@@ -183,26 +183,27 @@ class Uploads:
             return
         try:
             training = self._training_of(current, client)
-            current.collection.accept(client, offer, upload.envelope, _finish(upload), training)
+            row = current.collection.accept(client, offer, upload.envelope, _finish(upload), training)
         except (UpdateRefused, BlobError) as error:
             current.state.advance(client, Part.REFUSED)
             self._reject(client, offer, "bad_update", str(error))
             return
-        self._count(current, client, offer)
+        self._count(current, offer, row)
 
     def _training_of(self, current: OpenRound, client: str) -> TrainingConfig:
         # A client that was invited before a restart: what its plan says, it said then.
         return current.trainings.get(client) or self._training(current, client)
 
-    def _count(self, current: OpenRound, client: str, offer: Offer) -> None:
+    def _count(self, current: OpenRound, offer: Offer, row: ClientRow) -> None:
         """An update is in the sum."""
+        client = row.client
         record = self._roster[client]
         record.last_accepted = (offer.round, offer.update.digest)
         record.resources, record.state = offer.resources, offer.state
         current.durations[client] = self._clock() - current.invited.get(client, self._clock())
         current.state.advance(client, Part.ACCEPTED)
         self._verdicts.append((client, accepted_verdict(offer, self.come_back(client))))
-        self._audit.append(accepted_record(current.collection.rows[-1], offer.update.digest))
+        self._audit.append(accepted_record(row, offer.update.digest))
         accepted = len(current.collection.digests)
         self._observe(events.UpdateAccepted(offer.round, client, offer.update.size, accepted))
 
@@ -224,11 +225,11 @@ class Uploads:
         if not self._refusals.banned(client):
             self._refusals.message(client, "oversize" if num_bytes > MAX_CHUNK_BYTES else "malformed", reason)
 
-    def on_counted(self, client: str, offer: Offer) -> None:
+    def on_counted(self, offer: Offer, row: ClientRow) -> None:
         """See `workers.listener.Listener`."""
         if current := self._agenda.current:
-            current.uploads.pop(client, None)
-            self._count(current, client, offer)
+            current.uploads.pop(row.client, None)
+            self._count(current, offer, row)
 
     def on_refused(self, client: str, offer: Offer, reason: str) -> None:
         """See `workers.listener.Listener`."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from edgetrain.coordinator.errors import RunError
-from edgetrain.coordinator.secure.secure_records import SecureRecord
+from edgetrain.coordinator.secure.records import SecureRecord
 from edgetrain.protocol.files import begin_writing, sync_directory
 from edgetrain.protocol.training import TrainingConfig
 

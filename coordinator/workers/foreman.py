@@ -286,8 +286,8 @@ class Foreman:
             return
         self._deaths = 0
         found.assembler.discard()
-        self._round.current.collection.note_taken(taken.client, found.offer)
-        self._listener.on_counted(taken.client, found.offer)
+        row = self._round.current.collection.note_taken(taken.client, found.offer)
+        self._listener.on_counted(found.offer, row)
 
     def _on_refused(self, worker: int, refused: say.Refused) -> None:
         found = self._resolved(worker, refused.client)
@@ -327,11 +327,11 @@ class Foreman:
     def _take_up(self, at: _Round, worker: int) -> None:
         """What a dead worker has folded counts; of the rest, nobody knows what it held."""
         collection = at.current.collection
-        for client, offer in collection.list_segment(at.command(worker).segment, collection.opened):
-            found = self._resolved(worker, client)
+        for offer, row in collection.list_segment(at.command(worker).segment, collection.opened):
+            found = self._resolved(worker, row.client)
             if found:
                 found.assembler.discard()
-            self._listener.on_counted(client, offer)
+            self._listener.on_counted(offer, row)
         for client in [client for client, (holder, _) in at.in_work.items() if holder == worker]:
             self._resolved(worker, client)
         at.unclaimed.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from edgetrain.coordinator.rounds.open_round import Upload
+from edgetrain.coordinator.run.records import ClientRow
 from edgetrain.protocol.messages import Offer
 
 
@@ -19,7 +20,7 @@ class Listener(Protocol):
         """A client has sent something that is no chunk."""
         ...
 
-    def on_counted(self, client: str, offer: Offer) -> None:
+    def on_counted(self, offer: Offer, row: ClientRow) -> None:
         """An update counts, and is on the disk."""
         ...
 

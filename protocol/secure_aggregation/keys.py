@@ -1,14 +1,13 @@
 """Key agreement, key derivation, sealed boxes.
 
-X25519: RFC 7748. HKDF-SHA256: RFC 5869. ChaCha20-Poly1305: RFC 8439. Ed25519: RFC 8032.
+X25519: RFC 7748. HKDF-SHA256: RFC 5869. ChaCha20-Poly1305: RFC 8439.
 """
 
 from __future__ import annotations
 
 import hashlib
 
-from cryptography.exceptions import InvalidSignature, InvalidTag
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -79,12 +78,3 @@ def open_box(key: bytes, box: bytes, session: bytes) -> bytes | None:
 def commitment(seed: bytes) -> bytes:
     """SHA-256 over a seed of 256 random bits: hides it, and shows later that it is the one."""
     return hashlib.sha256(b"edgetrain secure aggregation seed 1\0" + seed).digest()
-
-
-def is_signed(signature: bytes, data: bytes, identity: bytes) -> bool:
-    """Whether the owner of an Ed25519 public key signed this."""
-    try:
-        Ed25519PublicKey.from_public_bytes(identity).verify(signature, data)
-    except (InvalidSignature, ValueError):
-        return False
-    return True

@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
+from edgetrain.protocol.ed25519 import is_signed
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.secure_aggregation import keys
 from edgetrain.protocol.secure_aggregation.arithmetic import Integers, pack
@@ -294,7 +295,7 @@ def reveal(member: Member, agreements: Agreements) -> tuple[Member, Reveal]:
     survivors = cast.members(member.survivors)
     neighbours = cast.graph.neighbours(own)
     signed = 1 + sum(
-        neighbour in survivors and keys.is_signed(signature, statement, peers[neighbour].identity)
+        neighbour in survivors and is_signed(peers[neighbour].identity, statement, signature)
         for neighbour, signature in zip(neighbours, agreements.signatures, strict=False)
         if signature
     )
@@ -313,7 +314,7 @@ def reveal(member: Member, agreements: Agreements) -> tuple[Member, Reveal]:
 
 def _check_peer(session: bytes, peer: Peer, is_enrolled: IsEnrolled) -> None:
     statement = keys_statement(session, peer.name, peer.cipher_key, peer.mask_key)
-    if not keys.is_signed(peer.signature, statement, peer.identity):
+    if not is_signed(peer.identity, statement, peer.signature):
         raise SecureAggregationError(f"the keys of {peer.name!r} in the roster are not signed by it")
     if not is_enrolled(peer.name, peer.identity, peer.enrolment):
         raise SecureAggregationError(f"{peer.name!r} is in the roster with a key that is not enrolled")

@@ -17,6 +17,7 @@ from typing import Literal
 
 import msgspec
 
+from edgetrain.protocol.ed25519 import is_signed
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.secure_aggregation import keys
 from edgetrain.protocol.secure_aggregation.graph import choose_topology
@@ -317,7 +318,7 @@ def _on_advertise(server: Server, name: str, identity: bytes, message: Advertise
     if known:
         raise SecureAggregationError("other keys than it has advertised before")
     statement = keys_statement(server.session, name, message.cipher_key, message.mask_key)
-    if not keys.is_signed(message.signature, statement, identity):
+    if not is_signed(identity, statement, message.signature):
         raise SecureAggregationError("the keys are not signed for this session")
     taken = {key for other in server.peers.values() for key in (other.identity, other.cipher_key, other.mask_key)}
     own = {identity, message.cipher_key, message.mask_key}
@@ -346,7 +347,7 @@ def _on_agreement(server: Server, client: int, message: Agreement) -> Server:
         return server
     if server.phase != "agree" or client not in server.masked:
         raise SecureAggregationError("nobody has asked it for its agreement")
-    if not keys.is_signed(message.signature, server.statement(), server.cast.roster.peers[client].identity):
+    if not is_signed(server.cast.roster.peers[client].identity, server.statement(), message.signature):
         raise SecureAggregationError("it has signed other survivors")
     return msgspec.structs.replace(server, agreements={**server.agreements, client: message.signature})
 

@@ -119,9 +119,20 @@ class Connection:
         return failure or "it does not answer as an MQTT broker"
 
     def pump(
-        self, wake: socket.socket | None, timeout: float, *, until: Callable[[], bool] = lambda: False
+        self,
+        wake: socket.socket | None,
+        timeout: float,
+        *,
+        until: Callable[[], bool] = lambda: False,
+        reading: bool = True,
     ) -> str | None:
         """Waits for the network or for a byte on `wake`, and handles what there is (or a part of it, `until`).
+
+        Args:
+            wake: ends the wait.
+            timeout: in seconds.
+            until: enough was handled.
+            reading: whether to look at what has arrived.
 
         Returns:
             None; or why the connection has ended.
@@ -130,10 +141,12 @@ class Connection:
         if sock is None or self._ended is not None:
             return self._ended or "connection lost"
         poller = select.poll()
-        poller.register(sock.fileno(), select.POLLIN | (select.POLLOUT if client.want_write() else 0))
+        poller.register(
+            sock.fileno(), (select.POLLIN if reading else 0) | (select.POLLOUT if client.want_write() else 0)
+        )
         if wake is not None:
             poller.register(wake.fileno(), select.POLLIN)
-        pending = getattr(sock, "pending", lambda: 0)() > 0 or self._unhandled
+        pending = reading and (getattr(sock, "pending", lambda: 0)() > 0 or self._unhandled)
         ready = dict(poller.poll(0 if pending else 1000 * min(timeout, _TICK_SECONDS)))
         if wake is not None and wake.fileno() in ready:
             with contextlib.suppress(BlockingIOError):

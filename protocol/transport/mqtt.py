@@ -41,6 +41,11 @@ CONNACK_SECONDS = 5.0
 # How long a close waits for the broker to take what is queued.
 FLUSH_SECONDS = 5.0
 _GOODBYE_SECONDS = 1.0
+# While enough messages wait here, those that come are left to the kernel for so long: one call fetches them all, where
+# each would wake a thread that competes with the one that handles them.
+_SATED_SECONDS = 0.02
+# Between two looks passes so much time for each message that may be on its way: a few come at once, too.
+_REST_SECONDS = 2e-5
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -113,6 +118,8 @@ class MqttTransport:
     ) -> None:
         self._lasting = lasting
         self._most_received = most_received
+        # Messages that are acknowledged, or wait to be received, at a time.
+        self._some = max(most_received // 4, 1)
         self.bytes_sent = 0
         self.bytes_received = 0
         self._config = config
@@ -138,6 +145,8 @@ class MqttTransport:
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._woken = False
+        # Enough messages wait to be received: the network's thread reads no more for a moment.
+        self._sated = False
         # Messages are published that can go by one call into the network.
         self._together = False
         self._events.put((Connected(), None))
@@ -222,9 +231,11 @@ class MqttTransport:
         if acknowledgement is not None:
             # The broker sends no more than a few messages ahead of this: what waits here is bounded.
             self._acknowledgements.append(acknowledgement)
-            # Some at a time, while there is more to do here; the last of them at once.
-            if len(self._acknowledgements) >= RECEIVE_MAXIMUM // 4 or self._events.empty():
-                self._wake()
+        # Some at a time, while there is more to do here; the last of them at once.
+        if len(self._acknowledgements) >= self._some or (
+            (self._acknowledgements or self._sated) and self._events.empty()
+        ):
+            self._wake()
         return event
 
     def deliver(self, event: Event) -> None:
@@ -370,7 +381,13 @@ class MqttTransport:
                 self._feed(connection, now)
                 patience = self._outgoing.wait(now)
                 oldest = self._outgoing.oldest
-            reason = connection.pump(self._wake_read, 1.0 if patience is None else max(patience, 0.001))
+            # Never twice in a row, so that the broker is heard. Set before the queue is looked at: whoever empties it
+            # after that sees this, and wakes us.
+            self._sated = not self._sated
+            self._sated = self._sated and self._events.qsize() >= self._some
+            rest = _SATED_SECONDS if self._sated else connection.heard_at + self._most_received * _REST_SECONDS - now
+            wait = min(1.0 if patience is None else max(patience, 0.001), rest if rest > 0 else 1.0)
+            reason = connection.pump(self._wake_read, wait, reading=rest <= 0)
             if reason is not None:
                 return reason
             quiet = 0.0 if oldest is None else time.monotonic() - max(oldest, connection.heard_at)

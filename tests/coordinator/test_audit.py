@@ -14,7 +14,8 @@ from edgetrain.coordinator.audit.chain import HEAD_BYTES
 from edgetrain.coordinator.audit.records import Aggregated, Command, Opened
 from edgetrain.coordinator.audit.verify import records_of
 from edgetrain.coordinator.errors import RunError
-from edgetrain.protocol.signing import SigningKey, is_signed
+from edgetrain.protocol.ed25519 import is_signed
+from edgetrain.protocol.signing import SigningKey
 
 KEY, OTHER = SigningKey(b"k" * 32), SigningKey(b"o" * 32)
 RUN = bytes(range(16))

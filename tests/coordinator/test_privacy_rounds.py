@@ -15,7 +15,7 @@ from edgetrain.coordinator.config import RoundsConfig
 from edgetrain.coordinator.privacy.config import PrivacyConfig
 from edgetrain.coordinator.privacy.lottery import Lottery
 from edgetrain.coordinator.rounds.open_round import OpenRound
-from edgetrain.coordinator.rounds.rounds import Round
+from edgetrain.coordinator.rounds.state import Round
 from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import Private
 from edgetrain.protocol.errors import ConfigError

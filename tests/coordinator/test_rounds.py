@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetrain.coordinator.clients.clients import select_random
-from edgetrain.coordinator.rounds.rounds import OUTSTANDING, Outcome, Part, Round
+from edgetrain.coordinator.clients.roster import select_random
+from edgetrain.coordinator.rounds.state import OUTSTANDING, Outcome, Part, Round
 
 
 def make(goal=2, minimum=1, clients="abc"):

@@ -21,10 +21,10 @@ from edgetrain.coordinator.errors import RoundFailed, RunError
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.privacy.config import PrivacyConfig
 from edgetrain.coordinator.rounds.invitations import NO_CODEC, Invitations, checked_strategy
-from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
-from edgetrain.coordinator.secure.secure_coordinator import SecureCoordinator
-from edgetrain.coordinator.secure.secure_round import SecureRound
-from edgetrain.coordinator.secure.secure_settings import round_settings
+from edgetrain.coordinator.secure.config import SecureAggregationConfig
+from edgetrain.coordinator.secure.coordinator import SecureCoordinator
+from edgetrain.coordinator.secure.round import SecureRound
+from edgetrain.coordinator.secure.settings import round_settings
 from edgetrain.edge_client.config import ClientConfig
 from edgetrain.edge_client.config import SecureAggregationConfig as Demands
 from edgetrain.edge_client.errors import StateError

@@ -8,7 +8,6 @@ from edgetrain.coordinator.clients.history import ClientHistory, History
 from edgetrain.coordinator.config import RoundsConfig
 from edgetrain.coordinator.rounds.deadlines import deadline_seconds
 from edgetrain.coordinator.rounds.pace import come_back_seconds
-from edgetrain.coordinator.rounds.rounds import Outcome, Part, Round
 from edgetrain.coordinator.rounds.selection import (
     Candidate,
     SelectionConfig,
@@ -18,6 +17,7 @@ from edgetrain.coordinator.rounds.selection import (
     select,
     unfit,
 )
+from edgetrain.coordinator.rounds.state import Outcome, Part, Round
 from edgetrain.coordinator.run.records import ClientRow
 from edgetrain.edge_client.host.device import device_state, is_news
 from edgetrain.protocol.messages import DeviceState

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from edgetrain.coordinator import signatures
-from edgetrain.coordinator.clients.clients import ClientRecord, Roster
+from edgetrain.coordinator.clients.roster import ClientRecord, Roster
 from edgetrain.coordinator.side_by_side import SideBySide
 from edgetrain.coordinator.signatures import Signatures
 from edgetrain.protocol import SignatureError

@@ -11,8 +11,8 @@ from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.rounds.adaptation import DeviceRule
 from edgetrain.coordinator.rounds.collection import Collection
-from edgetrain.coordinator.rounds.rounds import OUTSTANDING
 from edgetrain.coordinator.rounds.selection import SelectionConfig
+from edgetrain.coordinator.rounds.state import OUTSTANDING
 from edgetrain.coordinator.run.requests import write_request
 from edgetrain.edge_client.rounds import Rounds
 from edgetrain.edge_client.runtimes import open_session
@@ -226,8 +226,9 @@ def fold_spy(monkeypatch, seen):
     original = Collection._fold
 
     def fold(self, client, offer, data, training):
-        original(self, client, offer, data, training)
+        row = original(self, client, offer, data, training)
         seen.append((client, self._round - offer.round))
+        return row
 
     monkeypatch.setattr(Collection, "_fold", fold)
     return seen

@@ -24,6 +24,13 @@ def close(got, expected, tolerance=1e-5):
 
 GEOMETRIES = {
     "plain": dict(size=(5, 7), channels=(3, 4), kernel=(3, 3), padding=(1, 1)),
+    "even width": dict(size=(5, 8), channels=(3, 4), kernel=(3, 3), padding=(1, 1)),
+    "even width, five taps": dict(size=(6, 8), channels=(3, 4), kernel=(3, 5), padding=(1, 2)),
+    "even width, two taps": dict(size=(9, 8), channels=(3, 4), kernel=(2, 2), padding=(0, 1)),
+    "even width, loose rows": dict(size=(9, 8), channels=(3, 4), kernel=(3, 3), padding=(2, 1), dilation=(2, 1)),
+    "even width, loose columns": dict(size=(6, 8), channels=(3, 4), kernel=(3, 3), padding=(1, 2), dilation=(1, 2)),
+    "even row": dict(size=(1, 12), channels=(3, 4), kernel=(1, 3), padding=(0, 1)),
+    "many channels": dict(size=(8, 8), channels=(18, 20), kernel=(3, 3), padding=(1, 1)),
     "pointwise": dict(size=(4, 4), channels=(3, 5), kernel=(1, 1)),
     "pointwise stride": dict(size=(5, 4), channels=(3, 5), kernel=(1, 1), stride=(2, 2)),
     "stride": dict(size=(8, 9), channels=(2, 4), kernel=(3, 3), stride=(2, 2), padding=(1, 1)),

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from edgetrain.coordinator.broker import find_mosquitto
 from edgetrain.coordinator.run.journal_reading import read_journal
-from edgetrain.coordinator.secure.secure_records import SecureReceived
+from edgetrain.coordinator.secure.records import SecureReceived
 from edgetrain.edge_client.runtimes import open_session
 from edgetrain.edge_client.training.data import load_dataset
 from edgetrain.edge_client.training.seeds import mix_seed

@@ -1,4 +1,4 @@
-"""What a real broker does for those who are away: messages that have expired do not come, wills wait a while."""
+"""Messages and wills that wait, at a real broker and here."""
 
 from __future__ import annotations
 
@@ -62,6 +62,24 @@ def test_a_message_that_has_waited_too_long_is_not_delivered(connect, monkeypatc
     back.set()
     expected = [("t", b"stale"), ("t", b"fresh")] if waits else [("t", b"fresh")]
     assert received(away, len(expected)) == expected
+
+
+def test_messages_that_nobody_takes_wait_and_the_link_stays(connect):
+    """More than the network's thread fetches ahead; it goes on hearing the broker, or the link would count as dead."""
+    reader, sender = connect("reader", stall_seconds=0.3), connect("sender")
+    reader.subscribe("t")
+    messages = [("t", str(number).encode()) for number in range(500)]
+    for topic, payload in messages:
+        sender.publish(topic, payload)
+    until = time.monotonic() + 1.0
+    while time.monotonic() < until:
+        reader.publish("elsewhere", b"something to be acknowledged")
+        time.sleep(0.01)
+    assert reader._events.qsize() <= 64, "what is not acknowledged is bounded"
+    assert received(reader, len(messages)) == messages
+    while not reader._outgoing.empty:
+        time.sleep(0.01)
+    assert reader.receive(0) is None, "never disconnected"
 
 
 def test_a_will_waits_for_those_who_come_back(connect):

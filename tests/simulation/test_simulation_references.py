@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgetrain.coordinator.clients.clients import select_random
+from edgetrain.coordinator.clients.roster import select_random
 from edgetrain.edge_client.runtimes import open_session
 from edgetrain.edge_client.training.data import Dataset
 from edgetrain.edge_client.training.trainer import batches

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from edgetrain.coordinator.config import EvaluationConfig, RoundsConfig
-from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
-from edgetrain.coordinator.secure.secure_round import SecureRound
+from edgetrain.coordinator.secure.config import SecureAggregationConfig
+from edgetrain.coordinator.secure.round import SecureRound
 from edgetrain.edge_client.privacy import secure_aggregation as participation
 from edgetrain.protocol.training import TrainingConfig
 from support.in_memory import Federation, shards

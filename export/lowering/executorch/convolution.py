@@ -15,13 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 aten = torch.ops.aten
+
+# Columns of a product that XNNPACK computes at a time.
+LANES = 32
+# Most positions of an image for each that is needed, where that makes longer runs.
+WIDEST = 1.25
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ def windows(x_NHWC: Tensor, rows: Windows, columns: Windows, groups: int) -> Ten
         parts = torch.split(x_NHWC, C // groups, 3)
         return torch.cat([windows(part.contiguous(), rows, columns, 1) for part in parts])
     I, P, K = C // groups, rows.positions * columns.positions, rows.taps * columns.taps
-    x, top, left = padded(x_NHWC, rows, columns)
+    # As the weight gradient wants it, so that one serves both.
+    x, top, left = padded(x_NHWC, rows, columns, spare=int(groups == rows.step == 1 < columns.taps))
     n, h, w, c = x.stride()
     # First and last are counted in the padded image.
     start = (rows.first + top) * h + (columns.first + left) * w
@@ -63,9 +69,12 @@ def windows(x_NHWC: Tensor, rows: Windows, columns: Windows, groups: int) -> Ten
     return gathered.reshape([groups, N * P, K * I])
 
 
-def padded(x_NHWC: Tensor, rows: Windows, columns: Windows, value: float = 0.0) -> tuple[Tensor, int, int]:
-    """The image with all that windows reach, and how many rows and columns were put before it."""
+def padded(
+    x_NHWC: Tensor, rows: Windows, columns: Windows, value: float = 0.0, spare: int = 0
+) -> tuple[Tensor, int, int]:
+    """The image with all that windows reach and `spare` rows below; how many rows and columns were put before it."""
     (top, bottom), (left, right) = rows.padding(x_NHWC.shape[1]), columns.padding(x_NHWC.shape[2])
+    bottom += spare
     if top or bottom or left or right:
         x_NHWC = aten.constant_pad_nd.default(x_NHWC, [0, 0, left, right, top, bottom], value)
     return x_NHWC, top, left
@@ -99,15 +108,10 @@ def taps(x_NHWC: Tensor, rows: Windows, columns: Windows, value: float = 0.0) ->
     x, top, left = padded(x_NHWC, rows, columns, value)
     if rows.step == columns.step == 1:
         # Slices stay within the delegate.
-        found = []
-        across = [
-            x[:, :, columns.first + left + j * columns.spacing :][:, :, : columns.positions].contiguous()
-            for j in range(columns.taps)
-        ]
-        for i in range(rows.taps):
-            start = rows.first + top + i * rows.spacing
-            found += [part[:, start : start + rows.positions].contiguous() for part in across]
-        return found
+        lefts = [columns.first + left + j * columns.spacing for j in range(columns.taps)]
+        across = [x[:, :, start : start + columns.positions].contiguous() for start in lefts]
+        tops = [rows.first + top + i * rows.spacing for i in range(rows.taps)]
+        return [part[:, start : start + rows.positions].contiguous() for start in tops for part in across]
     n, h, w, _ = x.stride()
     sizes = [x.shape[0], rows.positions, columns.positions, x.shape[3]]
     strides = [n, rows.step * h, columns.step * w, 1]
@@ -134,9 +138,34 @@ def multiply_channels(x_NHWC: Tensor, weight_KC: Tensor, rows: Windows, columns:
     return total
 
 
+def _is_narrow(width: int, columns: Windows) -> bool:
+    """Whether a product of so many columns is better computed for two neighbouring positions at a time.
+
+    It leaves most of the processor's lanes empty. Two at a time take a third more arithmetic (for three taps) and half
+    the time, and a third less is gathered.
+    """
+    return 2 * width <= LANES and columns.step == columns.spacing == 1 < columns.taps
+
+
+def _pairs(columns: Windows) -> Windows:
+    """What two neighbouring positions see."""
+    return replace(columns, step=2, taps=columns.taps + 1, positions=columns.positions // 2)
+
+
+def _for_pairs(weight_GKO: Tensor, rows: Windows, columns: Windows) -> Tensor:
+    """Weights for two neighbouring positions, with zeros where one does not see what the other does."""
+    _, KI, O = weight_GKO.shape
+    weight = weight_GKO.reshape(rows.taps, columns.taps, KI // (rows.taps * columns.taps), O)
+    first, second = (aten.constant_pad_nd.default(weight, [0, 0, 0, 0, t, 1 - t], 0.0) for t in (0, 1))
+    return torch.cat([first, second], 3).reshape(1, -1, 2 * O)
+
+
 def multiply(x_NHWC: Tensor, weight_GKO: Tensor, rows: Windows, columns: Windows) -> Tensor:
     """Windows times weights [G, K*I, O] -> image [N, rows, columns, G*O]."""
     N, G, O = x_NHWC.shape[0], weight_GKO.shape[0], weight_GKO.shape[2]
+    if G == 1 and columns.positions % 2 == 0 and _is_narrow(O, columns):
+        image = multiply(x_NHWC, _for_pairs(weight_GKO, rows, columns), rows, _pairs(columns))
+        return image.reshape(N, rows.positions, columns.positions, O)
     product = torch.bmm(windows(x_NHWC, rows, columns, G), weight_GKO)
     if G > 1:
         product = product.permute(1, 0, 2)
@@ -186,14 +215,44 @@ def weight_gradient(x_NHWC: Tensor, grad_NHWC: Tensor, geometry: Geometry) -> Te
     G, (N, H, W, C) = geometry.groups, grad_NHWC.shape
     O, I, P, K = C // G, x_NHWC.shape[3] // G, H * W, math.prod(geometry.kernel)
     if I == 1 and O == 1 and G > 1:
-        ones = ones_like_row(N * P)
-        sums = [
-            torch.bmm(ones, (tap * grad_NHWC).reshape(1, N * P, G)) for tap in taps(x_NHWC, *geometry.forward((H, W)))
-        ]
+        seen, still = taps(x_NHWC, *geometry.forward((H, W))), grad_NHWC
+        if geometry.stride == (1, 1):
+            # The same sums, with the other one shifted: as for the input gradient, which then shares the shifts.
+            seen, still = taps(grad_NHWC, *_downwards(geometry, x_NHWC.shape[1:3]))[::-1], x_NHWC
+        ones = ones_like_row(still.numel() // G)
+        sums = [torch.bmm(ones, (tap * still).reshape(1, -1, G)) for tap in seen]
         return torch.cat(sums, 1).reshape(-1, G).permute(1, 0).reshape(G, 1, *geometry.kernel)
+    rows, columns = geometry.forward((H, W))
+    if G == 1 and K > 1 and rows.step == columns.step == 1 and H * x_NHWC.shape[2] <= WIDEST * P:
+        return _weight_gradient_in_runs(x_NHWC, grad_NHWC, rows, columns).permute(3, 0, 1, 2)
     left = grad_NHWC.reshape(N * P, G, O).permute(1, 2, 0)
-    product = torch.bmm(left, windows(x_NHWC, *geometry.forward((H, W)), G))
+    product = torch.bmm(left, windows(x_NHWC, rows, columns, G))
     return product.reshape(G * O, K, I).permute(0, 2, 1).reshape(G * O, I, *geometry.kernel)
+
+
+def _weight_gradient_in_runs(x_NHWC: Tensor, grad_NHWC: Tensor, rows: Windows, columns: Windows) -> Tensor:
+    """[I, kh, kw, O]: windows with a row for each weight, times the gradient, the smaller one, which XNNPACK packs.
+
+    Whole images are runs in such a row, with what lies beyond the end of a line, which meets zeros in the gradient.
+    """
+    N, H, W, O = grad_NHWC.shape
+    # The last run reads beyond the end.
+    x, *_ = padded(x_NHWC, rows, columns, spare=1)
+    _, height, width, I = x.shape
+    together = 2 if width % 2 == 0 and _is_narrow(O, columns) else 1
+    grad, length = aten.constant_pad_nd.default(grad_NHWC, [0, 0, 0, width - W], 0.0), H * width // together
+    # Tap j of positions `together` * q, `together` * q + 1, … is in column q + j // together of its residue class.
+    x = x.reshape(N, height, width // together, together, I).permute(4, 3, 0, 1, 2).contiguous()
+    i, residue, n, h, _ = x.stride()
+    taps = -(-(columns.taps + together - 1) // together)
+    axes = _merge(
+        [(I, i), (rows.taps, rows.spacing * h), (taps, columns.spacing), (together, residue), (N, n), (length, 1)]
+    )
+    gathered = aten.as_strided_copy.default(x, [size for size, _ in axes], [stride for _, stride in axes])
+    product = torch.bmm(gathered.reshape(1, -1, N * length), grad.reshape(1, N * length, together * O))
+    product = product.reshape(I, rows.taps, taps * together, together * O)
+    shares = [product[:, :, t : t + columns.taps, t * O : (t + 1) * O] for t in range(together)]
+    return shares[0] if together == 1 else shares[0] + shares[1]
 
 
 def input_gradient(grad_NHWC: Tensor, weight: Tensor, geometry: Geometry, size: Sequence[int]) -> Tensor:
@@ -247,6 +306,12 @@ def _class(geometry: Geometry, i: int, offset: int, count: int) -> tuple[Windows
         return None
     first = (reach - taps[-1] * dilation) // stride
     return Windows(first, 1, _gap(taps) * dilation // stride or 1, len(taps), count), taps
+
+
+def _downwards(geometry: Geometry, size: Sequence[int]) -> tuple[Windows, Windows]:
+    """What each input row and column meets of the gradient at unit strides, taps in reversed order."""
+    (rows, _), (columns, _) = (found for i in range(2) if (found := _class(geometry, i, 0, size[i])))
+    return rows, columns
 
 
 def _gap(taps: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
 """A coordinator that sees sums of updates only.
 
 A round: invite, clients train, and those who are done advertise keys; then the phases of secure aggregation
-(`secure_round`). An attempt that loses too many clients before shares are revealed is given up, nothing is revealed,
+(`round`). An attempt that loses too many clients before shares are revealed is given up, nothing is revealed,
 and the round is tried again with fresh keys: clients keep what they have learnt. Once shares are revealed the round
 cannot be tried again, or two sums over different clients would show the difference; then it ends without a change.
 """
@@ -22,12 +22,12 @@ from edgetrain.coordinator import events
 from edgetrain.coordinator.coordinator import MAX_RETRY_SECONDS, Coordinator
 from edgetrain.coordinator.errors import RoundFailed, RunError, UpdateRefused
 from edgetrain.coordinator.rounds.open_round import OpenRound
-from edgetrain.coordinator.rounds.rounds import Part
+from edgetrain.coordinator.rounds.state import Part
 from edgetrain.coordinator.rounds.uploads import accepted_record, accepted_verdict
 from edgetrain.coordinator.run.records import ClientRow
-from edgetrain.coordinator.secure.secure_records import SecureOpened, SecureRecord
-from edgetrain.coordinator.secure.secure_round import SecureRound
-from edgetrain.coordinator.secure.secure_settings import chosen_positions, remembered, round_settings, with_noise
+from edgetrain.coordinator.secure.records import SecureOpened, SecureRecord
+from edgetrain.coordinator.secure.round import SecureRound
+from edgetrain.coordinator.secure.settings import chosen_positions, remembered, round_settings, with_noise
 from edgetrain.coordinator.strategies import Contribution, Strategy
 from edgetrain.protocol.codecs import SparseOrDense
 from edgetrain.protocol.errors import SecureAggregationError

@@ -10,11 +10,11 @@ import logging
 from collections.abc import Callable, Sequence
 
 from edgetrain.coordinator.blob_server import BlobServer
-from edgetrain.coordinator.clients.clients import Roster
+from edgetrain.coordinator.clients.roster import Roster
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.contributions import offer_in
-from edgetrain.coordinator.secure.secure_config import SecureAggregationConfig
-from edgetrain.coordinator.secure.secure_records import (
+from edgetrain.coordinator.secure.config import SecureAggregationConfig
+from edgetrain.coordinator.secure.records import (
     SecureClosed,
     SecureMasked,
     SecureOpened,
