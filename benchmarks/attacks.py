@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--alphas", type=float, nargs="+", default=[1.0, 0.3])
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     parser.add_argument("--attacks", nargs="+", default=list(ATTACKS), choices=list(ATTACKS))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     options = parser.parse_args()
     started = time.monotonic()
     attackers = round(SHARE * options.clients)

@@ -24,7 +24,7 @@ import numpy as np
 from step_time import machine  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "client_memory.json"
+RESULTS = ROOT / "benchmarks" / "results"
 SELECTIONS = {
     "mobilenet-v2, head": "head",
     "mobilenet-v2, last four blocks": r"^features\.(1[6-9]|2)|^head",
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--cache", nargs="+", default=["float16", "off"], help="settings of feature_cache")
     parser.add_argument("--micro-batch", type=int, nargs="+", default=[8, 2])
     parser.add_argument("--bundles", type=Path, help="folder of bundles to be used again")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -67,7 +67,8 @@ def main() -> None:
                     rows.append(ClientRow(entry, size, cache, **found))
                     print(rows[-1], flush=True)
     record = {"machine": machine(), "frozen": arguments.frozen, "clients": [asdict(row) for row in rows]}
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "client_memory.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def run(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]:

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--parameters", type=int, default=1_000_000)
     parser.add_argument("--flower-python", default="")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     arguments = parser.parse_args()
     n = arguments.parameters
     sections: dict[str, list[Callable[[], Result]]] = {
@@ -98,7 +98,7 @@ def main() -> None:
             kept[section].append(measure())
             print(section, json.dumps(kept[section][-1]), flush=True)
     kept["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    arguments.out.mkdir(exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n")
 
 

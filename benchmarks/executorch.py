@@ -39,7 +39,7 @@ from step_time import time as clock
 sys.path.remove(str(Path(__file__).resolve().parent))
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "executorch.json"
+RESULTS = ROOT / "benchmarks" / "results"
 # entry -> model, selection
 SUITE = {
     "mobilenet-v2-last-4": ("mobilenet-v2", r"^features\.(1[6-9]|2)|^head"),
@@ -82,26 +82,27 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20, help="of each contender")
     parser.add_argument("--arena", action="store_true", help="planned bytes only")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:
         contend(arguments.contender, arguments.folder, arguments.entries[0])
         return
-    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "executorch.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
     if arguments.arena:
         record["arenas"] = [row for micro_batch in (8, 1) for entry in ARENAS for row in arenas(*entry, micro_batch)]
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        path.write_text(json.dumps(record, indent=2) + "\n")
         return
     measurements: list[Measurement] = []
     for entry in arguments.entries:
         measurements += measure(entry, arguments.micro_batch, arguments.steps)
         print_table(measurements)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         old = [found for found in record.get("measurements", []) if found["entry"] not in arguments.entries]
         written = record | {"machine": machine(), "measurements": old + [asdict(found) for found in measurements]}
-        arguments.out.write_text(json.dumps(written, indent=2) + "\n")
+        path.write_text(json.dumps(written, indent=2) + "\n")
 
 
 def arenas(name: str, model: str, trainable: str, micro_batch: int) -> list[dict[str, object]]:
@@ -281,7 +282,7 @@ def tensors(path: Path) -> tuple[Any, Any, list[Any]]:
     bundle = Bundle(path)
     (inputs, targets), weights = read_self_test(bundle)
     vector = torch.from_numpy(bundle.initial_parameters())
-    parameters = [vector[e.offset : e.offset + e.numel].reshape(e.shape) for e in bundle.manifest.parameters]
+    parameters = [entry.of(vector) for entry in bundle.manifest.parameters]
     halves = [map_leaves(torch.from_numpy, half) for half in (inputs, targets)]
     leaves = [leaf for half in halves for leaf in (half.values() if isinstance(half, dict) else [half])]
     return leaves, torch.from_numpy(weights), parameters

@@ -26,7 +26,7 @@ import numpy as np
 from step_time import machine, peak_megabytes  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "int8_training.json"
+RESULTS = ROOT / "benchmarks" / "results"
 MICRO_BATCH = 32
 STEPS = 20
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
@@ -72,7 +72,8 @@ def main() -> None:
         "accuracy": [asdict(row) for row in learnt],
         "memory": [asdict(row) for row in taken],
     }
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "int8_training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def accuracies(folder: Path, seeds: int, epochs: int) -> list[AccuracyRow]:
@@ -115,7 +116,7 @@ class Unscaled:
         entries = [entry for entry in self.manifest.parameters if entry.dtype == "int8"]
         scales = parameters.graph_inputs()[len(self.manifest.parameters) :]
         for entry, scale in zip(entries, scales, strict=True):
-            part = result.gradients[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
+            part = entry.of(result.gradients)
             part *= scale.reshape(-1, *[1] * (part.ndim - 1)) ** 2
         return result
 

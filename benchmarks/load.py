@@ -38,11 +38,11 @@ def main() -> None:
     parser.add_argument("--churn", type=float, default=0.1)
     parser.add_argument("--parameters", type=int, default=10_000)
     parser.add_argument("--codec", default="dense|int8")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
-    arguments.out.mkdir(exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "load.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "memory_mb"}, indent=1))
 
@@ -110,7 +110,8 @@ def summarize(
     acknowledged = {(name, number) for name, number, accepted in told if accepted}
     seconds = [record["seconds"] for record in records]
     settled = [size for at, size in memory if at > memory[-1][0] * 0.2]
-    slope = float(np.polyfit(range(len(settled)), settled, 1)[0]) * len(settled)
+    # A run too short for two looks at it has grown by nothing.
+    slope = float(np.polyfit(range(len(settled)), settled, 1)[0]) * len(settled) if len(settled) > 1 else 0.0
     return {
         "machine": platform.processor() or platform.machine(),
         "connections": arguments.connections, "drivers": arguments.drivers, "rounds": len(records),

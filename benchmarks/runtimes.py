@@ -36,7 +36,7 @@ from step_time import (  # type: ignore[import-not-found]
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "runtimes.json"
+RESULTS = ROOT / "benchmarks" / "results"
 MICRO_BATCH = 8
 WARM_UP = 3
 # entry -> model, selection
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--runtime", nargs="+", default=[ONNX, TORCH, TRAINING], help="besides eager torch")
     parser.add_argument("--bundles", type=Path, help="folder of whole-step bundles by entry, to be used again")
     parser.add_argument("--all-threads", action=argparse.BooleanOptionalAction, default=True, help="besides one")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
@@ -126,13 +126,15 @@ def main() -> None:
     if arguments.contender:
         contend(arguments.contender, arguments.bundle, arguments.entries[0], arguments.threads)
         return
-    record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "runtimes.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     record["machine"] = machine()
     for part, measure in (("steps", steps), ("sizes", sizes), ("cache", cache), ("memory", memory)):
         if arguments.part in ("all", part):
             for rows in measure(arguments):
                 record[part] = replaced(record.get(part, []), [asdict(row) for row in rows])
-                arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+                path.write_text(json.dumps(record, indent=2) + "\n")
                 print_table(rows)
             if part == "steps":
                 print_goals(record[part])

@@ -407,7 +407,7 @@ def main() -> None:
     sections = ["scale", "client", "uplink", "broker"]
     parser.add_argument("--only", nargs="*", choices=sections, default=sections)
     parser.add_argument("--clients", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     arguments = parser.parse_args()
     path = arguments.out / "secure_aggregation.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "step_time.json"
+RESULTS = ROOT / "benchmarks" / "results"
 TRAINING_PYTHON = ROOT / ".venv-ort-training" / "bin" / "python"
 EAGER = "eager torch"
 WARM_UP = 3
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--trainable", nargs="+", default=["all"], help="selections, as for `edgetrain export`")
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3.0, help="for each contender")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -63,9 +63,9 @@ def main() -> None:
         for trainable in arguments.trainable:
             measurements += measure(model, trainable, arguments.micro_batch, arguments.seconds)
     print_table(measurements)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine(), "measurements": [asdict(found) for found in measurements]}
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    (arguments.out / "step_time.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def measure(model: str, trainable: str, micro_batch: int, seconds: float) -> list[Measurement]:

@@ -8,11 +8,11 @@ line with what every client was told when the run has ended.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import random
 import selectors
-import sys
 import time
 from typing import Any
 
@@ -230,7 +230,18 @@ class Swarm:
                 member.client.loop_write()
 
 
-if __name__ == "__main__":
-    swarm = Swarm(msgspec.json.decode(sys.argv[1], type=Settings))
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("settings", help="JSON with the fields of `Settings`; load.py writes it")
+    arguments = parser.parse_args()
+    try:
+        settings = msgspec.json.decode(arguments.settings, type=Settings)
+    except msgspec.MsgspecError as error:
+        parser.error(f"settings: {error}")
+    swarm = Swarm(settings)
     swarm.run()
     print(json.dumps(swarm.told), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from edgetrain.protocol.blob_readers import BlobReader, MemoryBlob
-from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, MIN_CHUNK_BYTES
+from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, MIN_CHUNK_BYTES, Blob
 from edgetrain.protocol.messages import BlobRef
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.transport import Transport
@@ -15,8 +14,8 @@ GATHER_SECONDS = 0.05
 
 
 @dataclass(slots=True)
-class _Blob:
-    reader: BlobReader
+class _Served:
+    blob: Blob
     # Number of clients expected to ask; 0 if unknown.
     audience: int = 0
     waiting: set[str] = field(default_factory=set)
@@ -36,64 +35,56 @@ class BlobServer:
         self._topics = topics
         self._transport = transport
         self._chunk_bytes = chunk_bytes
-        self._blobs: dict[bytes, _Blob] = {}
+        self._served: dict[bytes, _Served] = {}
 
     def add(self, data: bytes | memoryview, ref: BlobRef | None = None) -> BlobRef:
-        """Makes a blob available; of a mapped file only what is being sent is in memory.
-
-        Args:
-            data: the whole of it.
-            ref: if it is known already.
-        """
-        return self.add_reader(MemoryBlob(data, ref))
-
-    def add_reader(self, reader: BlobReader) -> BlobRef:
-        """Makes a blob available."""
-        self._blobs.setdefault(reader.ref.digest, _Blob(reader))
-        return reader.ref
+        """Makes a blob available; arguments as of `Blob`."""
+        blob = Blob(data, ref)
+        self._served.setdefault(blob.ref.digest, _Served(blob))
+        return blob.ref
 
     def expect(self, ref: BlobRef, *, audience: int) -> None:
         """Says how many clients will ask for a blob: when so many have, it goes out without further wait."""
-        self._blobs[ref.digest].audience = audience
+        self._served[ref.digest].audience = audience
 
     def remove(self, ref: BlobRef) -> None:
         """Forgets a blob, and what of it has not left yet."""
-        self._blobs.pop(ref.digest, None)
+        self._served.pop(ref.digest, None)
         self._transport.forget_blob(ref.digest)
 
     def want(
         self, client: str, digest: bytes, ranges: tuple[tuple[int, int], ...], now: float, chunk_bytes: int = 0
     ) -> bool:
         """A client asks; False if there is no such blob."""
-        blob = self._blobs.get(digest)
-        if blob is None:
+        served = self._served.get(digest)
+        if served is None:
             return False
         if ranges:
-            self._send(blob, self._topics.to_client(client, "blob"), ranges, chunk_bytes)
+            self._send(served, self._topics.to_client(client, "blob"), ranges, chunk_bytes)
             return True
-        if not blob.waiting:
-            blob.due = now + GATHER_SECONDS
-        blob.waiting.add(client)
-        if len(blob.waiting) >= blob.audience > 0:
-            blob.due = now
+        if not served.waiting:
+            served.due = now + GATHER_SECONDS
+        served.waiting.add(client)
+        if len(served.waiting) >= served.audience > 0:
+            served.due = now
         self.tick(now)
         return True
 
     def tick(self, now: float) -> None:
         """Publishes what is due."""
-        for blob in self._blobs.values():
-            if blob.waiting and now >= blob.due:
-                if len(blob.waiting) == 1:
-                    topic = self._topics.to_client(next(iter(blob.waiting)), "blob")
+        for served in self._served.values():
+            if served.waiting and now >= served.due:
+                if len(served.waiting) == 1:
+                    topic = self._topics.to_client(next(iter(served.waiting)), "blob")
                 else:
-                    topic = self._topics.broadcast_blob(blob.reader.ref.digest)
-                blob.waiting.clear()
-                self._send(blob, topic, ())
+                    topic = self._topics.broadcast_blob(served.blob.ref.digest)
+                served.waiting.clear()
+                self._send(served, topic, ())
 
     def next_due(self) -> float | None:
         """When `tick` has something to do, if ever."""
-        return min((blob.due for blob in self._blobs.values() if blob.waiting), default=None)
+        return min((served.due for served in self._served.values() if served.waiting), default=None)
 
-    def _send(self, blob: _Blob, topic: str, ranges: tuple[tuple[int, int], ...], chunk_bytes: int = 0) -> None:
+    def _send(self, served: _Served, topic: str, ranges: tuple[tuple[int, int], ...], chunk_bytes: int = 0) -> None:
         wanted = min(chunk_bytes or self._chunk_bytes, self._chunk_bytes)
-        self._transport.send_blob(topic, blob.reader, ranges, chunk_bytes=max(wanted, MIN_CHUNK_BYTES))
+        self._transport.send_blob(topic, served.blob, ranges, chunk_bytes=max(wanted, MIN_CHUNK_BYTES))

@@ -17,10 +17,7 @@ Vector = npt.NDArray[np.float32]
 
 def encode_parameters(vector: Vector, manifest: Manifest, number: int) -> bytes:
     """A safetensors file of the parameters after round `number`."""
-    tensors = {
-        entry.name: vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
-        for entry in manifest.parameters
-    }
+    tensors = {entry.name: entry.of(vector) for entry in manifest.parameters}
     return safetensors.numpy.save(tensors, metadata={"round": str(number), "bundle": manifest.name})
 
 
@@ -39,7 +36,7 @@ def decode_parameters(data: bytes, manifest: Manifest) -> Vector:
         tensor = tensors.get(entry.name)
         if tensor is None or tensor.shape != tuple(entry.shape) or tensor.dtype != np.float32:
             raise ValueError(f"no float32 tensor {entry.name!r} of shape {list(entry.shape)} in it")
-        vector[entry.offset : entry.offset + entry.numel] = tensor.reshape(-1)
+        entry.of(vector)[...] = tensor
     return vector
 
 

@@ -17,8 +17,7 @@ from edgetrain.edge_client.downloads import Download
 from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.edge_client.errors import RefusedError, StateError
 from edgetrain.protocol import BlobError, MessageError
-from edgetrain.protocol.blob_readers import MemoryBlob
-from edgetrain.protocol.blobs import Assembler, parse_chunk
+from edgetrain.protocol.blobs import Assembler, Blob, parse_chunk
 from edgetrain.protocol.messages import (
     Announce,
     BlobRef,
@@ -154,7 +153,7 @@ class Mailbox:
             ref, data = self.upload
             topic = self._topics.from_client(self._name, "blob")
             # After a reconnect the coordinator is offered it again, and says what it lacks.
-            self._transport.send_blob(topic, MemoryBlob(data, ref), ranges, chunk_bytes=chunk_bytes, resend=False)
+            self._transport.send_blob(topic, Blob(data, ref), ranges, chunk_bytes=chunk_bytes, resend=False)
 
     def resume_upload(self) -> None:
         """Waits a moment for the coordinator to say what it lacks of the upload, then sends all of it."""

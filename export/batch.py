@@ -96,7 +96,11 @@ def tensor_spec(name: str, tensor: Tensor) -> TensorSpec:
 
 
 def dtype_name(dtype: torch.dtype, where: str) -> Dtype:
-    """The manifest's name of a torch dtype."""
+    """The manifest's name of a torch dtype.
+
+    Raises:
+        BatchError: bundles do not carry it; `where` says what has it.
+    """
     name = str(dtype).removeprefix("torch.")
     if name not in get_args(Dtype):
         raise BatchError(f"{where} is {name}; a bundle carries only {', '.join(get_args(Dtype))}: convert it")

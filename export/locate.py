@@ -21,6 +21,8 @@ from edgetrain.export.user_code import is_foreign
 _DATA_DEPENDENT = re.compile(
     r"_local_scalar_dense|\bnonzero\b|\bitem\b|data-dependent|DataDependent|masked_select|unique"
 )
+# Where an operator is called that no module calls.
+_OUTSIDE = "(the loss or a metric)"
 
 
 @contextmanager
@@ -53,17 +55,12 @@ def callers(problem: Problem, operator: str) -> list[str]:
     wanted = wanted.split("_backward")[0]
     found: dict[str, None] = {}
 
-    with module_path(problem.prepared.module) as running:
+    def note(func: Any, path: str | None) -> None:
+        name = func._schema.name.partition("::")[2].rstrip("_")  # noqa: SLF001
+        if name == wanted or name.endswith(f"_{wanted}"):
+            found[_OUTSIDE if path is None else path] = None
 
-        class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                name = func._schema.name.partition("::")[2].rstrip("_")  # noqa: SLF001
-                if name == wanted or name.endswith(f"_{wanted}"):
-                    found[running[-1] if running else "(the loss or a metric)"] = None
-                return func(*args, **(kwargs or {}))
-
-        with plain_math(problem.prepared.module), torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
-            problem.evaluate(problem.parameters, problem.example.leaves, problem.weights)
+    _watch(problem, note)
     return list(found)
 
 
@@ -73,17 +70,31 @@ def refuse_randomness(problem: Problem) -> None:
     Raises:
         UnsupportedError: naming operator and module.
     """
+
+    def refuse(func: Any, path: str | None) -> None:
+        if torch.Tag.nondeterministic_seeded in func.tags and func._schema.name != "aten::dropout":  # noqa: SLF001
+            where = "the loss or a metric" if path is None else _described(problem, path)
+            raise UnsupportedError(
+                f"random numbers in evaluation mode cannot be exported: {func} in {where}. Use "
+                "nn.Dropout or F.dropout(…, training=self.training), or pass the noise as an "
+                "input of the batch"
+            )
+
+    _watch(problem, refuse)
+
+
+def _watch(problem: Problem, seen: Callable[[Any, str | None], None]) -> None:
+    """Runs module, loss and metrics in eager torch, and shows each operator before it is called.
+
+    Args:
+        problem: what is run.
+        seen: (operator, path of the module that calls it; None for the loss and the metrics).
+    """
     with module_path(problem.prepared.module) as running:
 
         class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if torch.Tag.nondeterministic_seeded in func.tags and func._schema.name != "aten::dropout":  # noqa: SLF001
-                    where = _described(problem, running[-1]) if running else "the loss or a metric"
-                    raise UnsupportedError(
-                        f"random numbers in evaluation mode cannot be exported: {func} in {where}. Use "
-                        "nn.Dropout or F.dropout(…, training=self.training), or pass the noise as an "
-                        "input of the batch"
-                    )
+                seen(func, running[-1] if running else None)
                 return func(*args, **(kwargs or {}))
 
         with plain_math(problem.prepared.module), torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
@@ -122,6 +133,6 @@ def no_translation(problem: Problem, runtime: str, operator: str, cause: str) ->
 
 
 def _described(problem: Problem, path: str) -> str:
-    if path.startswith("("):
+    if path == _OUTSIDE:
         return path
     return f"{path or '(top)'!r} ({type(problem.prepared.module.get_submodule(path)).__name__})"

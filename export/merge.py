@@ -17,15 +17,13 @@ from edgetrain.export.batch import Example, HalfBatch, call_module, flatten_outp
 from edgetrain.export.errors import MergeError
 from edgetrain.export.lowering.base import Array, LoweredGraph
 from edgetrain.export.lowering.onnx import OnnxLowering
+from edgetrain.export.parity import wrong_output
 from edgetrain.export.prepare import Prepared, plain_math, prepare
 from edgetrain.export.quiet import quiet
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.int8 import graph_inputs, representable
 from edgetrain.protocol.manifest import Manifest, Structure
-
-# Largest difference between the merged model's outputs and the bundle's, as a share of the largest output.
-TOLERANCE = 1e-4
 
 Vector = npt.NDArray[np.float32]
 
@@ -186,10 +184,7 @@ def _state_dict(
             f"{_first_difference(have, want)}"
         )
     merged = prepared.adapters.merged(
-        {
-            entry.name: torch.from_numpy(vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape).copy())
-            for entry in manifest.parameters
-        }
+        {entry.name: torch.from_numpy(entry.of(vector).copy()) for entry in manifest.parameters}
     )
     outputs = _run_eager(prepared, merged, manifest.batch.inputs, inputs)
     _compare(expected, outputs, "the given module (are its frozen weights those that were exported?)")
@@ -223,9 +218,8 @@ def _compare(expected: dict[str, Array], got: dict[str, Array], what: str) -> No
     for name, value in expected.items():
         if name not in got:
             raise MergeError(f"{what} has no output {name!r}. Nothing was written")
-        largest = float(np.abs(value.astype(np.float64)).max(initial=0))
-        difference = float(np.abs(got[name].astype(np.float64) - value.astype(np.float64)).max(initial=0))
-        if not difference <= TOLERANCE * max(largest, 1e-2):
+        if wrong := wrong_output(got[name], value):
+            difference, largest = wrong
             raise MergeError(
                 f"{what} gives another output {name!r} than the bundle (difference {difference:.1e}, largest "
                 f"element {largest:.1e}). Nothing was written"

@@ -315,13 +315,21 @@ def prove_infer(runtime: str, problem: Problem, graph: TracedGraph, run: Run, ex
     """
     got = _run(problem, graph, run, expected.neighbour)
     for name, value in expected.neighbour.outputs.items():
-        largest = float(np.abs(value.astype(np.float64)).max(initial=0))
-        difference = float(np.abs(got[name].astype(np.float64) - value.astype(np.float64)).max(initial=0))
-        if not difference <= TOLERANCE * max(largest, 1e-2):
+        if wrong := wrong_output(got[name], value):
+            difference, largest = wrong
             raise ParityError(
                 f"{runtime}: output {name!r} of graph 'infer' differs from eager torch by {difference:.1e} "
                 f"(largest element {largest:.1e}). No bundle was written"
             )
+
+
+def wrong_output(got: Array, expected: Array) -> tuple[float, float] | None:
+    """The largest difference of an output, and its largest element; None if it is no more than rounding."""
+    largest = float(np.abs(expected.astype(np.float64)).max(initial=0))
+    difference = float(np.abs(got.astype(np.float64) - expected.astype(np.float64)).max(initial=0))
+    if difference <= TOLERANCE * max(largest, 1e-2):
+        return None
+    return difference, largest
 
 
 def _run(problem: Problem, graph: TracedGraph, run: Run, point: Reference) -> dict[str, Array]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from edgetrain.export import locate, parity
 from edgetrain.export.errors import OperatorError, UnsupportedError
-from edgetrain.export.graph import before_autograd, joint
+from edgetrain.export.graph import joint
 from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.functional import functional_problem
 from edgetrain.export.graph.joint import Problem, TracedGraph
@@ -105,7 +105,7 @@ class Translator:
         self._lowering = lowering
         self._decompositions = lowering.decompositions()
         self._original = self._direct = problem
-        if before_autograd.wanted(self._decompositions):
+        if lowering.narrows:
             self._direct = narrowed_problem(problem) or problem
         self._functional: Problem | None = None
 

@@ -77,7 +77,11 @@ def strongest_channels(layer: nn.Conv2d | nn.Linear, count: int) -> torch.Tensor
 
 
 def keep_outputs(layer: Layer, channels: torch.Tensor) -> Layer:
-    """A new layer with these output channels. A depthwise convolution loses the same inputs."""
+    """A new layer with these output channels. A depthwise convolution loses the same inputs.
+
+    Raises:
+        ModelError: a convolution with groups that is not depthwise.
+    """
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         if not layer.groups == layer.in_channels == layer.out_channels:
             raise ModelError(f"cannot prune a convolution of {layer.groups} groups that is not depthwise")
@@ -93,6 +97,9 @@ def keep_inputs(layer: Layer, channels: torch.Tensor, *, repeat: int = 1) -> Lay
         layer: a convolution without groups, or a linear layer.
         channels: of the layer before.
         repeat: features per channel, for a linear layer behind a flattened [B, C, H, W]: H * W.
+
+    Raises:
+        ModelError: a convolution with groups.
     """
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         raise ModelError("a convolution with groups loses its inputs with its outputs: use keep_outputs")

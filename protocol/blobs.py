@@ -50,6 +50,23 @@ def blob_ref(data: bytes | memoryview) -> BlobRef:
     return BlobRef(digest=hashlib.sha256(data).digest(), size=len(data))
 
 
+class Blob:
+    """A whole blob that is to be sent; of a mapped file only what is being sent is in memory.
+
+    Args:
+        data: the whole of it.
+        ref: if it is known already.
+    """
+
+    def __init__(self, data: bytes | memoryview, ref: BlobRef | None = None) -> None:
+        self.ref = ref or blob_ref(data)
+        self._data = memoryview(data)
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop). Called from the network's thread."""
+        return self._data[start:stop]
+
+
 def cut(
     ref: BlobRef,
     data: bytes | memoryview,

@@ -29,5 +29,5 @@ def elements_of(manifest: Manifest, patterns: Sequence[str]) -> npt.NDArray[np.b
             names = ", ".join(entry.name for entry in manifest.parameters[:6])
             raise ConfigError(f"{pattern!r} is no parameter of bundle {manifest.name!r}; it has {names}, …")
         for entry in found:
-            mask[entry.offset : entry.offset + entry.numel] = True
+            entry.of(mask)[...] = True
     return mask

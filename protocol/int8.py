@@ -62,8 +62,8 @@ def representable(vector: Vector, entries: Iterable[ParameterEntry]) -> Vector:
     result = vector.copy()
     for entry in entries:
         if entry.dtype == "int8":
-            whole, scale = nearest(_part(vector, entry))
-            _part(result, entry)[...] = whole * scale
+            whole, scale = nearest(entry.of(vector))
+            entry.of(result)[...] = whole * scale
     return result
 
 
@@ -72,7 +72,7 @@ def graph_inputs(vector: Vector, entries: Sequence[ParameterEntry]) -> list[Arra
     arrays: list[Array] = []
     scales: list[Array] = []
     for entry in entries:
-        part = _part(vector, entry)
+        part = entry.of(vector)
         if entry.dtype == "int8":
             whole, scale = nearest(part)
             arrays.append(whole)
@@ -99,15 +99,11 @@ def decode_parameters(data: bytes, entries: Sequence[ParameterEntry]) -> Vector:
     offset = 0
     for entry in entries:
         dtype = np.dtype(entry.dtype).newbyteorder("<")
-        _part(vector, entry)[...] = np.frombuffer(data, dtype, entry.numel, offset).reshape(entry.shape)
+        entry.of(vector)[...] = np.frombuffer(data, dtype, entry.numel, offset).reshape(entry.shape)
         offset += entry.numel * dtype.itemsize
     for entry in entries:
         if entry.dtype == "int8":
             scales = np.frombuffer(data, "<f4", entry.shape[0], offset)
-            _part(vector, entry)[...] *= scales.reshape(-1, *[1] * (len(entry.shape) - 1))
+            entry.of(vector)[...] *= scales.reshape(-1, *[1] * (len(entry.shape) - 1))
             offset += scales.nbytes
     return vector
-
-
-def _part(vector: Vector, entry: ParameterEntry) -> Vector:
-    return vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)

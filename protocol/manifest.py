@@ -36,10 +36,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from edgetrain.protocol.errors import BundleError
 from edgetrain.protocol.int8 import file_size
@@ -55,6 +56,7 @@ CLIP_NORM = "clip_norm"
 _FILE_NAME = re.compile(r"[^\\\x00-\x1f\x7f]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+_Element = TypeVar("_Element", bound=np.generic)
 Dtype = Literal["float32", "float16", "int64", "int32", "int8", "uint8", "bool"]
 
 
@@ -142,6 +144,10 @@ class ParameterEntry(msgspec.Struct, frozen=True, kw_only=True):
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def of(self, vector: npt.NDArray[_Element]) -> npt.NDArray[_Element]:
+        """This tensor in a flat vector [num_parameters], as a view of shape `shape`: what is written to it is there."""
+        return vector[self.offset : self.offset + self.numel].reshape(self.shape)
 
 
 class Structure(msgspec.Struct, frozen=True, kw_only=True):

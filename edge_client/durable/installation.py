@@ -78,7 +78,8 @@ def install_bundle(
     bundle = Bundle(state.bundle_directory(ref.digest))
     # What starting and fetching took.
     give_back_memory()
-    session = open_session(bundle, runtime, threads=config.threads, precision=config.precision)
+    # What is run in parts never needs the whole step.
+    session = open_session(bundle, runtime, threads=config.threads, precision=config.precision, load=False)
     in_parts = keeps_features(session, config)
     session.save_memory(in_parts=in_parts)
     run_self_test(bundle, session, in_parts=in_parts).raise_if_wrong()

@@ -9,7 +9,7 @@ residual.bin         see `error_feedback`
 control.bin          see `control_variate`
 personal.bin         see `personal`
 secure.bin           see `secure_aggregation`
-privacy.json         see `privacy_budget`
+privacy.json         see `edge_client.privacy.sample_budget`
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Literal
 
-from edgetrain.protocol.blob_readers import BlobReader
+from edgetrain.protocol.blobs import Blob
 from edgetrain.protocol.transport import Event, Transport
 
 
@@ -112,14 +112,14 @@ class LivingTransport:
     def send_blob(
         self,
         topic: str,
-        reader: BlobReader,
+        blob: Blob,
         ranges: Iterable[tuple[int, int]] = (),
         *,
         chunk_bytes: int = 0,
         resend: bool = True,
     ) -> None:
         """See `Transport`."""
-        self._inner.send_blob(topic, reader, ranges, chunk_bytes=chunk_bytes, resend=resend)
+        self._inner.send_blob(topic, blob, ranges, chunk_bytes=chunk_bytes, resend=resend)
 
     def forget_blob(self, digest: bytes) -> None:
         """See `Transport`."""

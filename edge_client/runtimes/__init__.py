@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edgetrain.edge_client.errors import SessionError
-from edgetrain.edge_client.runtimes.base import Batch, BundlePath, Half, Runtime, Session, Vector
+from edgetrain.edge_client.runtimes.base import Batch, BundlePath, Half, MixedPrecisionRuntime, Runtime, Session, Vector
 from edgetrain.protocol.bundle import Bundle
 
 __all__ = [
@@ -38,15 +38,21 @@ _BUILT_IN = {
 
 
 def open_session(
-    bundle: BundlePath | Bundle, runtime: str | None = None, *, threads: int = 1, precision: str = "fp32"
+    bundle: BundlePath | Bundle,
+    runtime: str | None = None,
+    *,
+    threads: int = 1,
+    precision: str = "fp32",
+    load: bool = True,
 ) -> Session:
-    """Loads a bundle on a runtime.
+    """Opens a bundle on a runtime.
 
     Args:
         bundle: an opened bundle, or the path of a bundle directory or `.edge` archive.
         runtime: a name as in `available_runtimes`; None takes the bundle's first program that can run here.
         threads: threads of one step; 0 lets the runtime choose.
         precision: "fp32"; or "fp16" or "bf16" for the products of a step, where the runtime can.
+        load: loads the step, too; else every graph waits until it is called.
 
     Raises:
         SessionError: the runtime is unknown, not installed or too old, cannot compute in that precision, or the
@@ -56,19 +62,19 @@ def open_session(
     if threads < 0:
         raise SessionError(f"threads is {threads}; give a number of threads, or 0 to let the runtime choose")
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-    if runtime is not None:
+    if runtime is None:
+        chosen = _first_usable(opened, precision)
+    else:
         opened.manifest.program(runtime)
-        return _open(_usable(runtime), opened, threads, precision)
-    reasons = []
-    for program in opened.manifest.programs:
-        try:
-            chosen = _usable(program.runtime)
-            check_precision(chosen, precision)
-        except SessionError as error:
-            reasons.append(str(error))
-        else:
-            return _open(chosen, opened, threads, precision)
-    raise SessionError(f"none of the runtimes of bundle {opened.manifest.name!r} can run here: " + "; ".join(reasons))
+        chosen = _usable(runtime)
+        check_precision(chosen, precision)
+    if isinstance(chosen, MixedPrecisionRuntime):
+        session = chosen.open(opened, threads=threads, precision=precision)
+    else:
+        session = chosen.open(opened, threads=threads)
+    if load:
+        session.load()
+    return session
 
 
 def check_precision(runtime: Runtime, precision: str) -> None:
@@ -77,21 +83,12 @@ def check_precision(runtime: Runtime, precision: str) -> None:
     Raises:
         SessionError: with the reason.
     """
-    allowed: tuple[str, ...] = getattr(runtime, "precisions", ("fp32",))
+    allowed = runtime.precisions if isinstance(runtime, MixedPrecisionRuntime) else ("fp32",)
     if precision not in allowed:
         raise SessionError(
             f"runtime {runtime.name} computes in {', '.join(allowed)}, not in {precision}: mixed precision is for "
             "the runtime torch, on processors with 16-bit arithmetic. To save bytes elsewhere, export with --frozen"
         )
-
-
-def _open(runtime: Runtime, bundle: Bundle, threads: int, precision: str) -> Session:
-    check_precision(runtime, precision)
-    if precision == "fp32":
-        return runtime.open(bundle, threads=threads)
-    opener: Any = runtime
-    session: Session = opener.open(bundle, threads=threads, precision=precision)
-    return session
 
 
 def registered_runtimes() -> tuple[str, ...]:
@@ -131,6 +128,24 @@ def find_runtime(name: str) -> Runtime:
     if not isinstance(runtime, Runtime):
         raise SessionError(f"runtime {name!r} does not load: it has no name, available() and open()")
     return runtime
+
+
+def _first_usable(bundle: Bundle, precision: str) -> Runtime:
+    """The runtime of the bundle's first program that can run here, in that precision.
+
+    Raises:
+        SessionError: there is none, with the reasons.
+    """
+    reasons = []
+    for program in bundle.manifest.programs:
+        try:
+            chosen = _usable(program.runtime)
+            check_precision(chosen, precision)
+        except SessionError as error:
+            reasons.append(str(error))
+        else:
+            return chosen
+    raise SessionError(f"none of the runtimes of bundle {bundle.manifest.name!r} can run here: " + "; ".join(reasons))
 
 
 def _usable(name: str) -> Runtime:

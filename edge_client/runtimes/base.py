@@ -62,7 +62,7 @@ class EvalResult:
 
 
 class Session(Protocol):
-    """One bundle, loaded on one runtime. Not thread-safe."""
+    """One bundle, opened on one runtime. Not thread-safe."""
 
     @property
     def manifest(self) -> Manifest:
@@ -72,6 +72,15 @@ class Session(Protocol):
     @property
     def runtime(self) -> str:
         """Name of the runtime."""
+        ...
+
+    def load(self) -> None:
+        """Loads what `step` runs now and not at its first call: what cannot be loaded is found out.
+
+        Raises:
+            SessionError: the runtime cannot load it.
+            BundleError: a file is missing or corrupt.
+        """
         ...
 
     def step(self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
@@ -159,16 +168,30 @@ class Runtime(Protocol):
         ...
 
     def open(self, bundle: Bundle, *, threads: int) -> Session:
-        """Loads the bundle's program for this runtime.
+        """Opens the bundle's program for this runtime; its graphs may wait for `Session.load` or their first call.
 
         Args:
             bundle: opened and of a known version; the files are verified when read.
             threads: number of threads of one step; 0 lets the runtime choose.
 
         Raises:
-            SessionError: not installed, too old, or the program does not load.
+            SessionError: not installed, too old, or a graph that is loaded already does not load.
             BundleError: no program for this runtime, or a corrupt file.
         """
+        ...
+
+
+@runtime_checkable
+class MixedPrecisionRuntime(Runtime, Protocol):
+    """A backend that computes the products of a step in fewer bits, too."""
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Of "fp32", "fp16" and "bf16" those that it can."""
+        ...
+
+    def open(self, bundle: Bundle, *, threads: int, precision: str = "fp32") -> Session:
+        """See `Runtime`; `precision` is one of `precisions`."""
         ...
 
 

@@ -29,7 +29,7 @@ from edgetrain.edge_client.runtimes.executorch_library import (
 )
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import num_parameters
-from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, view
+from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession
 from edgetrain.edge_client.runtimes.staging import READ_BEYOND
 from edgetrain.edge_client.runtimes.versions import check_minimum, parse_version
 from edgetrain.protocol.bundle import Bundle
@@ -59,13 +59,13 @@ class ExecutorchRuntime:
         return None
 
     def open(self, bundle: Bundle, *, threads: int) -> ExecutorchSession:
-        """Loads the bundle's program for executorch.
+        """Opens the bundle's program for executorch; nothing is loaded yet.
 
         `threads` is set for the whole process: all programs share one pool.
 
         Raises:
-            SessionError: not installed, too old, no compiler, or the program does not load.
-            BundleError: no program for this runtime, or a corrupt file.
+            SessionError: not installed, too old, or no compiler.
+            BundleError: no program for this runtime.
         """
         check_minimum(bundle.manifest, self.name, find_wheel().version, "executorch")
         set_threads(threads)
@@ -121,7 +121,7 @@ class _ExecutorchGraph:
         if self._entries and parameters is not self._parameters:
             safe = _readable_beyond(parameters)
             for index, entry in enumerate(self._entries):
-                self._program.bind(index, view(safe, entry), output=False)
+                self._program.bind(index, entry.of(safe), output=False)
             self._parameters = parameters if safe is parameters else None
         try:
             self._program.run()

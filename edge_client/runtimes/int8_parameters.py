@@ -66,7 +66,7 @@ class Int8Parameters:
     def __init__(self, entries: tuple[ParameterEntry, ...], vector: Vector) -> None:
         self._held: list[_Held] = []
         for entry in entries:
-            part = vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
+            part = entry.of(vector)
             if entry.dtype == "int8":
                 values, scales = nearest(part)
                 self._held.append(_Held(entry, values, scales))

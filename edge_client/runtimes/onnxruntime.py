@@ -17,7 +17,7 @@ from edgetrain.edge_client.runtimes.base import Parameters
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import num_parameters
-from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line, view
+from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line
 from edgetrain.edge_client.runtimes.versions import check_minimum, parse_version
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import FileEntry, Graph, Manifest
@@ -49,11 +49,11 @@ class OnnxRuntime:
         return None
 
     def open(self, bundle: Bundle, *, threads: int) -> OnnxSession:
-        """Loads the bundle's program for onnxruntime.
+        """Opens the bundle's program for onnxruntime; nothing is loaded yet.
 
         Raises:
-            SessionError: not installed, too old, or the program does not load.
-            BundleError: no program for this runtime, or a corrupt file.
+            SessionError: too old, or it cannot bind parameters as the bundle keeps them.
+            BundleError: no program for this runtime.
         """
         import onnxruntime
 
@@ -124,7 +124,7 @@ class OnnxGraph:
             if isinstance(parameters, Int8Parameters):
                 arrays = parameters.graph_inputs()
             else:
-                arrays = [view(parameters, entry) for entry in self._entries]
+                arrays = [entry.of(parameters) for entry in self._entries]
             for position, name in self._parameters:
                 self.binding.bind_cpu_input(name, arrays[position])
             self._bound = parameters

@@ -20,11 +20,9 @@ from edgetrain.edge_client.runtimes.session import BoundGraph
 from edgetrain.edge_client.runtimes.versions import check_minimum
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Graph
+from edgetrain.protocol.ort_training import BUFFER_SUFFIX, RESET_INPUT
 
 INSTALL = "in an environment without onnxruntime: pip install onnxruntime-training-cpu==1.19.2"
-# Names that `generate_artifacts` gives.
-RESET_INPUT = "lazy_reset_grad"
-BUFFER_SUFFIX = "_grad.accumulation.buffer"
 
 
 class OrtTrainingRuntime:
@@ -44,11 +42,11 @@ class OrtTrainingRuntime:
         return None
 
     def open(self, bundle: Bundle, *, threads: int) -> OrtTrainingSession:
-        """Loads the bundle's program for the training build.
+        """Opens the bundle's program for the training build; nothing is loaded yet.
 
         Raises:
-            SessionError: not installed, too old, or the program does not load.
-            BundleError: no program for this runtime, or a corrupt file.
+            SessionError: too old, or it cannot bind parameters as the bundle keeps them.
+            BundleError: no program for this runtime.
         """
         import onnxruntime
 

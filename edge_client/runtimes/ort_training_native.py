@@ -19,8 +19,7 @@ from edgetrain.edge_client.runtimes.ort_training import OrtTrainingRuntime
 from edgetrain.edge_client.runtimes.session import first_line
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
-
-CHECKPOINT_FILE, OPTIMIZER_FILE = "checkpoint", "sgd.onnx"
+from edgetrain.protocol.ort_training import CHECKPOINT_FILE, OPTIMIZER_FILE
 
 
 class NativeTrainer:

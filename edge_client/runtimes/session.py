@@ -26,7 +26,7 @@ from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import FEATURE, PARTS, TRUNK, head_manifest, parameter_specs
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
-from edgetrain.protocol.manifest import STEP_CLIPPED, Graph, Manifest, ParameterEntry, TensorSpec
+from edgetrain.protocol.manifest import STEP_CLIPPED, Graph, Manifest, TensorSpec
 
 
 class BoundGraph(Protocol):
@@ -40,7 +40,7 @@ class BoundGraph(Protocol):
 class GraphSession(ABC):
     """A `base.Session` of a runtime that says how one graph is loaded.
 
-    `step` loads at once, `eval` and `infer` when first called: a client that never evaluates pays nothing.
+    A graph loads when it is first called, those of `step` by `load`: a client that never evaluates pays nothing.
     """
 
     # Whether it can bind parameters in int8.
@@ -66,8 +66,6 @@ class GraphSession(ABC):
         self._plans = {
             name: (part,) if head else (TRUNK, part) if in_parts else (name,) for name, part in PARTS.items()
         }
-        for name in self._plans["step"]:
-            self._load(name)
 
     @abstractmethod
     def bind(self, name: str, graph: Graph, outputs: list[Array]) -> BoundGraph:
@@ -81,6 +79,11 @@ class GraphSession(ABC):
         Raises:
             SessionError: the runtime cannot load it.
         """
+
+    def load(self) -> None:
+        """Loads what `step` runs now and not at its first call."""
+        for name in self._plans["step"]:
+            self._load(name)
 
     def step(self, parameters: Parameters, batch: Batch, weights: npt.NDArray[np.float32] | None = None) -> StepResult:
         """Loss and gradients of one micro-batch."""
@@ -147,6 +150,7 @@ class GraphSession(ABC):
         if TRUNK not in self._graphs:
             return None
         head = self.on_features()
+        head.load()
         if self._frugal:
             head.save_memory(in_parts=False)
         return head
@@ -212,7 +216,7 @@ class GraphSession(ABC):
             return [np.zeros(output.shape, output.dtype) for output in graph.outputs]
         gradients: list[Array] = []
         if name in {"step", PARTS["step"], STEP_CLIPPED}:
-            gradients = [view(self.gradients, entry) for entry in self.manifest.parameters]
+            gradients = [entry.of(self.gradients) for entry in self.manifest.parameters]
         own = 2 + len(self.manifest.metrics)
         further = 1 if name == STEP_CLIPPED else 0
         if len(graph.outputs) != own + len(gradients) + further:
@@ -245,11 +249,6 @@ def check_inputs(manifest: Manifest, graph: Graph, leaves: Mapping[str, TensorSp
     for declared in graph.inputs[len(specs) :]:
         if leaves.get(declared.name) != declared:
             raise SessionError(f"{graph.file.file}: input {declared.name!r} is no leaf of the batch")
-
-
-def view(vector: Vector, entry: ParameterEntry) -> Array:
-    """One parameter of a flat vector, without a copy."""
-    return vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
 
 
 def first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from edgetrain.edge_client.errors import DataError, SessionError
 from edgetrain.edge_client.runtimes.base import Batch, Parameters, StepResult, Vector
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import num_parameters
-from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line, view
+from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line
 from edgetrain.edge_client.runtimes.torch_precision import PRECISIONS, LossScale, in_low_precision
 from edgetrain.edge_client.runtimes.versions import check_minimum
 from edgetrain.protocol.bundle import Bundle
@@ -43,13 +43,13 @@ class TorchRuntime:
         return None
 
     def open(self, bundle: Bundle, *, threads: int, precision: str = "fp32") -> TorchSession:
-        """Loads the bundle's program for torch, its products in `precision`.
+        """Opens the bundle's program for torch, its products in `precision`; nothing is loaded yet.
 
         `threads` is set for the whole process: torch knows no other way.
 
         Raises:
-            SessionError: too old, or the program does not load.
-            BundleError: no program for this runtime, or a corrupt file.
+            SessionError: too old.
+            BundleError: no program for this runtime.
         """
         import torch
 
@@ -138,7 +138,7 @@ class _TorchGraph:
         if parameters is not self._bound:
             # torch refuses to share memory that it may not write to.
             shared = parameters if parameters.flags.writeable else parameters.copy()
-            self._parameters = [torch.from_numpy(view(shared, entry)) for entry in self._entries]
+            self._parameters = [torch.from_numpy(entry.of(shared)) for entry in self._entries]
             self._bound = parameters if shared is parameters else None
         try:
             with torch.no_grad():

@@ -28,13 +28,9 @@ COMPOSITES: dict[torch._ops.OpOverload, Callable[..., Any]] = {
 }
 """Entries of a table of decompositions; a lowering asks for either form by having it in its own."""
 
+_TRAINED_ONLY = {*COMPOSITES, aten.convolution.default, aten.gelu.default}
 _ATTENTION = (F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default)
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
-
-
-def wanted(decompositions: Container[Any]) -> bool:
-    """Whether a lowering with these decompositions asks for another form."""
-    return any(op in decompositions for op in COMPOSITES)
 
 
 def before_autograd(decompositions: Container[Any]) -> AbstractContextManager[object]:
@@ -48,8 +44,7 @@ def standard(decompositions: Mapping[torch._ops.OpOverload, Callable[..., Any]])
 
     There, weights are constants and convolutions fast, and other tools know only standard operators.
     """
-    trained_only = {*COMPOSITES, aten.convolution.default, aten.gelu.default} if wanted(decompositions) else set()
-    return {op: rule for op, rule in decompositions.items() if op not in trained_only}
+    return {op: rule for op, rule in decompositions.items() if op not in _TRAINED_ONLY}
 
 
 class _Made(NamedTuple):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from edgetrain.export.graph.nodes import is_constant
+
 aten = torch.ops.aten
 
 
@@ -39,11 +41,7 @@ def _fits(norm: fx.Node) -> bool:
         return False
     weight, bias = convolution.args[1:3]
     statistics = [value for value in (bias, *norm.args[1:5]) if value is not None]
-    return _is_constant(weight) and len(weight.users) == 1 and all(map(_is_constant, statistics))
-
-
-def _is_constant(value: Any) -> bool:
-    return isinstance(value, fx.Node) and value.op == "get_attr"
+    return is_constant(weight) and len(weight.users) == 1 and all(map(is_constant, statistics))
 
 
 def _fold(module: fx.GraphModule, norm: fx.Node, name: str) -> None:

@@ -36,8 +36,6 @@ from edgetrain.export.prepare import Prepared, plain_math
 from edgetrain.protocol.int8 import nearest
 from edgetrain.protocol.manifest import CLIP_NORM, STEP_CLIPPED, TensorSpec
 
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class Problem:

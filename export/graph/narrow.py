@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from edgetrain.export.graph.joint import Problem
+from edgetrain.export.graph.nodes import shape_of
 from edgetrain.export.prepare import plain_math
 from edgetrain.export.quiet import quiet
 
@@ -118,11 +119,11 @@ def _needs(graph: fx.Graph) -> dict[fx.Node, Rows]:
 
 
 def _selected(node: fx.Node) -> Rows | None:
-    if node.target not in (aten.select.int, aten.slice.Tensor) or len(node.args) < 3 or len(_shape(node.args[0])) < 3:
+    if node.target not in (aten.select.int, aten.slice.Tensor) or len(node.args) < 3 or len(shape_of(node.args[0])) < 3:
         return None
     given: Any = node.args[1]
-    dim = given % len(_shape(node.args[0]))
-    size = _shape(node.args[0])[dim]
+    dim = given % len(shape_of(node.args[0]))
+    size = shape_of(node.args[0])[dim]
     bounds: Sequence[Any] = node.args[2:]
     if not all(isinstance(bound, int) for bound in bounds) or len(bounds) > 2:
         return None
@@ -145,8 +146,8 @@ def _sources(node: fx.Node, dim: int) -> dict[fx.Node, int] | None:
     if target in _BINARY:
         return _broadcast(node, dim)
     if target in _SHAPED:
-        return {first: dim} if _shape(first)[: dim + 1] == _shape(node)[: dim + 1] else None
-    rank = len(_shape(node))
+        return {first: dim} if shape_of(first)[: dim + 1] == shape_of(node)[: dim + 1] else None
+    rank = len(shape_of(node))
     if target is aten.linear.default:
         return {first: dim} if dim < rank - 1 else None
     if target is aten.layer_norm.default:
@@ -161,7 +162,7 @@ def _sources(node: fx.Node, dim: int) -> dict[fx.Node, int] | None:
     if target is aten.permute.default:
         return {first: args[1][dim] % rank}
     if target is aten.matmul.default:
-        return {first: dim} if dim == rank - 2 and len(_shape(first)) == rank else None
+        return {first: dim} if dim == rank - 2 and len(shape_of(first)) == rank else None
     if target is _ATTENTION:
         return _of_attention(node, dim)
     return None
@@ -170,21 +171,21 @@ def _sources(node: fx.Node, dim: int) -> dict[fx.Node, int] | None:
 def _broadcast(node: fx.Node, dim: int) -> dict[fx.Node, int]:
     found = {}
     for source in node.all_input_nodes:
-        own = dim - len(_shape(node)) + len(_shape(source))
-        if own >= 0 and _shape(source)[own] > 1:
+        own = dim - len(shape_of(node)) + len(shape_of(source))
+        if own >= 0 and shape_of(source)[own] > 1:
             found[source] = own
     return found
 
 
 def _of_attention(node: fx.Node, dim: int) -> dict[fx.Node, int] | None:
     query: Any = node.args[0]
-    rank = len(_shape(node))
+    rank = len(shape_of(node))
     causal = node.kwargs.get("is_causal", node.args[5] if len(node.args) > 5 else False)
     if dim != rank - 2 or causal or query in node.args[1:3]:
         return None
     mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
-    if isinstance(mask, fx.Node) and len(_shape(mask)) > 1 and _shape(mask)[-2] > 1:
-        return {query: dim, mask: len(_shape(mask)) - 2}
+    if isinstance(mask, fx.Node) and len(shape_of(mask)) > 1 and shape_of(mask)[-2] > 1:
+        return {query: dim, mask: len(shape_of(mask)) - 2}
     return {query: dim}
 
 
@@ -206,7 +207,7 @@ def _copy_narrowed(
     with graph.inserting_before(node):
         copied = graph.node_copy(node, _once(given))
         if node.target in _SHAPED:
-            shape = [*_shape(node)]
+            shape = [*shape_of(node)]
             shape[rows.dim] = rows.length
             copied.target, copied.args, copied.kwargs = aten.reshape.default, (copied.args[0], shape), {}
     return copied
@@ -222,11 +223,6 @@ def _once(function: Callable[[fx.Node], fx.Node]) -> Callable[[fx.Node], fx.Node
         return answers[node]
 
     return answer
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 class _Watch(TorchFunctionMode):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.joint import TracedGraph
+from edgetrain.export.graph.partition import Split
 from edgetrain.protocol.manifest import TensorSpec
 
 Array = npt.NDArray[np.generic]
@@ -49,6 +50,11 @@ class Lowering(Protocol):
         """The oldest version of the runtime that can run what `lower` writes."""
         ...
 
+    @property
+    def narrows(self) -> bool:
+        """Whether rows that nothing reads are left out of its graphs; see `edgetrain.export.graph.narrow`."""
+        ...
+
     def available(self) -> str | None:
         """None if graphs can be lowered and run here, else the reason and the remedy."""
         ...
@@ -85,6 +91,16 @@ class StoringLowering(Lowering, Protocol):
 
     def weights(self, kind: str) -> Weights:
         """How weights are stored that are not in a quantized trunk, for a kind of `Storage`."""
+        ...
+
+    def stored_as(self, names: Sequence[str], kind: str, parts: Split | None) -> dict[str, str]:
+        """Which frozen tensors are stored in fewer bytes, and as what.
+
+        Args:
+            names: of those that are large enough to be worth it.
+            kind: of `Storage`.
+            parts: trunk and head, if the program is split.
+        """
         ...
 
     def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:

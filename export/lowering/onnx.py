@@ -16,6 +16,7 @@ from torch import fx
 from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.joint import TracedGraph
+from edgetrain.export.graph.partition import Split
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run, Weights
 from edgetrain.export.lowering.onnx_decompositions import for_onnx
 from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
@@ -37,6 +38,7 @@ class OnnxLowering:
 
     runtime = "onnxruntime"
     minimum_version = "1.22"
+    narrows = True
 
     def __init__(self, rewrite: Callable[[fx.GraphModule], fx.GraphModule] = for_onnxruntime) -> None:
         self._rewrite = rewrite
@@ -67,6 +69,11 @@ class OnnxLowering:
     def weights(self, kind: str) -> Weights:
         """Whatever is asked for; a quantized trunk's neighbours are stored as int8."""
         return "float16" if kind == "float16" else "int8"
+
+    def stored_as(self, names: Sequence[str], kind: str, parts: Split | None) -> dict[str, str]:
+        """All of them, in whichever part."""
+        del parts
+        return dict.fromkeys(names, self.weights(kind))
 
     def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:
         """Initializers that are widened when the program is loaded."""

@@ -13,6 +13,7 @@ from edgetrain.export.graph.before_autograd import COMPOSITES
 from edgetrain.export.graph.decompositions import Decompositions, common
 from edgetrain.export.graph.decompositions import convolution_backward as common_convolution_backward
 from edgetrain.export.lowering import onnx_convolution
+from edgetrain.export.lowering.onnx_convolution_form import choose
 
 aten = torch.ops.aten
 
@@ -40,7 +41,7 @@ def convolution_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As the common one, with products in the forms of `onnx_convolution` where there is one."""
     stride, padding, dilation, transposed, _, groups, output_mask = options
-    form = onnx_convolution.choose(x, weight, stride, padding, dilation, transposed, groups)
+    form = choose(x, weight, stride, padding, dilation, transposed, groups)
     grad_x = grad_w = None
     if form is not None:
         grad_x, grad_w = onnx_convolution.gradients(grad, x, weight, form, output_mask)

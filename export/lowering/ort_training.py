@@ -35,12 +35,11 @@ from edgetrain.export.graph.decompositions import Decompositions, common
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.onnx import OnnxLowering
+from edgetrain.protocol.ort_training import BUFFER_SUFFIX, CHECKPOINT_FILE, OPTIMIZER_FILE, RESET_INPUT
 
 PYTHON_VARIABLE = "EDGETRAIN_ORT_TRAINING_PYTHON"
 ENVIRONMENT = ".venv-ort-training"
 WORKER = Path(__file__).with_name("ort_training_worker.py")
-CHECKPOINT_FILE, OPTIMIZER_FILE = "checkpoint", "sgd.onnx"
-BUFFER_SUFFIX = "_grad.accumulation.buffer"
 
 _NORMALIZATIONS = (
     torch.ops.aten.native_group_norm,
@@ -54,6 +53,7 @@ class OrtTrainingLowering:
 
     runtime = "ort-training"
     minimum_version = "1.19"
+    narrows = True
 
     def available(self) -> str | None:
         """None, or how to get the second environment."""
@@ -104,7 +104,7 @@ class OrtTrainingLowering:
         constants = {initializer.name for initializer in model.graph.initializer}
         takes = [value.name for value in model.graph.input if value.name not in constants]
         parameters = [name for name in takes if name.startswith("parameters.") and BUFFER_SUFFIX not in name]
-        leaves = [name for name in takes if not name.startswith("parameters.") and name != "lazy_reset_grad"]
+        leaves = [name for name in takes if not name.startswith("parameters.") and name != RESET_INPUT]
         trains = any(name.endswith(BUFFER_SUFFIX) for name in takes)
         gives = [value.name for value in model.graph.output if ".accumulation." not in value.name]
 

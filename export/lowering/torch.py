@@ -18,6 +18,8 @@ class TorchLowering:
     runtime = "torch"
     # The format of an exported program is promised from one version on to later ones.
     minimum_version = ".".join(torch.__version__.split(".")[:2])
+    # The reference computes everything.
+    narrows = False
 
     def available(self) -> str | None:
         """Always: exporting needs torch anyway."""

@@ -49,7 +49,11 @@ def is_adapter_term(term: str) -> bool:
 
 
 def read_options(term: str) -> dict[str, str]:
-    """KEY=VALUE pairs after the colon, separated by commas; `target` takes the rest of the term."""
+    """KEY=VALUE pairs after the colon, separated by commas; `target` takes the rest of the term.
+
+    Raises:
+        SelectionError: something else stands there.
+    """
     options: dict[str, str] = {}
     rest = term.partition(":")[2]
     while rest:
@@ -64,7 +68,11 @@ def read_options(term: str) -> dict[str, str]:
 
 
 def number(term: str, options: dict[str, str], key: str, default: float) -> float:
-    """Takes a positive number out of the options."""
+    """Takes a positive number out of the options.
+
+    Raises:
+        SelectionError: it is none.
+    """
     text = options.pop(key, None)
     try:
         value = default if text is None else float(text)
@@ -76,7 +84,11 @@ def number(term: str, options: dict[str, str], key: str, default: float) -> floa
 
 
 def targets(module: nn.Module, term: str, options: dict[str, str], fits: Callable[[nn.Module], bool]) -> list[str]:
-    """Paths of the layers that fit and that `target` names; no other option may be left."""
+    """Paths of the layers that fit and that `target` names; no other option may be left.
+
+    Raises:
+        SelectionError: one is, `target` is no regular expression, or no layer fits; the message lists those that would.
+    """
     target = options.pop("target", "")
     if options:
         raise SelectionError(f"selection term {term!r}: unknown option {', '.join(sorted(options))}")

@@ -19,7 +19,6 @@ from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph import joint
 from edgetrain.export.graph.joint import Problem, TracedGraph
 from edgetrain.export.graph.partition import FEATURES, Split, with_features
-from edgetrain.export.graph.tidy import frozen_attribute
 from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering
 from edgetrain.export.parity import Expected, Reference
 from edgetrain.export.program import Translator, graph_entry, split_problem
@@ -29,7 +28,6 @@ from edgetrain.protocol.manifest import Graph, Program, StorageReport
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_UP = (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor, torch.ops.aten.add.Tensor)
 # The features of the example batch may be off by this share, or so many times as much as those of the calibration data,
 # before it is said.
 _OFF, _UNLIKE = 0.05, 2.0
@@ -76,15 +74,9 @@ def make_stored_program(
             f"{storage.kind} quantizes the trunk, but nothing worth a trunk is frozen: use int8, which stores weights"
         )
     if parts is None:
-        whole = translator.trace(joint.trace_eval)
-        before = _mean_loss(problem, calibration, torch_run(whole), whole)
-        maker.write(step, expected)
-        evaluation = maker.write(whole, expected)
-        after = _mean_loss(problem, calibration, evaluation, whole)
-        unlike: tuple[str, ...] = ()
-        error = None
+        cost = maker.write_whole(step, translator.trace(joint.trace_eval), expected, calibration)
     else:
-        before, after, error, unlike = maker.write_parts(parts, expected, calibration)
+        cost = maker.write_parts(parts, expected, calibration)
     maker.write(translator.trace(joint.trace_infer), expected)
     report = StorageReport(
         kind=storage.kind,
@@ -93,18 +85,19 @@ def make_stored_program(
         trunk_bytes_before=maker.trunk_bytes[0],
         trunk_bytes_after=maker.trunk_bytes[1],
         calibration_samples=len(calibration) * problem.example.micro_batch,
-        loss_before=before,
-        loss_after=after,
-        feature_error=error if storage.kind in TRUNK_KINDS else None,
+        loss_before=cost.loss_before,
+        loss_after=cost.loss_after,
+        feature_error=cost.feature_error if storage.kind in TRUNK_KINDS else None,
     )
     storage.check_loss(
         f"frozen weights as {storage.kind}",
-        before,
-        after,
+        cost.loss_before,
+        cost.loss_after,
         "Use float16, give calibration data like the devices', or allow more",
     )
     logger.info(
-        f"{storage.kind}: {maker.bytes_before:,} -> {maker.bytes_after:,} bytes, loss {before:.5g} -> {after:.5g}"
+        f"{storage.kind}: {maker.bytes_before:,} -> {maker.bytes_after:,} bytes, "
+        f"loss {cost.loss_before:.5g} -> {cost.loss_after:.5g}"
     )
     assert maker.reference is not None
     program = Program(
@@ -113,21 +106,21 @@ def make_stored_program(
         graphs=maker.graphs,
         storage=report,
     )
-    return StoredProgram(program, maker.reference, unlike, _quantized(problem, lowering, parts, storage.kind))
-
-
-def _quantized(problem: Problem, lowering: StoringLowering, parts: Split | None, kind: str) -> dict[str, str]:
-    """Names of the frozen tensors that are stored in fewer bytes, with how."""
     large = [name for name, tensor in problem.prepared.frozen.items() if is_weight(tensor)]
-    if (weights := lowering.weights(kind)) != "float32":
-        return dict.fromkeys(large, weights)
-    assert parts is not None, "nothing but a trunk is quantized"
-    # Only layers that the head does not read: what the trunk looks up, or computes with otherwise, stays float32.
-    float32 = {str(node.target) for node in parts.head_step.module.graph.nodes if node.op == "get_attr"}
-    for node in parts.trunk.module.graph.nodes:
-        if node.op == "get_attr" and any(user.target in _LOOKED_UP for user in node.users):
-            float32.add(str(node.target))
-    return {name: "int8" for name in large if frozen_attribute(name) not in float32}
+    return StoredProgram(program, maker.reference, cost.notes, lowering.stored_as(large, storage.kind, parts))
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What storing changes on the calibration data."""
+
+    # Mean losses.
+    loss_before: float
+    loss_after: float
+    # Root mean square of the change of the trunk's features, relative to them; None without a trunk.
+    feature_error: float | None = None
+    # For the user to read.
+    notes: tuple[str, ...] = ()
 
 
 class _Maker:
@@ -164,10 +157,17 @@ class _Maker:
         self._add(graph, stored, len(lowered.data))
         return run
 
-    def write_parts(
-        self, parts: Split, expected: Expected, calibration: Sequence[Batch]
-    ) -> tuple[float, float, float, tuple[str, ...]]:
-        """Trunk and head. Returns the calibration data's mean loss before and after, the features' error, and notes."""
+    def write_whole(
+        self, step: TracedGraph, evaluation: TracedGraph, expected: Expected, calibration: Sequence[Batch]
+    ) -> _Cost:
+        """Step and eval of a program that is not split."""
+        before = _mean_loss(self._problem, calibration, torch_run(evaluation), evaluation)
+        self.write(step, expected)
+        run = self.write(evaluation, expected)
+        return _Cost(before, _mean_loss(self._problem, calibration, run, evaluation))
+
+    def write_parts(self, parts: Split, expected: Expected, calibration: Sequence[Batch]) -> _Cost:
+        """Trunk and head."""
         problem, plain = self._problem, torch_run(parts.trunk)
         trunk = self._write_trunk(parts.trunk, calibration)
         example = [tensor.numpy() for tensor in parts.trunk.example]
@@ -179,7 +179,7 @@ class _Maker:
         before = _mean_loss(problem, calibration, torch_run(parts.head_eval), parts.head_eval, exact)
         after = _mean_loss(problem, calibration, evaluate, parts.head_eval, stored)
         error = _feature_error(exact, stored)
-        return before, after, error, _unlike(error, _feature_error([plain(example)], [features]))
+        return _Cost(before, after, error, _unlike(error, _feature_error([plain(example)], [features])))
 
     def _write_trunk(self, trunk: TracedGraph, calibration: Sequence[Batch]) -> Run:
         kind = self._storage.kind

@@ -61,10 +61,14 @@ def rgb_digits(
 ) -> Dataset[Floats]:
     """The real 8x8 digits, enlarged bilinearly and painted in random colours on random colours.
 
-    At most 1,437 and 360 images, in the split of `digits`; 128 pixels a side take 197 kB an image.
+    Arguments as of `shapes`. At most 1,437 and 360 images, in the split of `digits`; 128 pixels a side take 197 kB an
+    image.
 
     Returns:
         Inputs float32 [N, 3, size, size]; targets int64 [N].
+
+    Raises:
+        ModelError: scikit-learn is not installed.
     """
     rng = np.random.default_rng(seed)
     parts = []

@@ -92,6 +92,9 @@ def spelled_numbers(
         Inputs (source int64 [N, 6], decoder input int64 [N, 10]); targets int64 [N, 10]. The decoder input
         is the target shifted right behind `BEGIN` (teacher forcing), padded with `PAD`; the targets are
         `IGNORE_INDEX` behind `END`.
+
+    Raises:
+        ModelError: `max_digits` is out of range.
     """
     if not 1 <= max_digits <= MAX_DIGITS:
         raise ModelError(f"max_digits is {max_digits}; it must be between 1 and {MAX_DIGITS}")

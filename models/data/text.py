@@ -108,6 +108,9 @@ def topic_paragraphs(
         Inputs {"input_ids": int64 [N, T] in [0, vocabulary), "attention_mask": int64 [N, T], 1 for words and
         0 for padding}. Position 0 holds the code `vocabulary` - 1, BERT's [CLS]. Targets int64 [N], the
         topic's rank by number of paragraphs. A random fifth is held out.
+
+    Raises:
+        ModelError: `num_topics` is below 2, or there are not so many.
     """
     paragraphs = {title: _paragraphs(text, vocabulary - 1) for title, text in topics().items()}
     chosen = sorted(paragraphs, key=lambda title: (-len(paragraphs[title]), title))[:num_topics]

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from edgetrain.protocol.blob_readers import BlobReader
+from edgetrain.protocol.blobs import Blob
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Transport(Protocol):
     def send_blob(
         self,
         topic: str,
-        reader: BlobReader,
+        blob: Blob,
         ranges: Iterable[tuple[int, int]] = (),
         *,
         chunk_bytes: int = 0,
@@ -104,7 +104,7 @@ class Transport(Protocol):
 
         Args:
             topic: where to.
-            reader: of the blob; called from the network's thread.
+            blob: read piece by piece from the network's thread.
             ranges: half-open byte ranges; none for all.
             chunk_bytes: most payload bytes in one chunk; 0 for as many as suit the link.
             resend: False: a lost connection drops what is queued and on the way; the receiver, who knows what

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Literal
 
-from edgetrain.protocol.blob_readers import BlobReader
-from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, make_chunk
+from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, Blob, make_chunk
 from edgetrain.protocol.ranges import RangeSet
 from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Received
 
@@ -127,18 +126,18 @@ class MemoryTransport:
     def send_blob(
         self,
         topic: str,
-        reader: BlobReader,
+        blob: Blob,
         ranges: Iterable[tuple[int, int]] = (),
         *,
         chunk_bytes: int = 0,
         resend: bool = True,  # noqa: ARG002
     ) -> None:
         """See `Transport`. Nothing waits here: there is no link to wait for."""
-        size, most = reader.ref.size, min(chunk_bytes or DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES)
+        size, most = blob.ref.size, min(chunk_bytes or DEFAULT_CHUNK_BYTES, DEFAULT_CHUNK_BYTES)
         for start, stop in RangeSet((low, min(high, size)) for low, high in (tuple(ranges) or ((0, size),))):
             for offset in range(start, stop, most):
-                data = reader.read(offset, min(offset + most, stop))
-                self.publish(topic, make_chunk(reader.ref, offset, data))
+                data = blob.read(offset, min(offset + most, stop))
+                self.publish(topic, make_chunk(blob.ref, offset, data))
 
     def forget_blob(self, digest: bytes) -> None:
         """See `Transport`."""

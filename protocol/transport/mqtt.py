@@ -22,8 +22,7 @@ from paho.mqtt.enums import MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from edgetrain.protocol.blob_readers import BlobReader
-from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, HEADER_BYTES, MIN_CHUNK_BYTES
+from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, HEADER_BYTES, MIN_CHUNK_BYTES, Blob
 from edgetrain.protocol.errors import TransportError
 from edgetrain.protocol.transport.address import parse_broker
 from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Received
@@ -207,7 +206,7 @@ class MqttTransport:
     def send_blob(
         self,
         topic: str,
-        reader: BlobReader,
+        blob: Blob,
         ranges: Iterable[tuple[int, int]] = (),
         *,
         chunk_bytes: int = 0,
@@ -215,7 +214,7 @@ class MqttTransport:
     ) -> None:
         """See `Transport`."""
         with self._lock:
-            self._outgoing.put_blob(topic, reader, ranges, chunk_bytes, resend=resend)
+            self._outgoing.put_blob(topic, blob, ranges, chunk_bytes, resend=resend)
         self._wake()
 
     def forget_blob(self, digest: bytes) -> None:

@@ -13,8 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from edgetrain.protocol.blob_readers import BlobReader
-from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, HEADER_BYTES, make_chunk
+from edgetrain.protocol.blobs import DEFAULT_CHUNK_BYTES, HEADER_BYTES, Blob, make_chunk
 from edgetrain.protocol.ranges import RangeSet
 from edgetrain.protocol.transport.pacing import RateMeter, TokenBucket
 
@@ -38,15 +37,15 @@ class Piece:
 
     topic: str
     payload: bytes
-    blob: _Blob
+    sending: _Sending
     start: int
     stop: int
 
 
 @dataclass(slots=True, eq=False)
-class _Blob:
+class _Sending:
     topic: str
-    reader: BlobReader
+    blob: Blob
     chunk_bytes: int
     todo: RangeSet = field(default_factory=RangeSet)
     on_the_way: RangeSet = field(default_factory=RangeSet)
@@ -71,8 +70,8 @@ class Outgoing:
         self._bucket = TokenBucket(rate)
         self._control: deque[Control] = deque()
         # By (topic, digest): all that have something to do or on the way, and the turns of the former.
-        self._blobs: dict[tuple[str, bytes], _Blob] = {}
-        self._turns: deque[_Blob] = deque()
+        self._blobs: dict[tuple[str, bytes], _Sending] = {}
+        self._turns: deque[_Sending] = deque()
         # By packet id, in the order of sending: (what, when).
         self._sent: dict[int, tuple[Control | Piece, float]] = {}
         self._bulk_sent = 0
@@ -95,7 +94,7 @@ class Outgoing:
     def put_blob(
         self,
         topic: str,
-        reader: BlobReader,
+        blob: Blob,
         ranges: Iterable[tuple[int, int]],
         chunk_bytes: int,
         *,
@@ -105,30 +104,30 @@ class Outgoing:
 
         Args:
             topic: where to.
-            reader: of the blob.
+            blob: whole.
             ranges: half-open byte ranges; none for all.
             chunk_bytes: most payload bytes in one chunk; 0 for as many as suit the link.
             resend: whether it survives a lost connection.
         """
-        size = reader.ref.size
+        size = blob.ref.size
         wanted = RangeSet((start, min(stop, size)) for start, stop in (tuple(ranges) or ((0, size),)))
-        key = (topic, reader.ref.digest)
-        blob = self._blobs.get(key)
-        if blob is None:
-            blob = self._blobs[key] = _Blob(topic, reader, chunk_bytes)
-        blob.reader, blob.chunk_bytes, blob.resend = reader, chunk_bytes, resend
-        waits = bool(blob.todo)
-        for start, stop in wanted.without(blob.on_the_way):
-            blob.todo.add(start, stop)
-        if blob.todo and not waits:
-            self._turns.append(blob)
-        self._drop_if_done(blob)
+        key = (topic, blob.ref.digest)
+        sending = self._blobs.get(key)
+        if sending is None:
+            sending = self._blobs[key] = _Sending(topic, blob, chunk_bytes)
+        sending.blob, sending.chunk_bytes, sending.resend = blob, chunk_bytes, resend
+        waits = bool(sending.todo)
+        for start, stop in wanted.without(sending.on_the_way):
+            sending.todo.add(start, stop)
+        if sending.todo and not waits:
+            self._turns.append(sending)
+        self._drop_if_done(sending)
 
     def forget_blob(self, digest: bytes) -> None:
         """Nobody wants this blob any more."""
         for key in [key for key in self._blobs if key[1] == digest]:
             self._blobs.pop(key).forgotten = True
-        self._turns = deque(blob for blob in self._turns if not blob.forgotten)
+        self._turns = deque(sending for sending in self._turns if not sending.forgotten)
 
     def next(self, now: float) -> Control | Piece | None:
         """What goes now, if anything may."""
@@ -146,10 +145,10 @@ class Outgoing:
         if not self._turns or self._bulk_sent >= self.meter.window_bytes() or self._bucket.wait(now) > 0:
             return None
         # One piece of each in turn.
-        blob = self._turns.popleft()
-        piece = self._cut(blob)
-        if blob.todo:
-            self._turns.append(blob)
+        sending = self._turns.popleft()
+        piece = self._cut(sending)
+        if sending.todo:
+            self._turns.append(sending)
         self._bucket.take(len(piece.payload))
         return piece
 
@@ -164,44 +163,44 @@ class Outgoing:
         self._sent[packet] = (what, now)
         if isinstance(what, Piece):
             self._bulk_sent += len(what.payload)
-            what.blob.on_the_way.add(what.start, what.stop)
+            what.sending.on_the_way.add(what.start, what.stop)
 
     def acknowledged(self, packet: int, now: float) -> None:
         """The broker has it. An unknown packet id changes nothing."""
         what, at = self._sent.pop(packet, (None, 0.0))
         if isinstance(what, Piece):
             self._bulk_sent -= len(what.payload)
-            what.blob.on_the_way.remove(what.start, what.stop)
-            self._drop_if_done(what.blob)
+            what.sending.on_the_way.remove(what.start, what.stop)
+            self._drop_if_done(what.sending)
             self.meter.add(len(what.payload), now - max(at, self._last_acknowledged))
         self._last_acknowledged = now
 
     def connection_lost(self) -> None:
         """What was on the way goes again, first of all; but for blobs whose receiver will ask for the rest."""
-        for blob in [blob for blob in self._blobs.values() if not blob.resend]:
-            self._blobs.pop((blob.topic, blob.reader.ref.digest)).forgotten = True
-        self._turns = deque(blob for blob in self._turns if not blob.forgotten)
+        for sending in [sending for sending in self._blobs.values() if not sending.resend]:
+            self._blobs.pop((sending.topic, sending.blob.ref.digest)).forgotten = True
+        self._turns = deque(sending for sending in self._turns if not sending.forgotten)
         lost = [what for what, _ in self._sent.values()]
         self._sent.clear()
         self._bulk_sent = 0
         messages = [*(what for what in lost if isinstance(what, Control)), *self._control]
         self._control = deque(message for message in messages if not message.transient)
-        pieces = [what for what in lost if isinstance(what, Piece) and not what.blob.forgotten]
+        pieces = [what for what in lost if isinstance(what, Piece) and not what.sending.forgotten]
         for piece in pieces:
-            piece.blob.on_the_way = RangeSet()
+            piece.sending.on_the_way = RangeSet()
         for piece in pieces:
-            self.put_blob(piece.topic, piece.blob.reader, [(piece.start, piece.stop)], piece.blob.chunk_bytes)
+            self.put_blob(piece.topic, piece.sending.blob, [(piece.start, piece.stop)], piece.sending.chunk_bytes)
 
-    def _drop_if_done(self, blob: _Blob) -> None:
-        if not (blob.todo or blob.on_the_way or blob.forgotten):
-            self._blobs.pop((blob.topic, blob.reader.ref.digest), None)
+    def _drop_if_done(self, sending: _Sending) -> None:
+        if not (sending.todo or sending.on_the_way or sending.forgotten):
+            self._blobs.pop((sending.topic, sending.blob.ref.digest), None)
 
-    def _cut(self, blob: _Blob) -> Piece:
-        start, stop = next(iter(blob.todo))
+    def _cut(self, sending: _Sending) -> Piece:
+        start, stop = next(iter(sending.todo))
         most = max(1, min(DEFAULT_CHUNK_BYTES, self.max_payload - HEADER_BYTES))
-        most = max(1, min(most, blob.chunk_bytes)) if blob.chunk_bytes else self.meter.chunk_bytes(most)
+        most = max(1, min(most, sending.chunk_bytes)) if sending.chunk_bytes else self.meter.chunk_bytes(most)
         most = self._bucket.within(most)
         stop = min(stop, start + most)
-        payload = make_chunk(blob.reader.ref, start, blob.reader.read(start, stop))
-        blob.todo.remove(start, stop)
-        return Piece(blob.topic, payload, blob, start, stop)
+        payload = make_chunk(sending.blob.ref, start, sending.blob.read(start, stop))
+        sending.todo.remove(start, stop)
+        return Piece(sending.topic, payload, sending, start, stop)

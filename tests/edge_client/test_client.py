@@ -650,9 +650,9 @@ def test_chunks_with_other_bytes_are_found_out_and_fetched_again(scene):
     def on_want(want):
         if want.digest not in poisoned:
             poisoned.add(want.digest)
-            blob = coordinator.blobs._blobs[want.digest]
-            wrong = bytes(blob.reader.ref.size)
-            for chunk in cut(blob.reader.ref, wrong):
+            ref = coordinator.blobs._served[want.digest].blob.ref
+            wrong = bytes(ref.size)
+            for chunk in cut(ref, wrong):
                 coordinator.transport.publish(coordinator.topics.to_client("pi", "blob"), chunk)
             return False
         return True

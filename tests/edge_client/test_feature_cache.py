@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,13 +18,18 @@ pytest.importorskip("torch")
 
 from edgetrain.edge_client import open_session
 from edgetrain.edge_client.config import ClientConfig
+from edgetrain.edge_client.durable.installation import install_bundle
+from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.edge_client.errors import StateError
 from edgetrain.edge_client.training.dataset import Dataset
 from edgetrain.edge_client.training.feature_cache import cache_features
 from edgetrain.edge_client.training.frozen_part import skip_frozen_part
+from edgetrain.edge_client.training.selftest import read_self_test
 from edgetrain.edge_client.training.trainer import evaluate, train
 from edgetrain.export import export_bundle
+from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.errors import BundleError
 from edgetrain.protocol.training import TrainingConfig
 from support.frozen import cnn_data, frozen_cnn
 
@@ -192,3 +200,35 @@ def test_a_client_trains_on_the_head_alone(session, dataset, tmp_path):
     assert len(training) == COUNT
     assert len(validation) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["features-training.bin", "features-validation.bin"]
+
+
+@pytest.mark.parametrize(("setting", "installs"), [("float16", True), ("off", False)])
+def test_a_client_that_keeps_features_never_loads_the_whole_step(bundle, tmp_path, setting, installs):
+    """Here the whole step is nothing that could be loaded."""
+    manifest = (bundle.path / "manifest.json").read_bytes()
+    files = {entry.sha256: entry.file for entry in bundle.manifest.files("onnxruntime")}
+
+    def fetch_to(ref, path, *, limit):
+        assert ref.size <= limit
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = (bundle.path / files[ref.digest.hex()]).read_bytes()
+        path.write_bytes(bytes(len(whole)) if path.name == "step.onnx" else whole)
+
+    config = msgspec.structs.replace(CONFIG, feature_cache=setting)
+    with contextlib.closing(ClientState(tmp_path)) as state:
+        install = partial(
+            install_bundle,
+            blob_ref(manifest),
+            fetch=lambda ref, limit: manifest,
+            fetch_to=fetch_to,
+            state=state,
+            config=config,
+        )
+        if not installs:
+            with pytest.raises(BundleError, match=r"step\.onnx"):
+                install()
+            return
+        batch, weights = read_self_test(bundle)
+        start = bundle.initial_parameters()
+        expected = open_session(bundle).step(start, batch, weights).gradients
+        np.testing.assert_allclose(install().step(start, batch, weights).gradients, expected, rtol=1e-5, atol=1e-6)

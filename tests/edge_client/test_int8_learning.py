@@ -39,7 +39,7 @@ class Unscaled:
         entries = [entry for entry in self.manifest.parameters if entry.dtype == "int8"]
         scales = parameters.graph_inputs()[len(self.manifest.parameters) :]
         for entry, scale in zip(entries, scales, strict=True):
-            gradient = result.gradients[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
+            gradient = entry.of(result.gradients)
             gradient *= scale.reshape(-1, *[1] * (gradient.ndim - 1)) ** 2
         return result
 

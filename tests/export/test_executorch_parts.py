@@ -16,7 +16,7 @@ from edgetrain.edge_client.training.selftest import read_self_test, run_self_tes
 from edgetrain.edge_client.training.trainer import train
 from edgetrain.export import Storage, ToleranceError, export_bundle
 from edgetrain.export.errors import UnsupportedError
-from edgetrain.export.lowering.executorch.lowering import _compare
+from edgetrain.export.lowering.executorch.diagnosis import check_integers
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.training import TrainingConfig
 from support.bundles import eager_step, flat_parameters
@@ -106,9 +106,9 @@ def test_integers_beyond_the_tolerance_are_refused_and_nothing_is_written(tmp_pa
 def test_an_integer_kernel_that_computes_something_else_is_refused():
     exact = [torch.linspace(-1, 1, 64)]
     rounded = [(exact[0] * 127).round() / 127]
-    _compare(exact, rounded, [rounded[0] * 1.005])
+    check_integers(exact, rounded, [rounded[0] * 1.005])
     with pytest.raises(UnsupportedError, match=r"off by 10\.\d% on executorch, by 0\.\d% in torch's reference"):
-        _compare(exact, rounded, [exact[0] * 1.1])
+        check_integers(exact, rounded, [exact[0] * 1.1])
 
 
 @pytest.mark.filterwarnings("ignore:This API is experimental")

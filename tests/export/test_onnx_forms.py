@@ -20,6 +20,7 @@ from edgetrain.export.graph.decompositions import common
 from edgetrain.export.graph.joint import trace_infer, trace_step
 from edgetrain.export.lowering import onnx_convolution, onnx_decompositions
 from edgetrain.export.lowering.onnx import OnnxLowering
+from edgetrain.export.lowering.onnx_convolution_form import choose
 from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
 from edgetrain.export.lowering.onnx_strips import in_strips
 from edgetrain.export.prepare import prepare
@@ -53,7 +54,7 @@ def test_convolutions(channels):
         if any(size[i] + 2 * padding[i] < dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)):
             continue
         expected = aten.convolution(x, weight, bias, *settings)
-        form = onnx_convolution.choose(x, weight, stride, padding, dilation, transposed=False, groups=groups)
+        form = choose(x, weight, stride, padding, dilation, transposed=False, groups=groups)
         kinds.add(form and form.kind)
         got = onnx_convolution.convolution(x, weight, bias, *settings)
         if got is not NotImplemented:

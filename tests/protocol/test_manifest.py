@@ -10,7 +10,7 @@ import pytest
 
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.errors import BundleError
-from edgetrain.protocol.manifest import FileEntry, decode_manifest, encode_manifest, probe_signs
+from edgetrain.protocol.manifest import FileEntry, ParameterEntry, decode_manifest, encode_manifest, probe_signs
 
 
 @pytest.fixture
@@ -26,6 +26,17 @@ def decode(tree):
 def test_it_survives_a_round_trip(tiny_bundle):
     manifest = Bundle(tiny_bundle).manifest
     assert decode_manifest(encode_manifest(manifest)) == manifest
+
+
+def test_a_parameter_of_a_vector_is_the_vectors_own_memory():
+    vector = np.arange(10)
+    entry = ParameterEntry(name="weight", shape=(2, 3), offset=3)
+    assert entry.of(vector).tolist() == [[3, 4, 5], [6, 7, 8]]
+    entry.of(vector)[1] = 0
+    assert vector.tolist() == [0, 1, 2, 3, 4, 5, 0, 0, 0, 9]
+    scalar = ParameterEntry(name="bias", shape=(), offset=9)
+    scalar.of(vector)[...] = 7
+    assert vector[9] == 7
 
 
 @pytest.mark.parametrize(("version", "remedy"), [([2, 0], "upgrade edgetrain"), ([0, 9], "export the bundle again")])

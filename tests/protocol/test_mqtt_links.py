@@ -14,8 +14,7 @@ import time
 import pytest
 
 from edgetrain.coordinator.broker import Mosquitto, find_mosquitto, free_port
-from edgetrain.protocol.blob_readers import MemoryBlob
-from edgetrain.protocol.blobs import HEADER_BYTES, Assembler, parse_chunk
+from edgetrain.protocol.blobs import HEADER_BYTES, Assembler, Blob, parse_chunk
 from edgetrain.protocol.errors import TransportError
 from edgetrain.protocol.transport import Connected, Disconnected, Received
 from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport
@@ -57,7 +56,7 @@ def test_chunks_fit_into_the_packets_that_the_broker_takes(start, version):
     speaker = start.connect(broker.port, "speaker", mqtt_version=version,
                             max_packet_bytes=0 if version == "5" else 3000)  # fmt: skip
     listener.subscribe("blob", qos=0)
-    blob = MemoryBlob(random.Random(1).randbytes(50_000))
+    blob = Blob(random.Random(1).randbytes(50_000))
     speaker.send_blob("blob", blob)
     assembled = Assembler(blob.ref, limit=50_000)
     sizes = []
@@ -95,7 +94,7 @@ def test_a_topic_is_written_once_where_the_broker_has_aliases_also_after_a_cut(s
         listener.subscribe("a/#")
         speaker = start.connect(proxy.port, "speaker", mqtt_version=version)
         for number in range(2):
-            blob = MemoryBlob(bytes([number]) * 20_000)
+            blob = Blob(bytes([number]) * 20_000)
             speaker.send_blob(topic.decode(), blob, chunk_bytes=1000)
             assert [name for name, _ in received(listener, 20)] == [topic.decode()] * 20
             while not speaker._outgoing.empty:
@@ -159,7 +158,7 @@ def test_the_broker_keeps_messages_for_those_who_are_away_but_no_chunks(start, v
         next_event(listener, Disconnected)
         speaker.subscribe("echo")
         speaker.publish("message", b"kept")
-        speaker.send_blob("blob", MemoryBlob(b"asked for again"))
+        speaker.send_blob("blob", Blob(b"asked for again"))
         speaker.publish("echo", b"the broker has it all")
         received(speaker, 1)
         proxy.closed_road = False

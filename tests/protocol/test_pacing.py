@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetrain.protocol.blob_readers import MemoryBlob
-from edgetrain.protocol.blobs import HEADER_BYTES, parse_chunk
+from edgetrain.protocol.blobs import HEADER_BYTES, Blob, parse_chunk
 from edgetrain.protocol.transport.outgoing import Control, Outgoing, Piece
 from edgetrain.protocol.transport.pacing import Backoff, RateMeter, TokenBucket
 
@@ -82,7 +81,7 @@ def fast():
 def test_messages_go_before_blobs_and_blobs_in_turn():
     outgoing = fast()
     for topic in ("a", "b"):
-        outgoing.put_blob(topic, MemoryBlob(topic.encode() * 5000), (), 2000)
+        outgoing.put_blob(topic, Blob(topic.encode() * 5000), (), 2000)
     outgoing.put(Control("m", b"1"))
     outgoing.put(Control("m", b"2"))
     assert [what.topic for _, what in drained(outgoing)] == ["m", "m", "a", "b", "a", "b", "a", "b"]
@@ -91,7 +90,7 @@ def test_messages_go_before_blobs_and_blobs_in_turn():
 def test_no_more_is_on_the_way_than_the_broker_takes_and_the_link_carries():
     outgoing = Outgoing()
     outgoing.max_messages = 3
-    outgoing.put_blob("t", MemoryBlob(bytes(100_000)), (), 0)
+    outgoing.put_blob("t", Blob(bytes(100_000)), (), 0)
     first = drained(outgoing)
     assert len(first) == 2, "two chunks of 4 KiB fill the first window"
     outgoing.put(Control("m", b"x"))
@@ -104,7 +103,7 @@ def test_no_more_is_on_the_way_than_the_broker_takes_and_the_link_carries():
 def test_chunks_are_no_larger_than_the_broker_takes():
     outgoing = fast()
     outgoing.max_payload = 1500
-    outgoing.put_blob("t", MemoryBlob(bytes(5000)), (), 0)
+    outgoing.put_blob("t", Blob(bytes(5000)), (), 0)
     assert {len(what.payload) for _, what in drained(outgoing)} == {1500, 5000 % 1440 + HEADER_BYTES}
 
 
@@ -112,7 +111,7 @@ def test_a_lost_connection_sends_again_what_was_not_acknowledged_and_nothing_els
     outgoing = fast()
     outgoing.put(Control("m", b"kept"))
     outgoing.put(Control("m", b"asked anew", transient=True))
-    outgoing.put_blob("t", MemoryBlob(bytes(10_000)), (), 1000)
+    outgoing.put_blob("t", Blob(bytes(10_000)), (), 1000)
     taken = drained(outgoing)
     acknowledged = [packet for packet, what in taken if isinstance(what, Piece)][:4]
     for packet in acknowledged:
@@ -125,7 +124,7 @@ def test_a_lost_connection_sends_again_what_was_not_acknowledged_and_nothing_els
 
 def test_a_blob_whose_receiver_asks_is_dropped_with_the_connection():
     outgoing = fast()
-    blob = MemoryBlob(bytes(10_000))
+    blob = Blob(bytes(10_000))
     outgoing.put_blob("t", blob, (), 1000, resend=False)
     for packet in range(4):
         outgoing.sent(packet, outgoing.next(0.0), 0.0)
@@ -137,7 +136,7 @@ def test_a_blob_whose_receiver_asks_is_dropped_with_the_connection():
 
 def test_a_forgotten_blob_stays_forgotten_after_a_reconnect():
     outgoing = fast()
-    blob = MemoryBlob(bytes(5000))
+    blob = Blob(bytes(5000))
     outgoing.put_blob("t", blob, (), 1000)
     outgoing.sent(1, outgoing.next(0.0), 0.0)
     outgoing.forget_blob(blob.ref.digest)
@@ -149,7 +148,7 @@ def test_a_forgotten_blob_stays_forgotten_after_a_reconnect():
 @given(st.data())
 def test_every_byte_asked_for_arrives_and_none_is_on_the_way_twice(data):
     """Requests, acknowledgements and cuts in any order, against sets of positions."""
-    blob = MemoryBlob(bytes(range(200)))
+    blob = Blob(bytes(range(200)))
     outgoing = fast()
     wanted, delivered, on_the_way = set(), set(), {}
     packet = 0

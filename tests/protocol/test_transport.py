@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from edgetrain.protocol.blob_readers import MemoryBlob
-from edgetrain.protocol.blobs import HEADER_BYTES, Assembler, parse_chunk
+from edgetrain.protocol.blobs import HEADER_BYTES, Assembler, Blob, parse_chunk
 from edgetrain.protocol.transport import Connected, Disconnected, Received
 from support.brokers import KINDS, WatchedBlob, Wire, next_event, received
 
@@ -167,7 +166,7 @@ def test_a_blob_arrives_in_chunks_of_the_size_asked_for(wire):
     listener, speaker = wire.connect("listener"), wire.connect("speaker")
     listener.subscribe("blob", qos=0)
     data = random.Random(1).randbytes(300_000)
-    blob = MemoryBlob(data)
+    blob = Blob(data)
     speaker.send_blob("blob", blob, chunk_bytes=10_000)
     chunks = [parse_chunk(payload) for _, payload in received(listener, 30)]
     assert {len(chunk.data) for chunk in chunks} == {10_000}
@@ -182,7 +181,7 @@ def test_only_the_ranges_asked_for_are_sent(wire):
     listener, speaker = wire.connect("listener"), wire.connect("speaker")
     listener.subscribe("blob", qos=0)
     data = random.Random(2).randbytes(50_000)
-    speaker.send_blob("blob", MemoryBlob(data), [(40_000, 60_000), (5, 5), (100, 2_100)], chunk_bytes=60_000)
+    speaker.send_blob("blob", Blob(data), [(40_000, 60_000), (5, 5), (100, 2_100)], chunk_bytes=60_000)
     chunks = [parse_chunk(payload) for _, payload in received(listener, 2)]
     assert sorted((chunk.offset, bytes(chunk.data)) for chunk in chunks) == [
         (100, data[100:2_100]),
@@ -196,7 +195,7 @@ def test_a_link_that_is_cut_during_a_blob_delivers_all_of_it(wire):
     listener, speaker = wire.connect("listener"), wire.connect("speaker")
     listener.subscribe("blob")
     data = random.Random(3).randbytes(4_000_000)
-    blob = MemoryBlob(data)
+    blob = Blob(data)
     assembled = Assembler(blob.ref, limit=len(data))
     speaker.send_blob("blob", blob)
     for _ in range(3):
@@ -221,7 +220,7 @@ def test_messages_overtake_blobs(wire):
 def test_a_forgotten_blob_stops(wire):
     listener, speaker = wire.connect("listener"), wire.connect("speaker")
     listener.subscribe("#", qos=0)
-    blob = MemoryBlob(bytes(1000))
+    blob = Blob(bytes(1000))
     speaker.send_blob("blob", blob)
     assert len(received(listener, 1)) == 1
     speaker.forget_blob(blob.ref.digest)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edgetrain.coordinator.broker import EmbeddedBroker, Mosquitto, free_port
-from edgetrain.protocol.blob_readers import MemoryBlob
+from edgetrain.protocol.blobs import Blob
 from edgetrain.protocol.transport import Connected, Event, MemoryBroker, Received
 from edgetrain.protocol.transport.mqtt import BrokerConfig, MqttTransport
 from support.websocket_bridge import WebSocketBridge
@@ -76,7 +76,7 @@ class Wire:
         self.stop_broker()
 
 
-class WatchedBlob(MemoryBlob):
+class WatchedBlob(Blob):
     """A blob that does something when a byte of it is read."""
 
     def __init__(self, data: bytes, offset: int, act: Callable[[], None]) -> None:

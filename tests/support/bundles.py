@@ -29,7 +29,7 @@ def run_graph(path: Path, graph: str, vector: np.ndarray, batch, weights) -> dic
     assert [value.name for value in session.get_outputs()] == [s.name for s in spec.outputs]
     feeds = {}
     for entry, tensor in zip(manifest.parameters, spec.inputs, strict=False):
-        feeds[tensor.name] = vector[entry.offset : entry.offset + entry.numel].reshape(entry.shape)
+        feeds[tensor.name] = entry.of(vector)
     named = {leaf.name: leaf for half in (manifest.batch.inputs, manifest.batch.targets) for leaf in half.leaves}
     values = dict(zip(named, [t.numpy() for half in batch for t in leaves_of(half)], strict=True))
     for tensor in spec.inputs[len(manifest.parameters) :]:

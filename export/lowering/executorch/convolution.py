@@ -113,10 +113,8 @@ def taps(x_NHWC: Tensor, rows: Windows, columns: Windows, value: float = 0.0) ->
         tops = [rows.first + top + i * rows.spacing for i in range(rows.taps)]
         return [part[:, start : start + rows.positions].contiguous() for start in tops for part in across]
     n, h, w, _ = x.stride()
-    sizes, strides = (
-        [x.shape[0], rows.positions, columns.positions, x.shape[3]],
-        [n, rows.step * h, columns.step * w, 1],
-    )
+    sizes = [x.shape[0], rows.positions, columns.positions, x.shape[3]]
+    strides = [n, rows.step * h, columns.step * w, 1]
     starts = [
         (rows.first + top + i * rows.spacing) * h + (columns.first + left + j * columns.spacing) * w
         for i in range(rows.taps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.graph.pooling import per_dimension
 from edgetrain.export.lowering.executorch import convolution as conv
 from edgetrain.export.lowering.executorch.layout import from_last, to_last
 from edgetrain.export.lowering.executorch.pooling import max_pool as max_pool_form
@@ -23,7 +24,7 @@ aten = torch.ops.aten
 
 def _pair(values: Sequence[int], rank: int, missing: int) -> tuple[int, ...]:
     """Settings of a 1-d or 2-d convolution as rows, columns."""
-    values = list(values) * rank if len(values) == 1 else list(values)
+    values = per_dimension(values, rank)
     return (missing, *values) if rank == 1 else tuple(values)
 
 

@@ -1,4 +1,4 @@
-"""Which operator ExecuTorch computes otherwise than torch. Its wheels have kernels that are silently wrong."""
+"""Whether ExecuTorch computes what torch does, and which operator not: its wheels have kernels silently wrong."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from edgetrain.export.errors import UnsupportedError
+
 Compile = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 """A module and example inputs -> the same function, run by ExecuTorch."""
 
 # Largest error of a tensor, as a share of its largest element.
 TOLERANCE = 1e-4
+# Share of the features by which two roundings to int8 may differ.
+ROUNDING = 0.01
 
 
 def differs(got: Tensor, expected: Tensor) -> bool:
@@ -24,6 +28,32 @@ def differs(got: Tensor, expected: Tensor) -> bool:
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     close = torch.isclose(got, expected, rtol=0.0, atol=TOLERANCE * largest + 1e-6, equal_nan=True)
     return not bool(close.all())
+
+
+def check_integers(exact: Sequence[Tensor], reference: Sequence[Tensor], got: Sequence[Tensor]) -> None:
+    """Checks that an int8 trunk is as near to the float32 one as torch's own integers are.
+
+    Args:
+        exact: features in float32.
+        reference: what torch computes for the quantized graph.
+        got: what ExecuTorch's program computes for it.
+
+    Raises:
+        UnsupportedError: it is not: a kernel computes something else.
+    """
+    wanted, found = _distance(reference, exact), _distance(got, exact)
+    if not found <= 2 * wanted + ROUNDING:
+        raise UnsupportedError(
+            f"the int8 trunk is off by {found:.1%} on executorch, by {wanted:.1%} in torch's reference of the same "
+            "integers: a kernel is wrong. Use float32, or the runtime onnxruntime"
+        )
+
+
+def _distance(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Root mean square of the differences, relative."""
+    error = sum(float((g.double() - e.double()).square().sum()) for g, e in zip(got, exact, strict=True))
+    energy = sum(float(e.double().square().sum()) for e in exact)
+    return float((error / energy) ** 0.5) if energy else float(error > 0)
 
 
 def wrong_operator(module: fx.GraphModule, example: Sequence[Tensor], compile_: Compile) -> str | None:

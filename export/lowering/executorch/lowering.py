@@ -14,19 +14,16 @@ from torch import Tensor, fx
 from edgetrain.export.errors import OperatorError, UnsupportedError
 from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.joint import TracedGraph
+from edgetrain.export.graph.partition import Split
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.executorch import training_module
 from edgetrain.export.lowering.executorch.compile import compile_module, quicker
 from edgetrain.export.lowering.executorch.decompositions import decompositions
-from edgetrain.export.lowering.executorch.diagnosis import differs, wrong_operator
+from edgetrain.export.lowering.executorch.diagnosis import check_integers, differs, wrong_operator
 from edgetrain.export.lowering.executorch.rewrite import contiguous, rewrite
 from edgetrain.export.quiet import quiet
 
 VERSION = "1.5"
-# Share of the features by which two roundings to int8 may differ.
-ROUNDING = 0.01
-
-
 STYLES = ("functional", "training-module")
 
 
@@ -39,6 +36,7 @@ class ExecutorchLowering:
 
     runtime = "executorch"
     minimum_version = VERSION
+    narrows = True
 
     def __init__(self, style: str = "functional") -> None:
         if style not in STYLES:
@@ -96,6 +94,14 @@ class ExecutorchLowering:
         del kind
         return "float32"
 
+    def stored_as(self, names: Sequence[str], kind: str, parts: Split | None) -> dict[str, str]:
+        """The weights of the trunk's layers."""
+        from edgetrain.export.lowering.executorch.quantize import in_layers  # noqa: PLC0415  # slow to import
+
+        del kind
+        assert parts is not None, "nothing but a trunk is quantized"
+        return dict.fromkeys(in_layers(names, parts), "int8")
+
     def store(self, lowered: LoweredGraph, kind: str) -> LoweredGraph:
         """As it is."""
         del kind
@@ -122,7 +128,7 @@ class ExecutorchLowering:
                     "the trunk has no convolution and no linear layer: int8-static would change nothing, leave it out"
                 )
             compiled = compile_module(module, trunk.example)
-            _compare(trunk.module(*trunk.example), module(*trunk.example), _load(compiled.data)(trunk.example))
+            check_integers(trunk.module(*trunk.example), module(*trunk.example), _load(compiled.data)(trunk.example))
         return LoweredGraph(file=f"{trunk.name}.pte", data=compiled.data, planned_memory=compiled.planned)
 
     def _prove(self, traced: fx.GraphModule, rewritten: fx.GraphModule, example: Sequence[Tensor], data: bytes) -> None:
@@ -142,27 +148,6 @@ class ExecutorchLowering:
         operator = wrong_operator(rewritten, example, compile_)
         if operator is not None:
             raise OperatorError(operator, f"the kernel of executorch {version('executorch')} gives wrong numbers")
-
-
-def _compare(exact: Sequence[Tensor], reference: Sequence[Tensor], got: Sequence[Tensor]) -> None:
-    """Whether the program is as near to the float trunk as torch's own integers are.
-
-    Raises:
-        UnsupportedError: it is not: a kernel computes something else.
-    """
-    wanted, found = _distance(reference, exact), _distance(got, exact)
-    if not found <= 2 * wanted + ROUNDING:
-        raise UnsupportedError(
-            f"the int8 trunk is off by {found:.1%} on executorch, by {wanted:.1%} in torch's reference of the same "
-            "integers: a kernel is wrong. Use float32, or the runtime onnxruntime"
-        )
-
-
-def _distance(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Root mean square of the differences, relative."""
-    error = sum(float((g.double() - e.double()).square().sum()) for g, e in zip(got, exact, strict=True))
-    energy = sum(float(e.double().square().sum()) for e in exact)
-    return float((error / energy) ** 0.5) if energy else float(error > 0)
 
 
 def _load(data: bytes) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:

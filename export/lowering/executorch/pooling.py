@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from edgetrain.export.graph.pooling import per_dimension
 from edgetrain.export.lowering.executorch.convolution import Windows, interleave, taps
 from edgetrain.export.lowering.executorch.decompositions import positive
 
@@ -26,14 +27,10 @@ def _windows(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[Windows, Windows]:
-    kernel, padding, dilation = (_pair(values) for values in (kernel_size, padding, dilation))
-    stride = _pair(stride) if stride else kernel
+    kernel, padding, dilation = (per_dimension(values, 2) for values in (kernel_size, padding, dilation))
+    stride = per_dimension(stride, 2) if stride else kernel
     rows, columns = (Windows(-padding[i], stride[i], dilation[i], kernel[i], positions[i]) for i in range(2))
     return rows, columns
-
-
-def _pair(values: Sequence[int]) -> list[int]:
-    return list(values) * 2 if len(values) == 1 else list(values)
 
 
 def max_pool(

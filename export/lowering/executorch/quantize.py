@@ -21,6 +21,9 @@ from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from edgetrain.export.graph.joint import TracedGraph
+from edgetrain.export.graph.nodes import is_constant, shape_of
+from edgetrain.export.graph.partition import Split
+from edgetrain.export.graph.tidy import frozen_attribute
 from edgetrain.export.lowering.executorch.rewrite import rewrite
 
 aten = torch.ops.aten
@@ -28,6 +31,8 @@ aten = torch.ops.aten
 _LAYERS = (aten.conv2d.default, aten.linear.default)
 # Shared quantization would round averages with the range of what they average.
 _FLOAT = (aten.mean.dim,)
+# What reads a table of vectors, or adds one.
+_NO_LAYERS = (aten.embedding.default, aten.index.Tensor, aten.add.Tensor)
 _ARITHMETIC = (aten.add.Tensor, aten.mul.Tensor)
 
 
@@ -52,6 +57,15 @@ def quantized_module(trunk: TracedGraph, batches: Sequence[Sequence[Tensor]]) ->
     return converted
 
 
+def in_layers(names: Sequence[str], parts: Split) -> list[str]:
+    """Of some frozen tensors the weights of the trunk's layers; those that the head reads, too, stay float32."""
+    float32 = {str(node.target) for node in parts.head_step.module.graph.nodes if node.op == "get_attr"}
+    for node in parts.trunk.module.graph.nodes:
+        if node.op == "get_attr" and any(user.target in _NO_LAYERS for user in node.users):
+            float32.add(str(node.target))
+    return [name for name in names if frozen_attribute(name) not in float32]
+
+
 def layers(module: fx.GraphModule) -> None:
     """Convolutions and products with constant weights as the layers that the quantizer looks for, in place."""
     for node in list(module.graph.nodes):
@@ -68,7 +82,7 @@ def layers(module: fx.GraphModule) -> None:
 
 def _convolution(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = node.args
-    if transposed or not _is_constant(weight) or _value(module, weight).ndim != 4:
+    if transposed or not is_constant(weight) or _value(module, weight).ndim != 4:
         return None
     return module.graph.call_function(aten.conv2d.default, (x, weight, bias, stride, padding, dilation, groups))
 
@@ -80,11 +94,11 @@ def _mm(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 def _addmm(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     bias, x, weight = node.args
-    return _linear(module, x, weight, (bias,)) if _is_constant(bias) else None
+    return _linear(module, x, weight, (bias,)) if is_constant(bias) else None
 
 
 def _linear(module: fx.GraphModule, x: Any, weight: Any, bias: tuple[Any, ...]) -> fx.Node | None:
-    if not _is_constant(weight):
+    if not is_constant(weight):
         return None
     name = f"{weight.target}_transposed".replace(".", "_")
     if not hasattr(module, name):
@@ -99,10 +113,6 @@ _FORMS: dict[Any, Callable[[fx.GraphModule, fx.Node], fx.Node | None]] = {
 }
 
 
-def _is_constant(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr"
-
-
 def _value(module: fx.GraphModule, node: Any) -> Tensor:
     tensor: Tensor = getattr(module, node.target)
     return tensor
@@ -112,13 +122,8 @@ def _worth_it(node: fx.Node) -> bool:
     """Layers; and of sums those of two images."""
     if node.target not in _ARITHMETIC:
         return True
-    images = [a for a in node.args if isinstance(a, fx.Node) and _shape(a) == _shape(node)]
-    return node.target is aten.add.Tensor and len(_shape(node)) == 4 and len(images) == 2
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+    images = [a for a in node.args if isinstance(a, fx.Node) and shape_of(a) == shape_of(node)]
+    return node.target is aten.add.Tensor and len(shape_of(node)) == 4 and len(images) == 2
 
 
 class _Quantizer(XNNPACKQuantizer):  # type: ignore[misc]  # executorch is untyped

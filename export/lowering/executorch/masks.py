@@ -1,4 +1,4 @@
-"""Masks in finite numbers, softmax under them, GELU, and batch normalisation with running statistics."""
+"""Masks of attention in finite numbers, and softmax under them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-from edgetrain.export.lowering.executorch import decompositions
 
 if TYPE_CHECKING:
     from edgetrain.export.lowering.executorch.rewrite import Rewriter
@@ -30,15 +28,6 @@ def add(rewriter: Rewriter, a: Tensor, b: Any, *, alpha: float = 1) -> Any:
     return NotImplemented
 
 
-def gelu(rewriter: Rewriter, x: Tensor, *, approximate: str = "none") -> Any:
-    """The tanh form spelled out where the trace left it whole, as in graphs for inference."""
-    if approximate == "none":
-        return NotImplemented
-    if rewriter.has_last(rewriter.node.args[0]):
-        return rewriter.image(decompositions.gelu(rewriter.last(0), approximate=approximate))
-    return decompositions.gelu(x, approximate=approximate)
-
-
 def safe_softmax(rewriter: Rewriter, x: Tensor, dim: int, dtype: Any = None) -> Any:
     """Softmax that gives zeros where a whole row is masked: only a variable mask can do that."""
     if dtype not in (None, torch.float32):
@@ -57,29 +46,6 @@ def safe_softmax(rewriter: Rewriter, x: Tensor, dim: int, dtype: Any = None) -> 
     # 0 where the score is minus infinity, 1 elsewhere.
     alive = aten.clamp.default(x - MASKED, 0.0, 1.0)
     return aten._softmax.default(aten.clamp.default(x, MASKED), dim, False) * alive  # noqa: SLF001
-
-
-def batch_norm(
-    rewriter: Rewriter,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    *rest: Any,
-) -> Any:
-    """With running statistics: a scale and a shift; what a convolution could take was folded before."""
-    training, eps = (False, rest[1]) if len(rest) == 2 else (rest[0], rest[2])
-    if training:
-        return NotImplemented
-    inverse = rewriter.now(lambda: torch.rsqrt(var + eps))
-    scale = inverse if weight is None else weight * inverse
-    shift = -mean * scale if bias is None else bias - mean * scale
-    empty = rewriter.constant(torch.zeros, (0,))
-    if rewriter.has_last(rewriter.node.args[0]):
-        return rewriter.image(rewriter.last(0) * scale + shift, 0), empty, empty
-    channels = [1, -1, *[1] * (x.ndim - 2)]
-    return x * scale.reshape(channels) + shift.reshape(channels), empty, empty
 
 
 def where(rewriter: Rewriter, condition: Tensor, a: Tensor, b: Tensor) -> Any:
