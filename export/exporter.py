@@ -21,13 +21,14 @@ from edgetrain.export.graph.joint import Problem
 from edgetrain.export.lowering import get_lowering
 from edgetrain.export.lowering.base import Lowering
 from edgetrain.export.lowering.executorch import ExecutorchLowering
+from edgetrain.export.lowering.onnx.int8_parameters import Int8Lowering
 from edgetrain.export.metrics import Metric, check_metrics, default_metrics
 from edgetrain.export.prepare import Prepared, plain_math, prepare
 from edgetrain.export.program import make_program
 from edgetrain.export.storage.calibration import calibration_data
 from edgetrain.export.storage.frozen_weights import Storage
 from edgetrain.export.storage.stored_program import make_stored_program
-from edgetrain.export.storage.trainable_weights import Int8Lowering, in_int8
+from edgetrain.export.storage.trainable_weights import in_int8
 from edgetrain.export.user_code import user_code
 from edgetrain.protocol.bundle import check_target, file_entry, write_bundle
 from edgetrain.protocol.int8 import encode_parameters

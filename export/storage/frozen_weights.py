@@ -1,10 +1,9 @@
-"""Frozen weights in fewer bytes: rounded first, then stored without any further loss.
+"""Frozen weights in fewer bytes: rounded here, then stored by a lowering without any further loss.
 
 `float16` rounds to half precision, `int8` to whole multiples of one scale for each output channel (row), largest / 127.
 Scales have 11 significant bits, so a multiple of up to 127 is exact in float32: the stored program computes with the
 very numbers that the rounded graph has, which torch can run and prove. Biases and the weights of norms, and the scales
-where they are normal numbers there, take half precision in both. Onnxruntime widens all of them when it loads the
-program: what shrinks is the file, not the memory.
+where they are normal numbers there, take half precision in both.
 """
 
 from __future__ import annotations
@@ -13,28 +12,20 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
-import onnx
 import torch
-from onnx import helper, numpy_helper
 from torch import Tensor
 
 from edgetrain.export.batch import ExampleBatch
 from edgetrain.export.errors import ToleranceError, UnsupportedError
 from edgetrain.export.graph.joint import TracedGraph, round_rows
-from edgetrain.export.storage.halves import Halves, exact_in_half
-from edgetrain.export.storage.slim import slim
-from edgetrain.protocol.int8 import row_scales
 
 # Kinds in which the trunk computes with integers.
 TRUNK_KINDS = ("int8-static", "int8-dynamic")
 KINDS = ("float32", "float16", "int8", *TRUNK_KINDS)
 RUNTIME_KINDS: Mapping[str, tuple[str, ...]] = {"onnxruntime": KINDS[1:], "executorch": ("int8-static",)}
 TRAINABLE_KINDS = ("float32", "int8")
-# Below this, a scale and another node cost more than they save; for half precision, another node, or another name.
+# Below this, a scale and another node cost more than they save; for the half precision of vectors, another name.
 MIN_ELEMENTS = 256
-MIN_HALVES = 24
 MIN_VECTOR = 8
 # Relative change of the loss that passes if the user states no other.
 MAX_LOSS_CHANGE = 0.05
@@ -176,66 +167,3 @@ def _is_vector(name: str, tensor: Tensor) -> bool:
     """A bias, or the weight of a norm. Not any buffer: half precision is too little for frequencies."""
     named = name.startswith("folded_") or name.rstrip("_").endswith(("bias", "weight"))
     return named and tensor.dtype == torch.float32 and tensor.ndim == 1 and tensor.numel() >= MIN_VECTOR
-
-
-def _scales(weight: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
-    """Largest / 127 along an axis, rounded up so that 127 is never exceeded."""
-    others = tuple(dim for dim in range(weight.ndim) if dim != axis)
-    return row_scales(np.abs(weight).max(axis=others, keepdims=True))
-
-
-def store(data: bytes, kind: str) -> bytes:
-    """An ONNX model with those initializers in float16 or int8 whose values it holds exactly; the others stay."""
-    model = onnx.load_from_string(data)
-    vectors = Halves("vectors")
-    kept, nodes = [], []
-    for tensor in model.graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or not np.isfinite(values).all():
-            found = None
-        elif values.ndim == 1 and values.size >= MIN_VECTOR and exact_in_half(values):
-            vectors.add(tensor.name, values)
-            continue
-        else:
-            found = _halved(values, tensor.name) if kind == "float16" else _whole(values, tensor.name)
-        if found is None:
-            kept.append(tensor)
-        else:
-            kept += found[0]
-            nodes += found[1]
-    outputs = {value.name for value in model.graph.output}
-    assert not outputs & {node.output[0] for node in nodes}
-    old = list(model.graph.node)
-    del model.graph.initializer[:], model.graph.node[:]
-    model.graph.initializer.extend(kept)
-    model.graph.node.extend([*nodes, *old])
-    vectors.write(model)
-    slim(model)
-    stored: bytes = model.SerializeToString(deterministic=True)
-    return stored
-
-
-Compact = tuple[list[onnx.TensorProto], list[onnx.NodeProto]]
-
-
-def _halved(values: npt.NDArray[np.float32], name: str) -> Compact | None:
-    if values.size < MIN_HALVES or not exact_in_half(values):
-        return None
-    cast = helper.make_node("Cast", [f"{name}.half"], [name], to=onnx.TensorProto.FLOAT)
-    return [numpy_helper.from_array(values.astype(np.float16), f"{name}.half")], [cast]
-
-
-def _whole(values: npt.NDArray[np.float32], name: str) -> Compact | None:
-    for axis in range(values.ndim):
-        if values.size < max(MIN_ELEMENTS, 8 * values.shape[axis]):
-            continue
-        scale = _scales(values, axis)
-        whole = np.rint(values / scale).astype(np.int8)
-        if np.array_equal(whole * scale, values):
-            tensors = [numpy_helper.from_array(whole, f"{name}.int8")]
-            found = _halved(scale, f"{name}.scale") or ([numpy_helper.from_array(scale, f"{name}.scale")], [])
-            # Not DequantizeLinear: onnxruntime fuses it into products that round the activations too.
-            cast = helper.make_node("Cast", [f"{name}.int8"], [f"{name}.whole"], to=onnx.TensorProto.FLOAT)
-            product = helper.make_node("Mul", [f"{name}.whole", f"{name}.scale"], [name])
-            return tensors + found[0], [cast, *found[1], product]
-    return None

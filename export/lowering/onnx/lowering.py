@@ -18,11 +18,11 @@ from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.graph.partition import Split
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run, Weights
-from edgetrain.export.lowering.onnx_decompositions import for_onnx
-from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
+from edgetrain.export.lowering.onnx.decompositions import for_onnx
+from edgetrain.export.lowering.onnx.quantize import quantize_trunk
+from edgetrain.export.lowering.onnx.rewrite import for_onnxruntime
+from edgetrain.export.lowering.onnx.store import store
 from edgetrain.export.quiet import quiet
-from edgetrain.export.storage.frozen_weights import store
-from edgetrain.export.storage.quantize_trunk import quantize_trunk
 
 OPSET = 18
 # Protobuf's limit for one message; larger models would need external data.
@@ -82,7 +82,7 @@ class OnnxLowering:
     def quantize_trunk(
         self, trunk: TracedGraph, lowered: LoweredGraph, kind: str, batches: Sequence[Sequence[Array]]
     ) -> LoweredGraph:
-        """By onnxruntime's own tools; see `edgetrain.export.storage.quantize_trunk`."""
+        """By onnxruntime's own tools; see `edgetrain.export.lowering.onnx.quantize`."""
         del trunk
         return replace(lowered, data=quantize_trunk(lowered.data, kind, batches))
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from edgetrain.export.lowering.onnx_strip_regions import PRODUCTS, Region, Regions, arguments, is_turn
+from edgetrain.export.lowering.onnx.strip_regions import PRODUCTS, Region, Regions, arguments, is_turn
 
 aten = torch.ops.aten
 
