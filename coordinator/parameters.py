@@ -11,8 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from edgetrain.protocol.manifest import Manifest
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector
 
 
 def encode_parameters(vector: Vector, manifest: Manifest, number: int) -> bytes:

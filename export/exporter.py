@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +40,7 @@ from edgetrain.protocol.manifest import (
     TrainableStorage,
     probe_signs,
 )
+from edgetrain.protocol.vectors import Vector
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ def _raw(tensors: Sequence[Tensor]) -> bytes:
     return b"".join(np.ascontiguousarray(tensor.numpy()).tobytes() for tensor in tensors)
 
 
-def _flat(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
+def _flat(tensors: Sequence[Tensor]) -> Vector:
     return np.concatenate([np.empty(0, np.float32), *(tensor.numpy().ravel() for tensor in tensors)])
 
 

@@ -24,8 +24,7 @@ from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.int8 import graph_inputs, representable
 from edgetrain.protocol.manifest import Manifest, Structure
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector
 
 
 def merge(

@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import SessionError
-from edgetrain.edge_client.runtimes.base import Batch, EvalResult, Vector
+from edgetrain.edge_client.runtimes.base import Batch, EvalResult
 from edgetrain.edge_client.runtimes.onnxruntime import session_options
 from edgetrain.edge_client.runtimes.ort_training import OrtTrainingRuntime
 from edgetrain.edge_client.runtimes.session import first_line
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.ort_training import CHECKPOINT_FILE, OPTIMIZER_FILE
+from edgetrain.protocol.vectors import Vector
 
 
 class NativeTrainer:

@@ -19,7 +19,6 @@ from edgetrain.edge_client.runtimes.base import (
     Parameters,
     Session,
     StepResult,
-    Vector,
 )
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
 from edgetrain.edge_client.runtimes.leaves import Array
@@ -27,6 +26,7 @@ from edgetrain.edge_client.runtimes.parts import FEATURE, PARTS, TRUNK, head_man
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import STEP_CLIPPED, Graph, Manifest, TensorSpec
+from edgetrain.protocol.vectors import Vector
 
 
 class BoundGraph(Protocol):
