@@ -22,9 +22,10 @@ from edgetrain.edge_client.runtimes.base import (
 )
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
 from edgetrain.edge_client.runtimes.leaves import Array
-from edgetrain.edge_client.runtimes.parts import FEATURE, PARTS, TRUNK, head_manifest, parameter_specs
+from edgetrain.edge_client.runtimes.parts import PARTS, TRUNK, head_manifest, parameter_specs
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.graph_names import FEATURE
 from edgetrain.protocol.manifest import STEP_CLIPPED, Graph, Manifest, TensorSpec
 from edgetrain.protocol.vectors import Vector
 

@@ -18,12 +18,13 @@ from edgetrain.export import parity
 from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph import joint
 from edgetrain.export.graph.joint import Problem, TracedGraph
-from edgetrain.export.graph.partition import FEATURES, Split, with_features
+from edgetrain.export.graph.partition import Split, with_features
 from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering
 from edgetrain.export.parity import Expected, Reference
 from edgetrain.export.program import Translator, graph_entry, split_problem
 from edgetrain.export.storage.calibration import Batch
 from edgetrain.export.storage.frozen_weights import TRUNK_KINDS, Storage, is_weight, rounded
+from edgetrain.protocol.graph_names import FEATURE
 from edgetrain.protocol.manifest import Graph, Program, StorageReport
 
 logger = logging.getLogger(__name__)
@@ -224,7 +225,7 @@ def _mean_loss(
     parameters = [parameter.numpy() for parameter in problem.parameters]
     losses = weights = 0.0
     for batch, given in zip(batches, features or [[]] * len(batches), strict=True):
-        assert len(given) == sum(spec.name.startswith(f"{FEATURES}.") for spec in graph.inputs)
+        assert len(given) == sum(spec.name.startswith(FEATURE) for spec in graph.inputs)
         sums = run([*parameters, *given, *_leaves(problem, graph, batch)])
         losses += float(sums[0])
         weights += float(sums[1])

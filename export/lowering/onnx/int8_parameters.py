@@ -18,10 +18,9 @@ from onnx import helper
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.onnx.lowering import OnnxLowering
+from edgetrain.protocol.graph_names import PARAMETER, SCALE
 from edgetrain.protocol.int8 import nearest
 from edgetrain.protocol.manifest import TensorSpec
-
-_PARAMETER, _SCALES = "parameters.", "scales."
 
 
 class Int8Lowering(OnnxLowering):
@@ -45,7 +44,7 @@ class Int8Lowering(OnnxLowering):
         """Takes the float32 parameters of the traced graph, which int8 must be able to hold."""
         run = super().load(lowered)
         assert lowered.inputs is not None, "lowered here"
-        parameters = [spec for spec in lowered.inputs if spec.name.startswith(_PARAMETER)]
+        parameters = [spec for spec in lowered.inputs if spec.name.startswith(PARAMETER)]
 
         def widened(arrays: Sequence[Array]) -> list[Array]:
             given: list[Array] = list(arrays[: len(parameters)])
@@ -65,25 +64,25 @@ def _with_int8_inputs(data: bytes, names: Collection[str]) -> bytes:
     graph = model.graph
     scales: list[onnx.ValueInfoProto] = []
     for value in graph.input:
-        name = value.name.removeprefix(_PARAMETER)
-        if value.name.startswith(_PARAMETER) and name in names:
+        name = value.name.removeprefix(PARAMETER)
+        if value.name.startswith(PARAMETER) and name in names:
             value.type.tensor_type.elem_type = onnx.TensorProto.INT8
             rows = value.type.tensor_type.shape.dim[0].dim_value
-            scales.append(helper.make_tensor_value_info(_SCALES + name, onnx.TensorProto.FLOAT, [rows]))
+            scales.append(helper.make_tensor_value_info(SCALE + name, onnx.TensorProto.FLOAT, [rows]))
     if not scales:
         return data
-    count = sum(value.name.startswith(_PARAMETER) for value in graph.input)
+    count = sum(value.name.startswith(PARAMETER) for value in graph.input)
     inputs = list(graph.input)
     del graph.input[:]
     graph.input.extend([*inputs[:count], *scales, *inputs[count:]])
-    scaled = {value.name.removeprefix(_SCALES) for value in scales}
+    scaled = {value.name.removeprefix(SCALE) for value in scales}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         for place, read in enumerate(node.input):
-            name = read.removeprefix(_PARAMETER)
-            if read.startswith(_PARAMETER) and name in scaled:
+            name = read.removeprefix(PARAMETER)
+            if read.startswith(PARAMETER) and name in scaled:
                 node.input[place] = f"wide.{len(nodes)}.{name}"
-                given = [read, _SCALES + name]
+                given = [read, SCALE + name]
                 nodes.append(helper.make_node("DequantizeLinear", given, [node.input[place]], axis=0))
         nodes.append(node)
     del graph.node[:]
@@ -96,12 +95,12 @@ def _int8_inputs(inputs: Sequence[TensorSpec], names: Collection[str]) -> tuple[
     """The inputs of a float32 graph as they are with these parameters in int8."""
     parameters, scales, rest = [], [], []
     for spec in inputs:
-        name = spec.name.removeprefix(_PARAMETER)
-        if not spec.name.startswith(_PARAMETER):
+        name = spec.name.removeprefix(PARAMETER)
+        if not spec.name.startswith(PARAMETER):
             rest.append(spec)
         elif name in names:
             parameters.append(msgspec.structs.replace(spec, dtype="int8"))
-            scales.append(TensorSpec(name=_SCALES + name, dtype="float32", shape=spec.shape[:1]))
+            scales.append(TensorSpec(name=SCALE + name, dtype="float32", shape=spec.shape[:1]))
         else:
             parameters.append(spec)
     return (*parameters, *scales, *rest)
