@@ -25,7 +25,7 @@ from edgetrain.export.metrics import Metric, check_metrics, default_metrics
 from edgetrain.export.prepare import Prepared, plain_math, prepare
 from edgetrain.export.program import make_program
 from edgetrain.export.storage.calibration import calibration_data
-from edgetrain.export.storage.frozen_weights import Storage
+from edgetrain.export.storage.settings import Storage
 from edgetrain.export.storage.stored_program import make_stored_program
 from edgetrain.export.storage.trainable_weights import in_int8
 from edgetrain.export.user_code import user_code
@@ -100,7 +100,7 @@ def export_bundle(
     """
     check_target(out)
     lowerings = _lowerings(runtimes, executorch_style)
-    storage.check(tuple(lowering.runtime for lowering in lowerings))
+    storage.check(lowerings)
     if storage.kind != "float32" and executorch_style != "functional":
         raise UnsupportedError(
             f"ExecuTorch's TrainingModule runs the whole step, a bundle with {storage.kind} has only its parts: leave "

@@ -101,7 +101,7 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True):
 class StorageReport(msgspec.Struct, frozen=True, kw_only=True):
     """What storing the frozen part in fewer bytes brings and costs."""
 
-    # "float16", "int8", "int8-static" or "int8-dynamic"; see `edgetrain.export.storage.frozen_weights`.
+    # "float16", "int8", "int8-static" or "int8-dynamic"; see `edgetrain.export.storage`.
     kind: str
     # Of all graphs of the program, with float32 weights and as they are.
     bytes_before: int

@@ -55,6 +55,7 @@ class OrtTrainingLowering:
     runtime = "ort-training"
     minimum_version = "1.19"
     narrows = True
+    splits = False
 
     def available(self) -> str | None:
         """None, or how to get the second environment."""

@@ -23,7 +23,8 @@ from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, S
 from edgetrain.export.parity import Expected, Reference
 from edgetrain.export.program import Translator, graph_entry, split_problem
 from edgetrain.export.storage.calibration import Batch
-from edgetrain.export.storage.frozen_weights import TRUNK_KINDS, Storage, is_weight, rounded
+from edgetrain.export.storage.frozen_weights import is_weight, rounded
+from edgetrain.export.storage.settings import TRUNK_KINDS, Storage
 from edgetrain.protocol.graph_names import FEATURE
 from edgetrain.protocol.manifest import Graph, Program, StorageReport
 

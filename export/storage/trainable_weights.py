@@ -16,7 +16,8 @@ from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph.joint import Problem
 from edgetrain.export.prepare import plain_math
 from edgetrain.export.storage.calibration import Batch
-from edgetrain.export.storage.frozen_weights import Storage, is_weight
+from edgetrain.export.storage.frozen_weights import is_weight
+from edgetrain.export.storage.settings import Storage
 from edgetrain.protocol.manifest import TrainableStorage
 
 

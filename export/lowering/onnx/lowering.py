@@ -39,6 +39,7 @@ class OnnxLowering:
     runtime = "onnxruntime"
     minimum_version = "1.22"
     narrows = True
+    splits = True
 
     def __init__(self, rewrite: Callable[[fx.GraphModule], fx.GraphModule] = for_onnxruntime) -> None:
         self._rewrite = rewrite
@@ -65,6 +66,10 @@ class OnnxLowering:
         if model.ByteSize() > MAX_MODEL_BYTES:
             raise UnsupportedError(f"graph {graph.name!r} is larger than the 2 GiB that one ONNX file can hold")
         return LoweredGraph(file=f"{graph.name}.onnx", data=model.SerializeToString(deterministic=True))
+
+    def cannot_store(self, kind: str) -> None:
+        """Whatever is asked for."""
+        del kind
 
     def weights(self, kind: str) -> Weights:
         """Whatever is asked for; a quantized trunk's neighbours are stored as int8."""
