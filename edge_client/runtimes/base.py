@@ -72,6 +72,11 @@ class Session(Protocol):
         """Name of the runtime."""
         ...
 
+    @property
+    def precision(self) -> str:
+        """What the products of a step are computed in: "fp32", "fp16" or "bf16"."""
+        ...
+
     def load(self) -> None:
         """Loads what `step` runs now and not at its first call: what cannot be loaded is found out.
 

@@ -46,6 +46,8 @@ class GraphSession(ABC):
 
     # Whether it can bind parameters in int8.
     takes_int8 = False
+    # Of the products of a step.
+    precision = "fp32"
 
     def __init__(self, runtime: str, bundle: Bundle, *, threads: int, head: bool = False) -> None:
         self.in_int8 = any_in_int8(bundle.manifest.parameters)

@@ -92,7 +92,7 @@ def run_self_test(
     manifest = bundle.manifest
     expected = manifest.self_test
     if tolerance is None:
-        tolerance = max(expected.tolerance, TOLERANCES[getattr(session, "precision", "fp32")])
+        tolerance = max(expected.tolerance, TOLERANCES[session.precision])
     batch, weights = read_self_test(bundle)
     if in_parts:
         session, batch = on_features(session, batch)
