@@ -31,6 +31,7 @@ from onnx import numpy_helper
 from torch._decomp import get_decompositions
 
 from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.graph.before_autograd import COMPOSITES
 from edgetrain.export.graph.decompositions import Decompositions, common
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
@@ -64,6 +65,8 @@ class OrtTrainingLowering:
     def decompositions(self) -> Decompositions:
         """Takes apart what has no gradient there, or another one than in torch."""
         table = common()
+        attention = torch.ops.aten.scaled_dot_product_attention.default
+        table[attention] = COMPOSITES[attention]
         table[torch.ops.aten.hardtanh.default] = _hardtanh
         table.update(get_decompositions([*_NORMALIZATIONS]))  # type: ignore[arg-type]
         return table
