@@ -147,6 +147,14 @@ def test_sums_are_products_with_ones(dims, keepdim):
     torch.testing.assert_close(module(x)[0], x.sum(dims, keepdim), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("operator", [aten.sum.dim_IntList, aten.mean.dim])
+@pytest.mark.parametrize("shape", [(96, 16), (64, 12), (70, 8), (128, 1), (64, 33), (513, 2)])
+def test_sums_and_means_over_rows_of_few_columns(operator, shape):
+    x = torch.randn(shape)
+    module = rewrite.rewrite(graph_of(operator, x, [0], False))
+    torch.testing.assert_close(module(x)[0], operator(x, [0], False), atol=1e-4, rtol=1e-5)
+
+
 def test_what_is_frozen_is_computed_at_export_and_repeats_are_computed_once():
     graph = fx.Graph()
     x = graph.placeholder("x")

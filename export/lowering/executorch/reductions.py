@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from edgetrain.export.lowering.executorch.convolution import LANES
+
 if TYPE_CHECKING:
     from edgetrain.export.lowering.executorch.rewrite import Rewriter
 
@@ -58,6 +60,12 @@ def _weighted_sum(rewriter: Rewriter, x: Tensor, dims: list[int], weight: float,
             ones = rewriter.constant(torch.full, (1, count, 1), weight)
             x = torch.bmm(x.reshape(1, before, count), ones)
         else:
+            together = max(LANES // after, 1)
+            if before == 1 and together > 1 and count % together == 0:
+                # A narrow product is packed with as many empty columns: several rows stand in one.
+                ones = rewriter.constant(torch.full, (1, 1, count // together), weight)
+                x = torch.bmm(ones, x.reshape(1, count // together, together * after))
+                count, weight = together, 1.0
             ones = rewriter.constant(torch.full, (before, 1, count), weight)
             x = torch.bmm(ones, x.reshape(before, count, after))
         weight = 1.0
