@@ -7,9 +7,6 @@ import math
 import time
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-
 from edgetrain.coordinator import events
 from edgetrain.coordinator.clients.spread import evaluation_of
 from edgetrain.coordinator.config import FederationConfig
@@ -33,10 +30,9 @@ from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import RoundClosed
 from edgetrain.protocol.transport import Transport
+from edgetrain.protocol.vectors import Vector
 
 logger = logging.getLogger(__name__)
-
-Vector = npt.NDArray[np.float32]
 
 # A failed round is tried again after a pause that doubles from one second up to this.
 MAX_RETRY_SECONDS = 30.0

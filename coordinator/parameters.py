@@ -11,8 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from edgetrain.protocol.manifest import Manifest
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector, from_named
 
 
 def encode_parameters(vector: Vector, manifest: Manifest, number: int) -> bytes:
@@ -28,16 +27,9 @@ def decode_parameters(data: bytes, manifest: Manifest) -> Vector:
         ValueError: not safetensors, or not the tensors that the manifest lists.
     """
     try:
-        tensors = safetensors.numpy.load(data)
+        return from_named(safetensors.numpy.load(data), manifest.parameters)
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from error
-    vector = np.empty(manifest.num_parameters, np.float32)
-    for entry in manifest.parameters:
-        tensor = tensors.get(entry.name)
-        if tensor is None or tensor.shape != tuple(entry.shape) or tensor.dtype != np.float32:
-            raise ValueError(f"no float32 tensor {entry.name!r} of shape {list(entry.shape)} in it")
-        entry.of(vector)[...] = tensor
-    return vector
 
 
 def encode_state(state: Mapping[str, npt.NDArray[Any]], strategy: str) -> bytes:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from edgetrain.coordinator.clients.roster import ClientRecord
 from edgetrain.coordinator.rounds.open_round import OpenRound
 from edgetrain.coordinator.rounds.state import OUTSTANDING, Part
 from edgetrain.coordinator.run.records import ClientRow, RoundRecord, Summary
 from edgetrain.protocol.messages import Report
-from edgetrain.protocol.vectors import vector_digest
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector, vector_digest
 
 
 def round_record(

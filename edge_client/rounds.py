@@ -19,7 +19,6 @@ from edgetrain.edge_client.host.policy import Policy
 from edgetrain.edge_client.mailbox import REMEMBERED_PLANS, Mailbox, RunOver
 from edgetrain.edge_client.privacy.sample_budget import DeviceBudget
 from edgetrain.edge_client.privacy.secure_aggregation import SecureParticipation
-from edgetrain.edge_client.runtimes.base import Vector
 from edgetrain.edge_client.training.private_steps import check_bundle
 from edgetrain.edge_client.training.seeds import mix_seed
 from edgetrain.edge_client.training.trainer import evaluate, train
@@ -29,6 +28,7 @@ from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import Limits, decode, encode
 from edgetrain.protocol.messages import Decline, Offer, Plan, Report, Resources, split_update
 from edgetrain.protocol.transport import Transport
+from edgetrain.protocol.vectors import Vector
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,13 @@ from edgetrain.edge_client.durable.installation import install_bundle
 from edgetrain.edge_client.durable.personal import PersonalParameters
 from edgetrain.edge_client.durable.state import ClientState
 from edgetrain.edge_client.mailbox import Mailbox
-from edgetrain.edge_client.runtimes.base import Session, Vector
+from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.training.data import Dataset, load_dataset
 from edgetrain.edge_client.training.frozen_part import skip_frozen_part
 from edgetrain.edge_client.training.seeds import mix_seed
 from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.messages import BlobRef, Plan
+from edgetrain.protocol.vectors import Vector
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from edgetrain.export.errors import (
 from edgetrain.export.exporter import export_bundle
 from edgetrain.export.merge import merge
 from edgetrain.export.source import Source, load_source
-from edgetrain.export.storage.frozen_weights import Storage
+from edgetrain.export.storage.settings import Storage
 
 __all__ = [
     "BatchError",

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +20,14 @@ from edgetrain.export.graph.joint import Problem
 from edgetrain.export.lowering import get_lowering
 from edgetrain.export.lowering.base import Lowering
 from edgetrain.export.lowering.executorch import ExecutorchLowering
+from edgetrain.export.lowering.onnx.int8_parameters import Int8Lowering
 from edgetrain.export.metrics import Metric, check_metrics, default_metrics
 from edgetrain.export.prepare import Prepared, plain_math, prepare
 from edgetrain.export.program import make_program
 from edgetrain.export.storage.calibration import calibration_data
-from edgetrain.export.storage.frozen_weights import Storage
+from edgetrain.export.storage.settings import Storage
 from edgetrain.export.storage.stored_program import make_stored_program
-from edgetrain.export.storage.trainable_weights import Int8Lowering, in_int8
+from edgetrain.export.storage.trainable_weights import in_int8
 from edgetrain.export.user_code import user_code
 from edgetrain.protocol.bundle import check_target, file_entry, write_bundle
 from edgetrain.protocol.int8 import encode_parameters
@@ -40,6 +40,7 @@ from edgetrain.protocol.manifest import (
     TrainableStorage,
     probe_signs,
 )
+from edgetrain.protocol.vectors import Vector
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def export_bundle(
     """
     check_target(out)
     lowerings = _lowerings(runtimes, executorch_style)
-    storage.check(tuple(lowering.runtime for lowering in lowerings))
+    storage.check(lowerings)
     if storage.kind != "float32" and executorch_style != "functional":
         raise UnsupportedError(
             f"ExecuTorch's TrainingModule runs the whole step, a bundle with {storage.kind} has only its parts: leave "
@@ -243,7 +244,7 @@ def _raw(tensors: Sequence[Tensor]) -> bytes:
     return b"".join(np.ascontiguousarray(tensor.numpy()).tobytes() for tensor in tensors)
 
 
-def _flat(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
+def _flat(tensors: Sequence[Tensor]) -> Vector:
     return np.concatenate([np.empty(0, np.float32), *(tensor.numpy().ravel() for tensor in tensors)])
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx.numpy_helper
+import safetensors
+import safetensors.numpy
 import torch
 from torch import nn
 
@@ -24,8 +26,7 @@ from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.int8 import graph_inputs, representable
 from edgetrain.protocol.manifest import Manifest, Structure
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector, from_named
 
 
 def merge(
@@ -101,31 +102,13 @@ def read_parameters(parameters: str | os.PathLike[str] | npt.ArrayLike, manifest
 def _read_file(path: Path, manifest: Manifest) -> Vector:
     try:
         if path.suffix == ".safetensors":
-            return _by_name(path, manifest)
+            return from_named(safetensors.numpy.load(path.read_bytes()), manifest.parameters)
         if path.suffix == ".npy":
             loaded: Vector = np.load(path, allow_pickle=False).astype(np.float32)
             return loaded
         return np.frombuffer(path.read_bytes(), dtype="<f4").astype(np.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise MergeError(f"{path}: cannot be read as parameters: {error}") from error
-
-
-def _by_name(path: Path, manifest: Manifest) -> Vector:
-    import safetensors  # noqa: PLC0415
-    import safetensors.numpy  # noqa: PLC0415
-
-    try:
-        tensors = safetensors.numpy.load(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise MergeError(f"{path}: not a safetensors file: {error}") from error
-    parts = []
-    for entry in manifest.parameters:
-        tensor = tensors.get(entry.name)
-        if tensor is None or tensor.shape != entry.shape:
-            found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-            raise MergeError(f"{path}: {entry.name!r} is {found}, the bundle has shape {list(entry.shape)}")
-        parts.append(tensor.astype(np.float32).ravel())
-    return np.concatenate(parts)
 
 
 def _example_inputs(bundle: Bundle) -> dict[str, Array]:

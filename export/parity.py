@@ -26,6 +26,7 @@ from edgetrain.export.lowering.base import Run
 from edgetrain.export.metrics import weighted_sum
 from edgetrain.export.prepare import plain_math
 from edgetrain.export.user_code import user_code
+from edgetrain.protocol.graph_names import GRADIENT, METRIC
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,7 @@ def _prove_gradients(runtime: str, problem: Problem, got: dict[str, Array], poin
     wrong: dict[str, float] = {}
     for name, gradient in point.gradients.items():
         largest = float(np.abs(gradient).max(initial=0))
-        difference = float(np.abs(got[f"gradients.{name}"] - gradient).max(initial=0))
+        difference = float(np.abs(got[f"{GRADIENT}{name}"] - gradient).max(initial=0))
         if not difference <= TOLERANCE * largest + floor:
             wrong[name] = difference
         if largest > floor / TOLERANCE:
@@ -274,8 +275,8 @@ def observe(problem: Problem, graph: TracedGraph, run: Run, point: Reference) ->
         point,
         loss_sum=float(got.get("loss_sum", point.loss_sum)),
         weight_sum=float(got.get("weight_sum", point.weight_sum)),
-        metrics={name: got.get(f"metrics.{name}", value) for name, value in point.metrics.items()},
-        gradients={name: got.get(f"gradients.{name}", value) for name, value in point.gradients.items()},
+        metrics={name: got.get(f"{METRIC}{name}", value) for name, value in point.metrics.items()},
+        gradients={name: got.get(f"{GRADIENT}{name}", value) for name, value in point.gradients.items()},
         outputs={name: got.get(name, value) for name, value in point.outputs.items()},
     )
 
@@ -347,7 +348,7 @@ def _run(problem: Problem, graph: TracedGraph, run: Run, point: Reference) -> di
 
 def _prove_sums(runtime: str, graph: str, problem: Problem, got: dict[str, Array], expected: Reference) -> float:
     wanted = {"loss_sum": np.asarray(expected.loss_sum), "weight_sum": np.asarray(expected.weight_sum)}
-    wanted |= {f"metrics.{name}": expected.metrics[name] for name in problem.metrics}
+    wanted |= {f"{METRIC}{name}": expected.metrics[name] for name in problem.metrics}
     for name, value in wanted.items():
         error = float(np.abs(got[name] - value).max())
         if not error <= TOLERANCE * max(float(np.abs(value).max()), 1.0):

@@ -19,9 +19,6 @@ from edgetrain.protocol.manifest import Graph, Program
 
 logger = logging.getLogger(__name__)
 
-# Which runtimes' sessions can run a step in two parts.
-SPLIT_RUNTIMES = frozenset({"onnxruntime", "torch", "executorch"})
-
 Trace = Callable[[Problem, Decompositions], TracedGraph]
 
 
@@ -62,7 +59,7 @@ def make_program(
     for graph in lowering.further_graphs(whole) if isinstance(lowering, FurtherGraphs) else ():
         write(graph, lowering.lower(graph), step)
     add(joint.trace_eval, evaluation)
-    if parts := split_problem(whole, problem) if split and lowering.runtime in SPLIT_RUNTIMES else None:
+    if parts := split_problem(whole, problem) if split and lowering.splits else None:
         trunk = lowering.lower(parts.trunk)
         # The head is proven on what the lowered trunk gives, so that both together are the step.
         features = lowering.load(trunk)([tensor.numpy() for tensor in parts.trunk.example])

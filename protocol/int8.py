@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from edgetrain.protocol.vectors import Vector
+
 if TYPE_CHECKING:
     from edgetrain.protocol.manifest import ParameterEntry
 
-Vector = npt.NDArray[np.float32]
 Array = npt.NDArray[np.generic]
 
 # The largest whole number, so that the range is the same on both sides.

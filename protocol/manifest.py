@@ -13,7 +13,7 @@ Versions: a reader refuses another major version and ignores fields that it does
 Graph names: `step`, `eval`, `infer`, and, when parts are frozen or privacy is asked for, `trunk`, `head_step`,
 `head_eval`, `step_per_sample_clipped`, `training_module`.
 
-Graph inputs, in order (`TensorSpec.name` is the name inside the graph):
+Graph inputs, in order (`TensorSpec.name` is the name inside the graph; see `edgetrain.protocol.graph_names`):
 
 - `step`: the parameters in manifest order, for each of those in int8 its scales [O], the batch leaves that the
   graph needs, `weights` -> `loss_sum`, `weight_sum`, the metrics in manifest order, one gradient per parameter in
@@ -101,7 +101,7 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True):
 class StorageReport(msgspec.Struct, frozen=True, kw_only=True):
     """What storing the frozen part in fewer bytes brings and costs."""
 
-    # "float16", "int8", "int8-static" or "int8-dynamic"; see `edgetrain.export.storage.frozen_weights`.
+    # "float16", "int8", "int8-static" or "int8-dynamic"; see `edgetrain.export.storage`.
     kind: str
     # Of all graphs of the program, with float32 weights and as they are.
     bytes_before: int

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from edgetrain.coordinator.clients.roster import select_random
 from edgetrain.coordinator.errors import UpdateRefused
@@ -34,9 +32,8 @@ from edgetrain.protocol.codecs import CodecSpec, Limits, SparseOrDense, decode
 from edgetrain.protocol.groups import elements_of
 from edgetrain.protocol.privacy.randomness import bernoulli
 from edgetrain.protocol.training import TrainingConfig
+from edgetrain.protocol.vectors import Vector
 from edgetrain.simulation.virtual_client import LocalResult, VirtualClient
-
-Vector = npt.NDArray[np.float32]
 
 Tamper = Callable[[int, Mapping[str, LocalResult]], Mapping[str, LocalResult]]
 """What attackers do to the updates of a round before they are sent: `tamper(round, results) -> results`."""

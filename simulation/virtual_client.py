@@ -14,8 +14,7 @@ from edgetrain.edge_client.training.trainer import train
 from edgetrain.protocol.codecs import CodecSpec, Limits, decode, encode, residual
 from edgetrain.protocol.privacy.clipping import clip
 from edgetrain.protocol.training import TrainingConfig
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector
 
 
 @dataclass(frozen=True, slots=True)

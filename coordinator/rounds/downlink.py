@@ -15,16 +15,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from edgetrain.coordinator.beside import Beside
 from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import CodecSpec, Encoding, begin_encoding, encode
 from edgetrain.protocol.messages import BlobRef
-from edgetrain.protocol.vectors import vector_digest
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector, vector_digest
 
 WHOLE = "dense|float32"
 # Older links are not worth their memory: whoever is further behind takes the parameters whole.

@@ -18,11 +18,11 @@ from edgetrain.coordinator.rounds.selection import Candidate, admitted, select
 from edgetrain.coordinator.rounds.state import Part
 from edgetrain.coordinator.run.records import RoundRecord
 from edgetrain.coordinator.secure.settings import check_secure_aggregation
-from edgetrain.coordinator.strategies import Setting, Strategy, Vector, check_strategy, make_strategy
+from edgetrain.coordinator.strategies import Setting, Strategy, check_strategy, make_strategy
 from edgetrain.protocol.codecs import CodecSpec, negotiate
 from edgetrain.protocol.messages import BlobRef, Plan
 from edgetrain.protocol.training import TrainingConfig
-from edgetrain.protocol.vectors import vector_digest
+from edgetrain.protocol.vectors import Vector, vector_digest
 
 # What no client can encode with.
 NO_CODEC = "secure aggregation only"

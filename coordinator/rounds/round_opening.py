@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
-
 from edgetrain.coordinator.beside import Beside
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.clients.roster import Roster
@@ -22,8 +19,7 @@ from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.strategies import ServerState, Strategy
 from edgetrain.protocol.codecs import Limits
 from edgetrain.protocol.messages import Patch
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector
 
 
 class RoundOpening:

@@ -28,8 +28,6 @@ import shutil
 from pathlib import Path
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from edgetrain.coordinator.audit.open import open_run_audit
 from edgetrain.coordinator.beside import Beside
@@ -48,8 +46,7 @@ from edgetrain.coordinator.strategies import ServerState
 from edgetrain.protocol.files import write_atomically
 from edgetrain.protocol.manifest import Manifest
 from edgetrain.protocol.signing import SigningKey
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector
 
 
 class RunDirectory:

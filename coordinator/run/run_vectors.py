@@ -13,7 +13,6 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from edgetrain.coordinator.errors import RunError
 from edgetrain.coordinator.parameters import (
@@ -26,9 +25,7 @@ from edgetrain.coordinator.run.records import RoundRecord
 from edgetrain.coordinator.strategies import ServerState
 from edgetrain.protocol.files import link_atomically, write_atomically
 from edgetrain.protocol.manifest import Manifest
-from edgetrain.protocol.vectors import vector_digest
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector, vector_digest
 
 # Parameters of older rounds are removed, but for the best.
 KEEP_PARAMETERS = 3

@@ -7,11 +7,11 @@ from edgetrain.coordinator.strategies.base import (
     ServerState,
     Setting,
     Strategy,
-    Vector,
     described,
 )
 from edgetrain.coordinator.strategies.fedavg import fedavg
 from edgetrain.coordinator.strategies.make import STRATEGIES, StrategyTable, check_strategy, make_strategy
+from edgetrain.protocol.vectors import Vector
 
 __all__ = [
     "STRATEGIES",

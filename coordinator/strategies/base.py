@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
-import numpy as np
 import numpy.typing as npt
 
 from edgetrain.protocol.codecs import CodecSpec, SparseOrDense
 from edgetrain.protocol.privacy.release import Release
 from edgetrain.protocol.training import TrainingConfig
-
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector
 
 ServerState = Mapping[str, npt.NDArray[Any]]
 """What a strategy remembers from round to round (e.g. momentum), saved with the parameters.

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy, Vector
+from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy
 from edgetrain.coordinator.strategies.table import Doubles, UpdateTable
+from edgetrain.protocol.vectors import Vector
 
 Aggregate = Callable[[UpdateTable], Doubles]
 """The aggregated delta, [num_parameters]."""

@@ -22,12 +22,13 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from edgetrain.coordinator.errors import UpdateRefused
-from edgetrain.coordinator.strategies.base import Contribution, Private, ServerState, Setting, Strategy, Vector
+from edgetrain.coordinator.strategies.base import Contribution, Private, ServerState, Setting, Strategy
 from edgetrain.protocol.errors import ConfigError
 from edgetrain.protocol.privacy.clipping import clip_to_grid
 from edgetrain.protocol.privacy.noise import Noise, chunks, rounded_gaussian
 from edgetrain.protocol.privacy.randomness import Keystream, RandomBytes
 from edgetrain.protocol.privacy.release import Release
+from edgetrain.protocol.vectors import Vector
 
 GRID = 2.0**30
 """Multiples of the grid in a clip norm."""

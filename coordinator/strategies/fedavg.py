@@ -7,7 +7,8 @@ algorithm 1: the next parameters are the mean of the clients', weighted by their
 from __future__ import annotations
 
 from edgetrain.coordinator.rounds.folding import FixedPointSum
-from edgetrain.coordinator.strategies.base import Contribution, ServerState, Strategy, Vector
+from edgetrain.coordinator.strategies.base import Contribution, ServerState, Strategy
+from edgetrain.protocol.vectors import Vector
 
 
 def fedavg(*, weighted: bool = True) -> Strategy:

@@ -14,7 +14,8 @@ from msgspec import Meta
 
 from edgetrain.coordinator.errors import UpdateRefused
 from edgetrain.coordinator.rounds.folding import FixedPointSum
-from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy, Vector
+from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy
+from edgetrain.protocol.vectors import Vector
 
 
 def fedbuff(

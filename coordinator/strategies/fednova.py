@@ -18,9 +18,10 @@ import numpy as np
 
 from edgetrain.coordinator.errors import UpdateRefused
 from edgetrain.coordinator.rounds.folding import FixedPointSum
-from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy, Vector
+from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy
 from edgetrain.edge_client.training.schedules import learning_rate_factor
 from edgetrain.protocol.training import TrainingConfig
+from edgetrain.protocol.vectors import Vector
 
 # The norm is worked out step by step: nobody may claim so many that this takes long.
 MAX_STEPS = 200_000

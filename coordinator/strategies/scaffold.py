@@ -20,7 +20,8 @@ from msgspec import Meta
 
 from edgetrain.coordinator.errors import UpdateRefused
 from edgetrain.coordinator.rounds.folding import FixedPointSum
-from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy, Vector
+from edgetrain.coordinator.strategies.base import Contribution, ServerState, Setting, Strategy
+from edgetrain.protocol.vectors import Vector
 
 _SUM, _MEMBERS = "scaffold/control_sum", "scaffold/members"
 

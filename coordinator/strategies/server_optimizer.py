@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.coordinator.strategies.base import ServerState, Strategy, Vector
+from edgetrain.coordinator.strategies.base import ServerState, Strategy
 from edgetrain.protocol.errors import ConfigError
+from edgetrain.protocol.vectors import Vector
 
 Doubles = npt.NDArray[np.float64]
 

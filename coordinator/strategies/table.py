@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.coordinator.errors import RunError, UpdateRefused
-from edgetrain.coordinator.strategies.base import Contribution, Vector
+from edgetrain.coordinator.strategies.base import Contribution
 from edgetrain.protocol.codecs import SparseOrDense
+from edgetrain.protocol.vectors import Vector
 
 Doubles = npt.NDArray[np.float64]
 

@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 
 from edgetrain.edge_client.durable.checked_file import CheckedFile
-from edgetrain.edge_client.runtimes.base import Vector
 from edgetrain.edge_client.training.schedules import learning_rate_factor
 from edgetrain.protocol.codecs import SparseOrDense
 from edgetrain.protocol.training import TrainingConfig
+from edgetrain.protocol.vectors import Vector
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,9 @@ from edgetrain.protocol.blobs import blob_ref
 from edgetrain.protocol.codecs import encode, residual
 from edgetrain.protocol.messages import Offer, split_update
 from edgetrain.protocol.privacy.clipping import clip
+from edgetrain.protocol.vectors import Vector
 
 logger = logging.getLogger(__name__)
-
-Vector = npt.NDArray[np.float32]
 
 
 class _Masked(msgspec.Struct, frozen=True, kw_only=True):

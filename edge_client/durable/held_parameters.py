@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 
 from edgetrain.edge_client.durable.installation import Fetch
-from edgetrain.edge_client.runtimes.base import Vector
 from edgetrain.protocol import BlobError, CodecError
 from edgetrain.protocol.codecs import Limits, decode
 from edgetrain.protocol.messages import Plan
-from edgetrain.protocol.vectors import vector_digest
+from edgetrain.protocol.vectors import Vector, vector_digest
 
 logger = logging.getLogger(__name__)
 

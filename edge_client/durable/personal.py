@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.durable.checked_file import CheckedFile
-from edgetrain.edge_client.runtimes.base import Vector
+from edgetrain.protocol.vectors import Vector
 
 
 class _Header(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from edgetrain.edge_client.errors import SessionError
-from edgetrain.edge_client.runtimes.base import Batch, BundlePath, Half, MixedPrecisionRuntime, Runtime, Session, Vector
+from edgetrain.edge_client.runtimes.base import Batch, BundlePath, Half, MixedPrecisionRuntime, Runtime, Session
 from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.vectors import Vector
 
 __all__ = [
     "Batch",

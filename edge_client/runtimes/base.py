@@ -13,9 +13,7 @@ import numpy.typing as npt
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Manifest
-
-Vector = npt.NDArray[np.float32]
-"""A flat float32 vector in manifest order, [num_parameters]."""
+from edgetrain.protocol.vectors import Vector
 
 Parameters = Vector | Int8Parameters
 """What a session computes with: a flat vector, or the same with weights in int8 if the bundle keeps them so."""
@@ -72,6 +70,11 @@ class Session(Protocol):
     @property
     def runtime(self) -> str:
         """Name of the runtime."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """What the products of a step are computed in: "fp32", "fp16" or "bf16"."""
         ...
 
     def load(self) -> None:

@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.runtimes.base import Parameters, Vector
+from edgetrain.edge_client.runtimes.base import Parameters
 from edgetrain.edge_client.runtimes.executorch_build import (
     INSTALL,
     MINIMUM_VERSION,
@@ -34,6 +34,7 @@ from edgetrain.edge_client.runtimes.staging import READ_BEYOND
 from edgetrain.edge_client.runtimes.versions import check_minimum, parse_version
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Graph, Manifest, TensorSpec
+from edgetrain.protocol.vectors import Vector
 
 # What the kernels that read indices say when one is out of range.
 _BAD_INDEX = re.compile(

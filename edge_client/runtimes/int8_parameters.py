@@ -27,8 +27,8 @@ import numpy.typing as npt
 from edgetrain.edge_client.errors import TrainingError
 from edgetrain.protocol.int8 import LARGEST, nearest, row_scales
 from edgetrain.protocol.manifest import ParameterEntry
+from edgetrain.protocol.vectors import Vector
 
-Vector = npt.NDArray[np.float32]
 Array = npt.NDArray[np.generic]
 
 # Elements that are widened at a time.

@@ -12,14 +12,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from edgetrain.edge_client.errors import SessionError
-from edgetrain.edge_client.runtimes.base import Batch, EvalResult, Vector
+from edgetrain.edge_client.errors import DataError, SessionError
+from edgetrain.edge_client.runtimes.base import Batch, EvalResult
 from edgetrain.edge_client.runtimes.onnxruntime import session_options
 from edgetrain.edge_client.runtimes.ort_training import OrtTrainingRuntime
 from edgetrain.edge_client.runtimes.session import first_line
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.ort_training import CHECKPOINT_FILE, OPTIMIZER_FILE
+from edgetrain.protocol.vectors import Vector
 
 
 class NativeTrainer:
@@ -80,9 +81,13 @@ class NativeTrainer:
         return EvalResult(float(loss_sum), float(weight_sum), named)
 
     def apply(self, learning_rate: float) -> None:
-        """One SGD step by the mean gradient of what was accumulated since the last."""
+        """One SGD step by the mean gradient of what was accumulated since the last.
+
+        Raises:
+            DataError: nothing was.
+        """
         if self._weight_sum == 0:
-            raise ValueError("nothing was accumulated: call accumulate() with weights above 0 first")
+            raise DataError("nothing was accumulated: call accumulate() with weights above 0 first")
         # The runtime has added up weighted sums, so the mean is taken here.
         self._sgd.set_learning_rate(learning_rate / self._weight_sum)
         self._sgd.optimizer_step()

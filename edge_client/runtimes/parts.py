@@ -7,13 +7,12 @@ from collections.abc import Mapping
 import msgspec
 
 from edgetrain.edge_client.errors import SessionError
+from edgetrain.protocol.graph_names import FEATURE
 from edgetrain.protocol.manifest import BatchSpec, Graph, Manifest, Structure
 
 TRUNK = "trunk"
 # Whole graph -> the part that takes its place once the features are there.
 PARTS = {"step": "head_step", "eval": "head_eval"}
-# How the names of features begin.
-FEATURE = "features."
 
 
 def parameter_specs(manifest: Manifest, graph: Graph) -> tuple[tuple[str, str, tuple[int, ...]], ...]:

@@ -19,14 +19,15 @@ from edgetrain.edge_client.runtimes.base import (
     Parameters,
     Session,
     StepResult,
-    Vector,
 )
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
 from edgetrain.edge_client.runtimes.leaves import Array
-from edgetrain.edge_client.runtimes.parts import FEATURE, PARTS, TRUNK, head_manifest, parameter_specs
+from edgetrain.edge_client.runtimes.parts import PARTS, TRUNK, head_manifest, parameter_specs
 from edgetrain.edge_client.runtimes.staging import Staging, check_vector
 from edgetrain.protocol.bundle import Bundle
+from edgetrain.protocol.graph_names import FEATURE
 from edgetrain.protocol.manifest import STEP_CLIPPED, Graph, Manifest, TensorSpec
+from edgetrain.protocol.vectors import Vector
 
 
 class BoundGraph(Protocol):
@@ -45,6 +46,8 @@ class GraphSession(ABC):
 
     # Whether it can bind parameters in int8.
     takes_int8 = False
+    # Of the products of a step.
+    precision = "fp32"
 
     def __init__(self, runtime: str, bundle: Bundle, *, threads: int, head: bool = False) -> None:
         self.in_int8 = any_in_int8(bundle.manifest.parameters)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import DataError
-from edgetrain.edge_client.runtimes.base import Batch, Half, Vector
+from edgetrain.edge_client.runtimes.base import Batch, Half
 from edgetrain.edge_client.runtimes.leaves import (
     Array,
     check_dtype,
@@ -18,6 +18,7 @@ from edgetrain.edge_client.runtimes.leaves import (
     halves,
 )
 from edgetrain.protocol.manifest import CLIP_NORM, Manifest, Structure, TensorSpec
+from edgetrain.protocol.vectors import Vector
 
 # Some runtimes' kernels read up to so many bytes beyond an input.
 READ_BEYOND = 64

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import DataError, SessionError
-from edgetrain.edge_client.runtimes.base import Batch, Parameters, StepResult, Vector
+from edgetrain.edge_client.runtimes.base import Batch, Parameters, StepResult
 from edgetrain.edge_client.runtimes.leaves import Array
 from edgetrain.edge_client.runtimes.parts import num_parameters
 from edgetrain.edge_client.runtimes.session import BoundGraph, GraphSession, first_line
@@ -23,6 +23,7 @@ from edgetrain.edge_client.runtimes.torch_precision import PRECISIONS, LossScale
 from edgetrain.edge_client.runtimes.versions import check_minimum
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Graph, Manifest
+from edgetrain.protocol.vectors import Vector
 
 if TYPE_CHECKING:
     import torch

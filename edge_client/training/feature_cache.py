@@ -34,9 +34,10 @@ from edgetrain.edge_client.errors import DataError, StateError
 from edgetrain.edge_client.host.memory import map_rows
 from edgetrain.edge_client.runtimes.base import Session
 from edgetrain.edge_client.runtimes.leaves import Array, flatten, leaf_key
-from edgetrain.edge_client.runtimes.parts import FEATURE, TRUNK
+from edgetrain.edge_client.runtimes.parts import TRUNK
 from edgetrain.edge_client.training.dataset import Dataset, map_half, pieces
 from edgetrain.protocol.files import sync_directory
+from edgetrain.protocol.graph_names import FEATURE
 from edgetrain.protocol.manifest import TensorSpec
 
 logger = logging.getLogger(__name__)

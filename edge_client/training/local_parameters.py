@@ -6,10 +6,11 @@ from typing import Protocol
 
 import numpy as np
 
-from edgetrain.edge_client.runtimes.base import Parameters, Vector
+from edgetrain.edge_client.runtimes.base import Parameters
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
 from edgetrain.edge_client.training.optimizers import Optimizer, OptimizerState
 from edgetrain.protocol.manifest import ParameterEntry
+from edgetrain.protocol.vectors import Vector
 
 # Of the generator that rounds, beside the seed.
 _STREAM = 2

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from edgetrain.edge_client.runtimes.base import Vector
 from edgetrain.protocol.errors import ConfigError
+from edgetrain.protocol.vectors import Vector
 
 
 @dataclass(frozen=True, slots=True)

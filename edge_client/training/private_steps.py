@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import TrainingError
-from edgetrain.edge_client.runtimes.base import Session, StepResult, Vector
+from edgetrain.edge_client.runtimes.base import Session, StepResult
 from edgetrain.edge_client.training.dataset import Dataset
 from edgetrain.protocol.manifest import STEP_CLIPPED
 from edgetrain.protocol.privacy.errors import PrivacyError
@@ -28,6 +28,7 @@ from edgetrain.protocol.privacy.noise import chunks, rounded_gaussian
 from edgetrain.protocol.privacy.randomness import Keystream, RandomBytes, bernoulli
 from edgetrain.protocol.privacy.release import Release
 from edgetrain.protocol.training import SamplePrivacy, TrainingConfig, count_steps
+from edgetrain.protocol.vectors import Vector
 
 # Steps of the grid in a clip norm.
 GRID = 2.0**30

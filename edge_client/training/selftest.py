@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgetrain.edge_client.errors import SessionError
-from edgetrain.edge_client.runtimes.base import Batch, Session, Vector
+from edgetrain.edge_client.runtimes.base import Batch, Session
 from edgetrain.edge_client.runtimes.leaves import Array, flatten, halves, leaf_key, unflatten
 from edgetrain.edge_client.runtimes.torch_precision import TOLERANCES
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.manifest import Manifest, probe_signs
+from edgetrain.protocol.vectors import Vector
 
 # A gradient below this share of the largest one is zero but for rounding: measured against that share.
 _ZERO_SHARE = 1e-3
@@ -91,7 +92,7 @@ def run_self_test(
     manifest = bundle.manifest
     expected = manifest.self_test
     if tolerance is None:
-        tolerance = max(expected.tolerance, TOLERANCES[getattr(session, "precision", "fp32")])
+        tolerance = max(expected.tolerance, TOLERANCES[session.precision])
     batch, weights = read_self_test(bundle)
     if in_parts:
         session, batch = on_features(session, batch)

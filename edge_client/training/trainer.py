@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.edge_client.errors import TrainingError
-from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult, Vector
+from edgetrain.edge_client.runtimes.base import EvalResult, Session, StepResult
 from edgetrain.edge_client.runtimes.int8_parameters import Int8Parameters, any_in_int8
 from edgetrain.edge_client.runtimes.staging import check_vector
 from edgetrain.edge_client.training.dataset import Dataset
@@ -25,6 +25,7 @@ from edgetrain.edge_client.training.private_steps import PrivateSteps
 from edgetrain.edge_client.training.schedules import learning_rate_factor
 from edgetrain.protocol.privacy.randomness import RandomBytes
 from edgetrain.protocol.training import TrainingConfig, count_steps
+from edgetrain.protocol.vectors import Vector
 
 Metrics = dict[str, npt.NDArray[np.float64]]
 """Weighted means by name: shape [] or a small vector."""

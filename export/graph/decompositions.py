@@ -28,6 +28,8 @@ def common() -> Decompositions:
     table: Decompositions = dict(core_aten_decompositions())
     for name in ("dim_int", "default"):
         table.pop(getattr(aten.prod, name), None)  # its decomposition ends in a primitive that nobody knows
+    # In a table it asks for the form of `before_autograd`: left to each lowering.
+    table.pop(aten.scaled_dot_product_attention.default, None)
     return table | {
         aten.convolution_backward.default: convolution_backward,
         aten.hardshrink_backward.default: hardshrink_backward,

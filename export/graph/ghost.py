@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from edgetrain.export.graph.nodes import call
+
 aten = torch.ops.aten
 
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.clone.default)  # noqa: SLF001
@@ -41,7 +43,7 @@ def use_ghost_norms(module: fx.GraphModule) -> None:
             # Convolutions of a single "batch" of all samples end so.
             with graph.inserting_before(node):
                 shape = list(_size(node))
-                node.replace_all_uses_with(_call(graph, aten.reshape.default, node.args[0], shape))
+                node.replace_all_uses_with(call(graph, aten.reshape.default, node.args[0], shape))
         elif node.target is aten.sum.dim_IntList and _is_square(node.args[0]) and node.args[1] == [1]:
             product = _product(node.args[0].args[0])
             if product:
@@ -89,13 +91,11 @@ def _squared_norms(graph: fx.Graph, product: _Product) -> fx.Node:
     """[B]."""
     x, y = product.node.args
     if _size(x)[2] == 1:
-        parts = [
-            _call(graph, aten.sum.dim_IntList, _call(graph, aten.mul.Tensor, part, part), [1, 2]) for part in (x, y)
-        ]
-        return _call(graph, aten.mul.Tensor, *parts)
-    of_x = _call(graph, aten.bmm.default, _call(graph, aten.permute.default, x, [0, 2, 1]), x)
-    of_y = _call(graph, aten.bmm.default, y, _call(graph, aten.permute.default, y, [0, 2, 1]))
-    return _call(graph, aten.sum.dim_IntList, _call(graph, aten.mul.Tensor, of_x, of_y), [1, 2])
+        parts = [call(graph, aten.sum.dim_IntList, call(graph, aten.mul.Tensor, part, part), [1, 2]) for part in (x, y)]
+        return call(graph, aten.mul.Tensor, *parts)
+    of_x = call(graph, aten.bmm.default, call(graph, aten.permute.default, x, [0, 2, 1]), x)
+    of_y = call(graph, aten.bmm.default, y, call(graph, aten.permute.default, y, [0, 2, 1]))
+    return call(graph, aten.sum.dim_IntList, call(graph, aten.mul.Tensor, of_x, of_y), [1, 2])
 
 
 def _weighted_sum(graph: fx.Graph, product: _Product, factors: fx.node.Argument) -> fx.Node:
@@ -103,21 +103,13 @@ def _weighted_sum(graph: fx.Graph, product: _Product, factors: fx.node.Argument)
     x, y = product.node.args
     B, m, tokens = _size(x)
     n = _size(y)[2]
-    weights = _call(graph, aten.reshape.default, factors, [B, 1, 1])
-    x = _call(graph, aten.permute.default, _call(graph, aten.mul.Tensor, x, weights), [1, 0, 2])
-    x = _call(graph, aten.reshape.default, x, [m, B * tokens])
-    total = _call(graph, aten.mm.default, x, _call(graph, aten.reshape.default, y, [B * tokens, n]))
+    weights = call(graph, aten.reshape.default, factors, [B, 1, 1])
+    x = call(graph, aten.permute.default, call(graph, aten.mul.Tensor, x, weights), [1, 0, 2])
+    x = call(graph, aten.reshape.default, x, [m, B * tokens])
+    total = call(graph, aten.mm.default, x, call(graph, aten.reshape.default, y, [B * tokens, n]))
     if product.transposed:
-        total = _call(graph, aten.permute.default, total, [1, 0])
-    return _call(graph, aten.reshape.default, total, [1, m * n])
-
-
-def _call(graph: fx.Graph, target: torch._ops.OpOverload, *arguments: fx.node.Argument) -> fx.Node:
-    """A new node with its value's shape, which later passes read."""
-    node = graph.call_function(target, arguments)
-    values = fx.node.map_arg(arguments, lambda given: torch.empty(_size(given), device="meta"))
-    node.meta["val"] = target(*values)
-    return node
+        total = call(graph, aten.permute.default, total, [1, 0])
+    return call(graph, aten.reshape.default, total, [1, m * n])
 
 
 def _size(node: fx.node.Argument) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ from edgetrain.export.graph.ghost import use_ghost_norms
 from edgetrain.export.graph.tidy import VIEWS, drop_unused_leaves, mutates, name_constants, simplify
 from edgetrain.export.metrics import Metric, weighted_sum
 from edgetrain.export.prepare import Prepared, plain_math
+from edgetrain.protocol.graph_names import GRADIENT, METRIC, PARAMETER
 from edgetrain.protocol.int8 import nearest
 from edgetrain.protocol.manifest import CLIP_NORM, STEP_CLIPPED, TensorSpec
 
@@ -114,7 +115,7 @@ class Evaluation(NamedTuple):
     def sums(self) -> dict[str, Tensor]:
         """The weighted sums that a graph gives, in its order."""
         losses = self.losses.detach()
-        metrics = {f"metrics.{name}": weighted_sum(value, self.weights) for name, value in self.values.items()}
+        metrics = {f"{METRIC}{name}": weighted_sum(value, self.weights) for name, value in self.values.items()}
         return {"loss_sum": (losses * self.weights).sum(), "weight_sum": self.weights.sum(), **metrics}
 
 
@@ -208,7 +209,7 @@ def _gradients(evaluation: Evaluation, parameters: Sequence[Tensor]) -> tuple[Te
 
 
 def _named(problem: Problem, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"gradients.{name}": gradient for name, gradient in zip(problem.names, gradients, strict=True)}
+    return {f"{GRADIENT}{name}": gradient for name, gradient in zip(problem.names, gradients, strict=True)}
 
 
 def _trace(
@@ -230,7 +231,7 @@ def _trace(
 
     values = (*problem.parameters, *leaves, problem.weights, *further.values())
     names = (
-        *(f"parameters.{parameter}" for parameter in problem.names),
+        *(f"{PARAMETER}{parameter}" for parameter in problem.names),
         *problem.example.leaf_names[: len(leaves)],
         WEIGHTS,
         *further,

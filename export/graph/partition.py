@@ -29,6 +29,7 @@ from torch import Tensor, fx
 
 from edgetrain.export.batch import tensor_spec
 from edgetrain.export.graph.joint import TracedGraph
+from edgetrain.protocol.graph_names import FEATURE, GRADIENT, PARAMETER
 
 # Reading a byte back from a flash disk (100 MB/s) takes as long as so many operations of a small core (10 GFLOP/s).
 FLOPS_PER_BYTE = 100.0
@@ -36,8 +37,6 @@ FLOPS_PER_BYTE = 100.0
 MIN_SHARE = 0.1
 # A feature that should not depend on the other samples of the batch may move by rounding only.
 _SEPARABLE = 1e-4
-
-FEATURES = "features"
 
 aten = torch.ops.aten
 # Operator -> which argument holds the dimension that is summed over, last.
@@ -112,7 +111,7 @@ def with_features(head: TracedGraph, features: Sequence[npt.NDArray[Any]]) -> Tr
     """A head whose example holds these features."""
     given = iter(features)
     example = tuple(
-        torch.from_numpy(next(given).copy()) if spec.name.startswith(f"{FEATURES}.") else tensor
+        torch.from_numpy(next(given).copy()) if spec.name.startswith(FEATURE) else tensor
         for spec, tensor in zip(head.inputs, head.example, strict=True)
     )
     return replace(head, example=example)
@@ -226,7 +225,7 @@ def _trunk(
         name="trunk",
         module=module,
         inputs=tuple(leaves[node] for node in taken),
-        outputs=tuple(tensor_spec(f"{FEATURES}.{index}", value) for index, value in enumerate(outputs)),
+        outputs=tuple(tensor_spec(f"{FEATURE}{index}", value) for index, value in enumerate(outputs)),
         example=example,
     )
 
@@ -235,7 +234,7 @@ def _head(
     step: TracedGraph, features: Sequence[fx.Node], trunk: TracedGraph, values: dict[fx.Node, Tensor]
 ) -> TracedGraph:
     placeholders = list(values)
-    count = sum(spec.name.startswith("parameters.") for spec in step.inputs)
+    count = sum(spec.name.startswith(PARAMETER) for spec in step.inputs)
     results = _results(step.module.graph)
     needed = _reached(results, set(features))
     with torch.no_grad():
@@ -272,7 +271,7 @@ def _reached(results: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
 
 def _without_gradients(head: TracedGraph) -> TracedGraph:
     """The head's sums alone, with the same inputs but for leaves that only gradients need."""
-    kept = [index for index, spec in enumerate(head.outputs) if not spec.name.startswith("gradients.")]
+    kept = [index for index, spec in enumerate(head.outputs) if not spec.name.startswith(GRADIENT)]
     every = _results(head.module.graph)
     results = [every[index] for index in kept]
     placeholders = [node for node in head.module.graph.nodes if node.op == "placeholder"]

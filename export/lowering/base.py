@@ -55,6 +55,11 @@ class Lowering(Protocol):
         """Whether rows that nothing reads are left out of its graphs; see `edgetrain.export.graph.narrow`."""
         ...
 
+    @property
+    def splits(self) -> bool:
+        """Whether the runtime's sessions can run a step in two parts; see `edgetrain.export.graph.partition`."""
+        ...
+
     def available(self) -> str | None:
         """None if graphs can be lowered and run here, else the reason and the remedy."""
         ...
@@ -88,6 +93,10 @@ class FurtherGraphs(Protocol):
 @runtime_checkable
 class StoringLowering(Lowering, Protocol):
     """A lowering that can store the frozen part in fewer bytes."""
+
+    def cannot_store(self, kind: str) -> str | None:
+        """None if frozen weights can be stored as a kind of `Storage`, else the reason and the remedy."""
+        ...
 
     def weights(self, kind: str) -> Weights:
         """How weights are stored that are not in a quantized trunk, for a kind of `Storage`."""

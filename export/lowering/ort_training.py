@@ -31,10 +31,12 @@ from onnx import numpy_helper
 from torch._decomp import get_decompositions
 
 from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.graph.before_autograd import COMPOSITES
 from edgetrain.export.graph.decompositions import Decompositions, common
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.onnx import OnnxLowering
+from edgetrain.protocol.graph_names import PARAMETER
 from edgetrain.protocol.ort_training import BUFFER_SUFFIX, CHECKPOINT_FILE, OPTIMIZER_FILE, RESET_INPUT
 
 PYTHON_VARIABLE = "EDGETRAIN_ORT_TRAINING_PYTHON"
@@ -54,6 +56,7 @@ class OrtTrainingLowering:
     runtime = "ort-training"
     minimum_version = "1.19"
     narrows = True
+    splits = False
 
     def available(self) -> str | None:
         """None, or how to get the second environment."""
@@ -62,6 +65,8 @@ class OrtTrainingLowering:
     def decompositions(self) -> Decompositions:
         """Takes apart what has no gradient there, or another one than in torch."""
         table = common()
+        attention = torch.ops.aten.scaled_dot_product_attention.default
+        table[attention] = COMPOSITES[attention]
         table[torch.ops.aten.hardtanh.default] = _hardtanh
         table.update(get_decompositions([*_NORMALIZATIONS]))  # type: ignore[arg-type]
         return table
@@ -74,7 +79,7 @@ class OrtTrainingLowering:
         # The largest of a row, which the rewrite for onnxruntime brings, has no gradient there.
         plain = OnnxLowering(rewrite=lambda module: module)
         model = onnx.load_from_string(plain.lower(forward).data)
-        names = [spec.name for spec in forward.inputs if spec.name.startswith("parameters.")]
+        names = [spec.name for spec in forward.inputs if spec.name.startswith(PARAMETER)]
         values = [value.numpy() for value in forward.example[: len(names)]]
         reachable = _ancestors(model, "loss_sum")
         _parameters_to_initializers(model, dict(zip(names, values, strict=True)))
@@ -103,8 +108,8 @@ class OrtTrainingLowering:
         model = onnx.load_from_string(lowered.data)
         constants = {initializer.name for initializer in model.graph.initializer}
         takes = [value.name for value in model.graph.input if value.name not in constants]
-        parameters = [name for name in takes if name.startswith("parameters.") and BUFFER_SUFFIX not in name]
-        leaves = [name for name in takes if not name.startswith("parameters.") and name != RESET_INPUT]
+        parameters = [name for name in takes if name.startswith(PARAMETER) and BUFFER_SUFFIX not in name]
+        leaves = [name for name in takes if not name.startswith(PARAMETER) and name != RESET_INPUT]
         trains = any(name.endswith(BUFFER_SUFFIX) for name in takes)
         gives = [value.name for value in model.graph.output if ".accumulation." not in value.name]
 
@@ -171,7 +176,7 @@ def _unshare_norms(model: onnx.ModelProto) -> None:
         if node.op_type != "LayerNormalization":
             continue
         for place, name in enumerate(node.input):
-            if name in taken and name in constants and not name.startswith("parameters."):
+            if name in taken and name in constants and not name.startswith(PARAMETER):
                 copy = model.graph.initializer.add()
                 copy.CopyFrom(constants[name])
                 copy.name = node.input[place] = f"{name}.{len(model.graph.initializer)}"

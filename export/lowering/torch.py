@@ -20,6 +20,7 @@ class TorchLowering:
     minimum_version = ".".join(torch.__version__.split(".")[:2])
     # The reference computes everything.
     narrows = False
+    splits = True
 
     def available(self) -> str | None:
         """Always: exporting needs torch anyway."""

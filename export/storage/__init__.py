@@ -1,1 +1,1 @@
-"""Weights in fewer bytes, and programs that read them."""
+"""Weights in fewer bytes: rounded, measured on calibration data, and proven in the lowered programs."""

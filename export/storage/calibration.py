@@ -9,7 +9,7 @@ from torch import Tensor
 from edgetrain.export.batch import read_example
 from edgetrain.export.errors import BatchError
 from edgetrain.export.graph.joint import Problem
-from edgetrain.export.storage.frozen_weights import Storage
+from edgetrain.export.storage.settings import Storage
 
 Batch = tuple[Tensor, ...]
 """One micro-batch of calibration data: the leaves of the inputs, then of the targets."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,12 +19,15 @@ from edgetrain.export import parity
 from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph import joint
 from edgetrain.export.graph.joint import Problem, TracedGraph
-from edgetrain.export.graph.partition import FEATURES, Split, with_features
+from edgetrain.export.graph.partition import Split, with_features
 from edgetrain.export.lowering.base import Array, LoweredGraph, Lowering, Run, StoringLowering
 from edgetrain.export.parity import Expected, Reference
 from edgetrain.export.program import Translator, graph_entry, split_problem
+from edgetrain.export.relative_error import relative_error
 from edgetrain.export.storage.calibration import Batch
-from edgetrain.export.storage.frozen_weights import TRUNK_KINDS, Storage, is_weight, rounded
+from edgetrain.export.storage.frozen_weights import is_weight, rounded
+from edgetrain.export.storage.settings import TRUNK_KINDS, Storage
+from edgetrain.protocol.graph_names import FEATURE
 from edgetrain.protocol.manifest import Graph, Program, StorageReport
 
 logger = logging.getLogger(__name__)
@@ -178,8 +182,8 @@ class _Maker:
         exact, stored = ([run(batch) for batch in leaves] for run in (plain, trunk))
         before = _mean_loss(problem, calibration, torch_run(parts.head_eval), parts.head_eval, exact)
         after = _mean_loss(problem, calibration, evaluate, parts.head_eval, stored)
-        error = _feature_error(exact, stored)
-        return _Cost(before, after, error, _unlike(error, _feature_error([plain(example)], [features])))
+        error = relative_error(chain.from_iterable(stored), chain.from_iterable(exact))
+        return _Cost(before, after, error, _unlike(error, relative_error(features, plain(example))))
 
     def _write_trunk(self, trunk: TracedGraph, calibration: Sequence[Batch]) -> Run:
         kind = self._storage.kind
@@ -224,22 +228,11 @@ def _mean_loss(
     parameters = [parameter.numpy() for parameter in problem.parameters]
     losses = weights = 0.0
     for batch, given in zip(batches, features or [[]] * len(batches), strict=True):
-        assert len(given) == sum(spec.name.startswith(f"{FEATURES}.") for spec in graph.inputs)
+        assert len(given) == sum(spec.name.startswith(FEATURE) for spec in graph.inputs)
         sums = run([*parameters, *given, *_leaves(problem, graph, batch)])
         losses += float(sums[0])
         weights += float(sums[1])
     return losses / weights if weights else losses
-
-
-def _feature_error(exact: Sequence[list[Array]], stored: Sequence[list[Array]]) -> float:
-    """Root mean square of what storing changes in the features of some batches, relative to them."""
-    error = energy = 0.0
-    for before, after in zip(exact, stored, strict=True):
-        for one, other in zip(before, after, strict=True):
-            values = one.astype(np.float64)
-            error += float(np.square(values - other.astype(np.float64)).sum())
-            energy += float(np.square(values).sum())
-    return (error / energy) ** 0.5 if energy else 0.0
 
 
 def _unlike(calibration: float, example: float) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from edgetrain.protocol.codecs.layout import decode
-from edgetrain.protocol.codecs.result import Limits, SparseOrDense, Vector
+from edgetrain.protocol.codecs.result import Limits, SparseOrDense
 from edgetrain.protocol.errors import CodecError
+from edgetrain.protocol.vectors import Vector
 
 
 def received(target: Vector, payload: bytes | bytearray | memoryview) -> SparseOrDense:

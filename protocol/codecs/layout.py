@@ -21,11 +21,12 @@ from edgetrain.protocol.codecs.quantize import (
     to_integers,
     to_signs,
 )
-from edgetrain.protocol.codecs.result import MAX_PARAMETERS, Indices, Limits, SparseOrDense, Vector
+from edgetrain.protocol.codecs.result import MAX_PARAMETERS, Indices, Limits, SparseOrDense
 from edgetrain.protocol.codecs.rice import decode_positions, encode_positions
 from edgetrain.protocol.codecs.selection import magnitude_bits, random_k, select
 from edgetrain.protocol.codecs.spec import CodecSpec
 from edgetrain.protocol.errors import CodecError
+from edgetrain.protocol.vectors import Vector
 
 MAGIC = 0xE7
 VERSION = 1

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.protocol.codecs.hashing import STREAM_ROUNDING, uniform
-from edgetrain.protocol.codecs.result import Bytes, Indices, Vector
+from edgetrain.protocol.codecs.result import Bytes, Indices
 from edgetrain.protocol.errors import CodecError
+from edgetrain.protocol.vectors import Vector
 
 Scales = npt.NDArray[np.uint16]
 Codes = npt.NDArray[np.int8]

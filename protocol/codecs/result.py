@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.protocol.errors import CodecError
+from edgetrain.protocol.vectors import Vector
 
-Vector = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetrain.protocol.codecs.hashing import STREAM_RANDOM_K, counter_hash
-from edgetrain.protocol.codecs.result import Indices, Vector
+from edgetrain.protocol.codecs.result import Indices
 from edgetrain.protocol.codecs.spec import CodecSpec
+from edgetrain.protocol.vectors import Vector
 
 _ABS = np.uint32(0x7FFFFFFF)
 

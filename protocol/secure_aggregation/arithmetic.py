@@ -38,8 +38,8 @@ from edgetrain.protocol.codecs.hashing import STREAM_ROUNDING, uniform
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.privacy.clipping import clip_to_grid
 from edgetrain.protocol.secure_aggregation.masks import Words, word_type
+from edgetrain.protocol.vectors import Vector
 
-Vector = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
 Noise = Callable[[int], Integers]

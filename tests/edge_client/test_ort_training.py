@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgetrain.edge_client import available_runtimes, open_session
-from edgetrain.edge_client.errors import SessionError
+from edgetrain.edge_client.errors import DataError, SessionError
 from edgetrain.edge_client.runtimes.ort_training_native import NativeTrainer
 from edgetrain.edge_client.training.data import load_dataset
 from edgetrain.edge_client.training.trainer import batches, train
@@ -42,7 +42,7 @@ def test_its_own_sgd_takes_the_same_steps_as_the_local_trainer(case):
 @here
 def test_applying_nothing_is_refused(case):
     bundle = Bundle(case.bundle)
-    with pytest.raises(ValueError, match="nothing was accumulated"):
+    with pytest.raises(DataError, match="nothing was accumulated"):
         NativeTrainer(bundle, bundle.initial_parameters()).apply(0.1)
 
 

@@ -21,7 +21,7 @@ class WrongMachine:
 
     def __init__(self, session, change):
         self.session, self.change = session, change
-        self.manifest, self.runtime = session.manifest, session.runtime
+        self.manifest, self.runtime, self.precision = session.manifest, session.runtime, session.precision
 
     def step(self, *arguments):
         result = self.session.step(*arguments)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edgetrain.export.graph import decompositions
-from edgetrain.export.lowering import onnx_decompositions
+from edgetrain.export.lowering.onnx.decompositions import gelu, gelu_backward, safe_softmax
 
 aten = torch.ops.aten
 
@@ -60,11 +60,9 @@ def test_gradients_of_transposed_convolutions(channels):
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_and_its_gradient(approximate):
     x = torch.linspace(-30, 30, 4001, dtype=torch.float64)
-    torch.testing.assert_close(
-        onnx_decompositions.gelu(x, approximate=approximate), aten.gelu(x, approximate=approximate)
-    )
+    torch.testing.assert_close(gelu(x, approximate=approximate), aten.gelu(x, approximate=approximate))
     grad = torch.cos(x)
-    ours = onnx_decompositions.gelu_backward(grad, x, approximate=approximate)
+    ours = gelu_backward(grad, x, approximate=approximate)
     torch.testing.assert_close(ours, aten.gelu_backward(grad, x, approximate=approximate))
 
 
@@ -72,4 +70,4 @@ def test_a_softmax_of_masked_rows_is_zero():
     x = torch.randn(2, 3, 4)
     x[0, 1] = -torch.inf
     x[1, 2, :2] = -torch.inf
-    torch.testing.assert_close(onnx_decompositions.safe_softmax(x, -1), aten._safe_softmax(x, -1))
+    torch.testing.assert_close(safe_softmax(x, -1), aten._safe_softmax(x, -1))

@@ -18,11 +18,11 @@ from edgetrain.export.graph.attention import attention
 from edgetrain.export.graph.before_autograd import BeforeAutograd
 from edgetrain.export.graph.decompositions import common
 from edgetrain.export.graph.joint import trace_infer, trace_step
-from edgetrain.export.lowering import onnx_convolution, onnx_decompositions
-from edgetrain.export.lowering.onnx import OnnxLowering
-from edgetrain.export.lowering.onnx_convolution_form import choose
-from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
-from edgetrain.export.lowering.onnx_strips import in_strips
+from edgetrain.export.lowering.onnx import OnnxLowering, decompositions
+from edgetrain.export.lowering.onnx.convolution import convolution
+from edgetrain.export.lowering.onnx.convolution_form import choose
+from edgetrain.export.lowering.onnx.rewrite import for_onnxruntime
+from edgetrain.export.lowering.onnx.strips import in_strips
 from edgetrain.export.prepare import prepare
 from edgetrain.export.program import Translator
 from support.layers import squared
@@ -56,12 +56,12 @@ def test_convolutions(channels):
         expected = aten.convolution(x, weight, bias, *settings)
         form = choose(x, weight, stride, padding, dilation, transposed=False, groups=groups)
         kinds.add(form and form.kind)
-        got = onnx_convolution.convolution(x, weight, bias, *settings)
+        got = convolution(x, weight, bias, *settings)
         if got is not NotImplemented:
             torch.testing.assert_close(got, expected)
         grad = torch.randn_like(expected)
         options = ([outputs], *settings, [True, True, True])
-        gradients = onnx_decompositions.convolution_backward(grad, x, weight, *options)
+        gradients = decompositions.convolution_backward(grad, x, weight, *options)
         for ours, theirs in zip(gradients, aten.convolution_backward(grad, x, weight, *options), strict=True):
             torch.testing.assert_close(ours, theirs)
     assert (
@@ -184,7 +184,7 @@ def test_layer_norm(affine):
     grad = torch.randn_like(x)
     options = (grad, x, [2, 6], mean, rstd, weight, bias, [True, affine, affine])
     for ours, theirs in zip(
-        onnx_decompositions.layer_norm_backward(*options), aten.native_layer_norm_backward(*options), strict=True
+        decompositions.layer_norm_backward(*options), aten.native_layer_norm_backward(*options), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
 
@@ -192,9 +192,9 @@ def test_layer_norm(affine):
 def test_rectifiers():
     x = torch.cat([torch.linspace(-2, 8, 101), torch.tensor([0.0, 6.0])])
     grad = torch.randn_like(x)
-    ours = onnx_decompositions.threshold_backward(grad, x, 0)
+    ours = decompositions.threshold_backward(grad, x, 0)
     torch.testing.assert_close(ours, aten.threshold_backward(grad, x, 0), rtol=0, atol=0)
-    ours = onnx_decompositions.hardtanh_backward(grad, x, 0.0, 6.0)
+    ours = decompositions.hardtanh_backward(grad, x, 0.0, 6.0)
     torch.testing.assert_close(ours, aten.hardtanh_backward(grad, x, 0.0, 6.0), rtol=0, atol=0)
 
 
@@ -281,7 +281,7 @@ def test_strips_compute_what_the_whole_does():
         return y, flat @ up, flat.T @ x.reshape(-1, 32), (y * 2).T @ (h * gate).reshape(-1, 256), flat.sum(0)
 
     values = [torch.randn(shape) / 4 for shape in ((4, 200, 32), (256, 32), (256,), (32, 256), (4, 200, 32))]
-    module = make_fx(function, decomposition_table=onnx_decompositions.for_onnx())(*values)
+    module = make_fx(function, decomposition_table=decompositions.for_onnx())(*values)
     for node in module.graph.nodes:
         if node.target is aten.view.default:
             node.target = aten.reshape.default

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from edgetrain.export.storage.slim import slim
+from edgetrain.export.lowering.onnx.slim import slim
 
 
 def convolution():

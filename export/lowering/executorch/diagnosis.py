@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.relative_error import relative_error
 
 Compile = Callable[[fx.GraphModule, Sequence[Tensor]], Callable[[Sequence[Tensor]], Sequence[Tensor]]]
 """A module and example inputs -> the same function, run by ExecuTorch."""
@@ -41,19 +42,13 @@ def check_integers(exact: Sequence[Tensor], reference: Sequence[Tensor], got: Se
     Raises:
         UnsupportedError: it is not: a kernel computes something else.
     """
-    wanted, found = _distance(reference, exact), _distance(got, exact)
+    exactly, as_torch, as_here = ([tensor.numpy() for tensor in tensors] for tensors in (exact, reference, got))
+    wanted, found = relative_error(as_torch, exactly), relative_error(as_here, exactly)
     if not found <= 2 * wanted + ROUNDING:
         raise UnsupportedError(
             f"the int8 trunk is off by {found:.1%} on executorch, by {wanted:.1%} in torch's reference of the same "
             "integers: a kernel is wrong. Use float32, or the runtime onnxruntime"
         )
-
-
-def _distance(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Root mean square of the differences, relative."""
-    error = sum(float((g.double() - e.double()).square().sum()) for g, e in zip(got, exact, strict=True))
-    energy = sum(float(e.double().square().sum()) for e in exact)
-    return float((error / energy) ** 0.5) if energy else float(error > 0)
 
 
 def wrong_operator(module: fx.GraphModule, example: Sequence[Tensor], compile_: Compile) -> str | None:

@@ -37,6 +37,7 @@ class ExecutorchLowering:
     runtime = "executorch"
     minimum_version = VERSION
     narrows = True
+    splits = True
 
     def __init__(self, style: str = "functional") -> None:
         if style not in STYLES:
@@ -88,6 +89,15 @@ class ExecutorchLowering:
     def further_graphs(self, step: TracedGraph) -> tuple[TracedGraph, ...]:
         """What is made of the step beside it."""
         return (training_module.named(step),) if self._style == "training-module" else ()
+
+    def cannot_store(self, kind: str) -> str | None:
+        """Anything but a trunk in integers whose ranges are known."""
+        if kind == "int8-static":
+            return None
+        return (
+            "XNNPACK multiplies float32 activations with float32 weights only, and its integers want ranges known "
+            "beforehand: use int8-static"
+        )
 
     def weights(self, kind: str) -> Literal["float32"]:
         """Constants of XNNPACK's float32 operators are float32: nothing is rounded outside a quantized trunk."""

@@ -1,4 +1,4 @@
-"""Sums and means as products with ones, and matrix products as XNNPACK takes them."""
+"""Sums and means as products with ones."""
 
 from __future__ import annotations
 
@@ -83,23 +83,3 @@ def _runs(dims: Sequence[int]) -> list[tuple[int, int]]:
         else:
             runs.append((dim, dim))
     return runs
-
-
-def mm(rewriter: Rewriter, a: Tensor, b: Tensor) -> Any:
-    """XNNPACK multiplies by a constant matrix, or two variable ones as a batch."""
-    if a.dtype != torch.float32 or rewriter.is_static(1):
-        return NotImplemented
-    return _mm_variable(a, b)
-
-
-def addmm(rewriter: Rewriter, bias: Tensor, a: Tensor, b: Tensor, **scales: Any) -> Any:
-    """As `mm`, and the bias added; with constant matrix and bias it stays what it is."""
-    if scales or a.dtype != torch.float32 or (rewriter.is_static(0) and rewriter.is_static(2)):
-        return NotImplemented
-    if rewriter.is_static(2):
-        return torch.mm(a, b) + bias
-    return _mm_variable(a, b) + bias
-
-
-def _mm_variable(a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a.reshape(1, *a.shape), b.reshape(1, *b.shape)).reshape(a.shape[0], b.shape[1])

@@ -22,10 +22,10 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind, Outpu
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.executorch.compile import delegate, emit
+from edgetrain.protocol.graph_names import GRADIENT, PARAMETER
 
 NAME = "training_module"
 PROGRAM, DATA = f"{NAME}.pte", f"{NAME}.ptd"
-_PARAMETER, _GRADIENT = "parameters.", "gradients."
 
 
 def named(step: TracedGraph) -> TracedGraph:
@@ -59,14 +59,14 @@ def lower(module: fx.GraphModule, example: tuple[Tensor, ...], graph: TracedGrap
 def _sign(program: Any, graph: TracedGraph) -> list[str]:
     """Declares parameters and gradients, in place. Returns the parameters' names, in order."""
     signature = program.graph_signature
-    names = [spec.name.removeprefix(_PARAMETER) for spec in graph.inputs if spec.name.startswith(_PARAMETER)]
+    names = [spec.name.removeprefix(PARAMETER) for spec in graph.inputs if spec.name.startswith(PARAMETER)]
     waiting = iter(names)
     for index, spec in enumerate(signature.input_specs):
         if spec.kind is InputKind.USER_INPUT and (name := next(waiting, None)) is not None:
             signature.input_specs[index] = InputSpec(InputKind.PARAMETER, spec.arg, name)
     for index, (spec, result) in enumerate(zip(signature.output_specs, graph.outputs, strict=True)):
-        if result.name.startswith(_GRADIENT):
-            target = result.name.removeprefix(_GRADIENT)
+        if result.name.startswith(GRADIENT):
+            target = result.name.removeprefix(GRADIENT)
             signature.output_specs[index] = OutputSpec(OutputKind.GRADIENT_TO_PARAMETER, spec.arg, target)
     return names
 

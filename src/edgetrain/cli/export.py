@@ -96,11 +96,13 @@ def command(
     from edgetrain.edge_client.training.data import load_samples
     from edgetrain.export import Storage, export_bundle, load_source
     from edgetrain.export.batch import as_tensors, batch_spec
+    from edgetrain.export.lowering import get_lowering
     from edgetrain.protocol.bundle import Bundle
 
     # Before any work: whether it can be done at all.
     storage = Storage(kind=frozen, trainable=trainable_storage, max_loss_change=max_loss_change)
-    storage.check(runtimes or ("onnxruntime",))
+    runtimes = tuple(dict.fromkeys(runtimes)) or ("onnxruntime",)
+    storage.check([get_lowering(runtime) for runtime in runtimes])
     if per_sample_clipping:
         storage.check_clipping()
     source = load_source(model, task=task, options=factory_options(options))
@@ -113,7 +115,7 @@ def command(
         source.loss,
         source.example_batch,
         trainable=trainable,
-        runtimes=runtimes or ("onnxruntime",),
+        runtimes=runtimes,
         micro_batch=micro_batch,
         per_sample_clipping=per_sample_clipping,
         split=split,

@@ -12,8 +12,8 @@ from torch import Tensor
 from edgetrain.export.graph.before_autograd import COMPOSITES
 from edgetrain.export.graph.decompositions import Decompositions, common
 from edgetrain.export.graph.decompositions import convolution_backward as common_convolution_backward
-from edgetrain.export.lowering import onnx_convolution
-from edgetrain.export.lowering.onnx_convolution_form import choose
+from edgetrain.export.lowering.onnx.convolution import convolution, gradients
+from edgetrain.export.lowering.onnx.convolution_form import choose
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ def for_onnx() -> Decompositions:
         common()
         | COMPOSITES
         | {
-            aten.convolution.default: onnx_convolution.convolution,
+            aten.convolution.default: convolution,
             aten.convolution_backward.default: convolution_backward,
             aten.gelu.default: gelu,
             aten.gelu_backward.default: gelu_backward,
@@ -39,12 +39,12 @@ def for_onnx() -> Decompositions:
 def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias_sizes: Sequence[int] | None, *options: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As the common one, with products in the forms of `onnx_convolution` where there is one."""
+    """As the common one, with products in the forms of `convolution` where there is one."""
     stride, padding, dilation, transposed, _, groups, output_mask = options
     form = choose(x, weight, stride, padding, dilation, transposed, groups)
     grad_x = grad_w = None
     if form is not None:
-        grad_x, grad_w = onnx_convolution.gradients(grad, x, weight, form, output_mask)
+        grad_x, grad_w = gradients(grad, x, weight, form, output_mask)
     rest = [output_mask[0] and grad_x is None, output_mask[1] and grad_w is None, output_mask[2]]
     other = common_convolution_backward(grad, x, weight, bias_sizes, *(*options[:-1], rest))
     return (other[0] if grad_x is None else grad_x, other[1] if grad_w is None else grad_w, other[2])

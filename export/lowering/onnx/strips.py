@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from edgetrain.export.lowering.onnx_strip_regions import PRODUCTS, Region, Regions, arguments, is_turn
+from edgetrain.export.graph.nodes import call
+from edgetrain.export.lowering.onnx.strip_regions import PRODUCTS, Region, Regions, arguments, is_turn
 
 aten = torch.ops.aten
 
@@ -172,19 +173,7 @@ class _Writer:
         return self._call(operator.getitem, self._parts[key], strip)
 
     def _call(self, target: Any, *operands: Any, **options: Any) -> fx.Node:
-        """A new node with its value's shape, which later passes read."""
-        node = self._new.call_function(target, operands, options)
-        node.meta["val"] = target(*fx.node.map_arg(operands, _empty), **options)
-        return node
-
-
-def _empty(node: fx.Node) -> Any:
-    """Of the same shape, in no memory and no trace."""
-
-    def empty(value: Any) -> Any:
-        return torch.empty(tuple(value.shape), dtype=value.dtype, device="meta")
-
-    return fx.node.map_aggregate(node.meta["val"], empty)
+        return call(self._new, target, *operands, **options)
 
 
 def _factor(node: fx.Node, name: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from edgetrain.export.graph.attention import MASKED
-from edgetrain.export.lowering.onnx_decompositions import GELU_CUBIC, GELU_LINEAR
-from edgetrain.export.lowering.onnx_strips import in_strips
+from edgetrain.export.lowering.onnx.decompositions import GELU_CUBIC, GELU_LINEAR
+from edgetrain.export.lowering.onnx.strips import in_strips
 
 aten = torch.ops.aten
 

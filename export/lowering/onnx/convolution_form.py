@@ -1,4 +1,4 @@
-"""The geometry of a two-dimensional convolution, and which form of `onnx_convolution` its shapes ask for.
+"""The geometry of a two-dimensional convolution, and which form of `convolution` its shapes ask for.
 
 Shape letters as there.
 """

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from edgetrain.export.lowering.onnx_convolution_form import Form, Side, add_up, choose, pad, pad_parts
+from edgetrain.export.lowering.onnx.convolution_form import Form, Side, add_up, choose, pad, pad_parts
 
 
 def convolution(

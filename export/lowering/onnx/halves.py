@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-Vector = npt.NDArray[np.float32]
+from edgetrain.protocol.vectors import Vector
 
 
 def in_half(values: Vector) -> Vector | None:

@@ -1,4 +1,4 @@
-"""Finds where a graph's activations are wide, and what connects them: the regions of `onnx_strips`."""
+"""Finds where a graph's activations are wide, and what connects them: the regions of `strips`."""
 
 from __future__ import annotations
 

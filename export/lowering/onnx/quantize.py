@@ -16,9 +16,9 @@ import onnx
 
 from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.lowering.base import Array
+from edgetrain.export.lowering.onnx.quantized_convolutions import fuse_convolutions
+from edgetrain.export.lowering.onnx.slim import slim
 from edgetrain.export.quiet import quiet
-from edgetrain.export.storage.quantized_convolutions import fuse_convolutions
-from edgetrain.export.storage.slim import slim
 
 
 def quantize_trunk(data: bytes, kind: str, batches: Sequence[Sequence[Array]]) -> bytes:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from edgetrain.export.storage.halves import Halves, in_half
+from edgetrain.export.lowering.onnx.halves import Halves, in_half
 
 Array = npt.NDArray[np.generic]
 

@@ -18,11 +18,11 @@ from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.graph.partition import Split
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run, Weights
-from edgetrain.export.lowering.onnx_decompositions import for_onnx
-from edgetrain.export.lowering.onnx_rewrite import for_onnxruntime
+from edgetrain.export.lowering.onnx.decompositions import for_onnx
+from edgetrain.export.lowering.onnx.quantize import quantize_trunk
+from edgetrain.export.lowering.onnx.rewrite import for_onnxruntime
+from edgetrain.export.lowering.onnx.store import store
 from edgetrain.export.quiet import quiet
-from edgetrain.export.storage.frozen_weights import store
-from edgetrain.export.storage.quantize_trunk import quantize_trunk
 
 OPSET = 18
 # Protobuf's limit for one message; larger models would need external data.
@@ -39,6 +39,7 @@ class OnnxLowering:
     runtime = "onnxruntime"
     minimum_version = "1.22"
     narrows = True
+    splits = True
 
     def __init__(self, rewrite: Callable[[fx.GraphModule], fx.GraphModule] = for_onnxruntime) -> None:
         self._rewrite = rewrite
@@ -66,6 +67,10 @@ class OnnxLowering:
             raise UnsupportedError(f"graph {graph.name!r} is larger than the 2 GiB that one ONNX file can hold")
         return LoweredGraph(file=f"{graph.name}.onnx", data=model.SerializeToString(deterministic=True))
 
+    def cannot_store(self, kind: str) -> None:
+        """Whatever is asked for."""
+        del kind
+
     def weights(self, kind: str) -> Weights:
         """Whatever is asked for; a quantized trunk's neighbours are stored as int8."""
         return "float16" if kind == "float16" else "int8"
@@ -82,7 +87,7 @@ class OnnxLowering:
     def quantize_trunk(
         self, trunk: TracedGraph, lowered: LoweredGraph, kind: str, batches: Sequence[Sequence[Array]]
     ) -> LoweredGraph:
-        """By onnxruntime's own tools; see `edgetrain.export.storage.quantize_trunk`."""
+        """By onnxruntime's own tools; see `edgetrain.export.lowering.onnx.quantize`."""
         del trunk
         return replace(lowered, data=quantize_trunk(lowered.data, kind, batches))
 
