@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from edgetrain.export.graph.pooling import per_dimension
-from edgetrain.export.lowering.executorch.convolution import Windows, interleave, taps
 from edgetrain.export.lowering.executorch.decompositions import positive
+from edgetrain.export.lowering.executorch.windows import Windows, interleave, taps
 
 aten = torch.ops.aten
 

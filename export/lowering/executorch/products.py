@@ -10,6 +10,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from edgetrain.export.lowering.executorch.rewrite import Rewriter
 
+# Columns that XNNPACK computes at a time where registers are widest (AVX-512); a narrower product leaves some empty.
+LANES = 32
+
 
 def mm(rewriter: Rewriter, a: Tensor, b: Tensor) -> Any:
     """XNNPACK multiplies by a constant matrix, or two variable ones as a batch."""

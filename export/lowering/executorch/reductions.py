@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from edgetrain.export.lowering.executorch.convolution import LANES
+from edgetrain.export.lowering.executorch.products import LANES
 
 if TYPE_CHECKING:
     from edgetrain.export.lowering.executorch.rewrite import Rewriter
