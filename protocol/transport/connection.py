@@ -125,6 +125,7 @@ class Connection:
         *,
         until: Callable[[], bool] = lambda: False,
         reading: bool = True,
+        rest: float = 0.0,
     ) -> str | None:
         """Waits for the network or for a byte on `wake`, and handles what there is (or a part of it, `until`).
 
@@ -133,6 +134,7 @@ class Connection:
             timeout: in seconds.
             until: enough was handled.
             reading: whether to look at what has arrived.
+            rest: seconds that pass between two looks; what comes sooner waits, for more to come with it.
 
         Returns:
             None; or why the connection has ended.
@@ -148,10 +150,16 @@ class Connection:
             poller.register(wake.fileno(), select.POLLIN)
         pending = reading and (getattr(sock, "pending", lambda: 0)() > 0 or self._unhandled)
         ready = dict(poller.poll(0 if pending else 1000 * min(timeout, _TICK_SECONDS)))
+        seen = ready.get(sock.fileno(), 0)
+        early = self.heard_at + rest - time.monotonic()
+        if seen == select.POLLIN and early > 0 and not pending:
+            poller.modify(sock.fileno(), 0)
+            ready |= dict(poller.poll(1000 * early))
+            # Whoever woke us comes first; what has arrived is still there then.
+            seen = 0 if wake is not None and wake.fileno() in ready else seen
         if wake is not None and wake.fileno() in ready:
             with contextlib.suppress(BlockingIOError):
                 wake.recv(4096)
-        seen = ready.get(sock.fileno(), 0)
         result = MQTTErrorCode.MQTT_ERR_SUCCESS
         if pending or seen & (select.POLLIN | select.POLLHUP | select.POLLERR | select.POLLNVAL):
             self.heard_at = time.monotonic()

@@ -44,8 +44,9 @@ _GOODBYE_SECONDS = 1.0
 # While enough messages wait here, those that come are left to the kernel for so long: one call fetches them all, where
 # each would wake a thread that competes with the one that handles them.
 _SATED_SECONDS = 0.02
-# Between two looks passes so much time for each message that may be on its way: a few come at once, too.
-_REST_SECONDS = 2e-5
+# Who deals with the messages of many lets so much time pass between two looks, so that some come at once. A client gets
+# few: to it, a rest would be another wake-up.
+_REST_SECONDS = 0.005
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -120,6 +121,7 @@ class MqttTransport:
         self._most_received = most_received
         # Messages that are acknowledged, or wait to be received, at a time.
         self._some = max(most_received // 4, 1)
+        self._rest = _REST_SECONDS if most_received > RECEIVE_MAXIMUM else 0.0
         self.bytes_sent = 0
         self.bytes_received = 0
         self._config = config
@@ -385,9 +387,8 @@ class MqttTransport:
             # after that sees this, and wakes us.
             self._sated = not self._sated
             self._sated = self._sated and self._events.qsize() >= self._some
-            rest = _SATED_SECONDS if self._sated else connection.heard_at + self._most_received * _REST_SECONDS - now
-            wait = min(1.0 if patience is None else max(patience, 0.001), rest if rest > 0 else 1.0)
-            reason = connection.pump(self._wake_read, wait, reading=rest <= 0)
+            wait = min(1.0 if patience is None else max(patience, 0.001), _SATED_SECONDS if self._sated else 1.0)
+            reason = connection.pump(self._wake_read, wait, reading=not self._sated, rest=self._rest)
             if reason is not None:
                 return reason
             quiet = 0.0 if oldest is None else time.monotonic() - max(oldest, connection.heard_at)
