@@ -27,9 +27,13 @@ def decode_parameters(data: bytes, manifest: Manifest) -> Vector:
         ValueError: not safetensors, or not the tensors that the manifest lists.
     """
     try:
-        return from_named(safetensors.numpy.load(data), manifest.parameters)
+        tensors = safetensors.numpy.load(data)
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from error
+    for entry in manifest.parameters:
+        if entry.name in tensors and tensors[entry.name].dtype != np.float32:
+            raise ValueError(f"{entry.name!r} is {tensors[entry.name].dtype}, not float32")
+    return from_named(tensors, manifest.parameters)
 
 
 def encode_state(state: Mapping[str, npt.NDArray[Any]], strategy: str) -> bytes:

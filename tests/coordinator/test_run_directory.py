@@ -276,7 +276,7 @@ def test_lines_of_the_wrong_round_are_an_error(opener, ram_path):
         opener()
 
 
-@pytest.mark.parametrize("damage", ["missing", "torn", "flipped", "other tensors", "other values"])
+@pytest.mark.parametrize("damage", ["missing", "torn", "flipped", "other tensors", "other type", "other values"])
 def test_damaged_parameters_are_an_error(opener, ram_path, damage):
     directory = opener()
     close_rounds(directory, 0.5, 0.25)
@@ -291,6 +291,11 @@ def test_damaged_parameters_are_an_error(opener, ram_path, damage):
             path.write_bytes(bytes([data[0] ^ 0x40]) + data[1:])
         case "other tensors":
             path.write_bytes(safetensors.numpy.save({"x": vector(2)}))
+        case "other type":
+            tensors = safetensors.numpy.load(data)
+            path.write_bytes(
+                safetensors.numpy.save({name: found.astype(np.float64) for name, found in tensors.items()})
+            )
         case "other values":
             path.write_bytes((ram_path / "run" / "parameters" / "round-00001.safetensors").read_bytes())
     directory.close()
