@@ -92,6 +92,8 @@ def main() -> None:
     }
     path = arguments.out / "coordinator.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
+    if unknown := [section for section in arguments.sections if section not in sections]:
+        parser.error(f"no section {unknown[0]!r}; there are: {', '.join(sections)}")
     for section in arguments.sections or sections:
         kept[section] = []
         for measure in sections[section]:

@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if unknown := [entry for entry in arguments.entries if entry not in SUITE]:
+        parser.error(f"no entry {unknown[0]!r}; there are: {', '.join(SUITE)}")
     if arguments.contender:
         contend(arguments.contender, arguments.folder, arguments.entries[0])
         return
