@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from edgetrain.export.lowering.executorch.products import LANES
-from edgetrain.export.lowering.executorch.windows import Windows, interleave, merged, padded, taps, windows
+from edgetrain.export.lowering.executorch.windows import Windows, framed, interleave, merged, padded, taps, windows
 
 aten = torch.ops.aten
 
@@ -142,7 +142,7 @@ def _weight_gradient_in_runs(x_NHWC: Tensor, grad_NHWC: Tensor, rows: Windows, c
     x, *_ = padded(x_NHWC, rows, columns, spare=1)
     _, height, width, I = x.shape
     together = 2 if width % 2 == 0 and _is_narrow(O, columns) else 1
-    grad, length = aten.constant_pad_nd.default(grad_NHWC, [0, 0, 0, width - W], 0.0), H * width // together
+    grad, length = framed(grad_NHWC, 0, width - W), H * width // together
     # Tap j of positions `together` * q, `together` * q + 1, … is in column q + j // together of its residue class.
     x = x.reshape(N, height, width // together, together, I).permute(4, 3, 0, 1, 2).contiguous()
     i, residue, n, h, _ = x.stride()

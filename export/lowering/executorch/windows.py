@@ -62,10 +62,20 @@ def padded(
 ) -> tuple[Tensor, int, int]:
     """The image with all that windows reach and `spare` rows below; how many rows and columns were put before it."""
     (top, bottom), (left, right) = rows.padding(x_NHWC.shape[1]), columns.padding(x_NHWC.shape[2])
-    bottom += spare
-    if top or bottom or left or right:
-        x_NHWC = aten.constant_pad_nd.default(x_NHWC, [0, 0, left, right, top, bottom], value)
-    return x_NHWC, top, left
+    return framed(x_NHWC, left, right, top, bottom + spare, value), top, left
+
+
+def framed(x_NHWC: Tensor, left: int, right: int, top: int = 0, bottom: int = 0, value: float = 0.0) -> Tensor:
+    """The image with so many columns and rows of `value` around it.
+
+    XNNPACK copies rows of what lies behind the last padded dimension: whole lines of an image, several times faster
+    than the channels of one position.
+    """
+    if not (left or right or top or bottom):
+        return x_NHWC
+    N, H, W, C = x_NHWC.shape
+    lines = aten.constant_pad_nd.default(x_NHWC.reshape(N, H, W * C), [left * C, right * C, top, bottom], value)
+    return lines.reshape(N, top + H + bottom, left + W + right, C)
 
 
 def merged(axes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
