@@ -69,6 +69,53 @@ def test_convolution_and_both_gradients_match_autograd(name):
     close(from_last(conv.input_gradient(to_last(g32), w32, geometry, x.shape[2:])), grad_x)
 
 
+# Blocks of lines: a single one, some that XNNPACK concatenates, many that are gathered; a last one that is not full.
+BLOCKS = {
+    "one block": dict(size=(5, 5)),
+    "some blocks": dict(size=(25, 5)),
+    "some blocks, the last not full": dict(size=(13, 6)),
+    "many blocks": dict(size=(24, 16)),
+    "many blocks, the last not full": dict(size=(17, 15)),
+    "five by three taps": dict(size=(15, 7), kernel=(5, 3), padding=(2, 1)),
+    "dilation": dict(size=(14, 9), padding=(2, 3), dilation=(2, 3)),
+    "no padding": dict(size=(15, 7), padding=(0, 0)),
+    "more padding than the kernel reaches": dict(size=(9, 6), padding=(3, 4)),
+    "two taps": dict(size=(11, 9), kernel=(2, 2), padding=(1, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_depthwise_convolution_in_blocks_of_lines_and_both_gradients_match_autograd(name, monkeypatch):
+    monkeypatch.setattr(conv, "MOST", 1000)
+    case, channels, samples = BLOCKS[name], 5, 24
+    padding, dilation = case.get("padding", (1, 1)), case.get("dilation", (1, 1))
+    geometry = conv.Geometry(case.get("kernel", (3, 3)), (1, 1), padding, dilation, channels)
+    x = torch.randn(samples, channels, *case["size"], dtype=torch.float64, requires_grad=True)
+    w = torch.randn(channels, 1, *geometry.kernel, dtype=torch.float64, requires_grad=True)
+    y = F.conv2d(x, w, None, 1, padding, dilation, channels)
+    grad = torch.randn_like(y)
+    grad_x, grad_w = torch.autograd.grad(y, (x, w), grad)
+    x32, w32, g32 = (t.detach().float() for t in (x, w, grad))
+    for gradient in (False, True):
+        assert geometry.in_blocks(w32, case["size"], samples, gradient=gradient) is not None
+    close(from_last(conv.convolution(to_last(x32), w32, geometry)), y)
+    images = to_last(x32), to_last(g32), w32, geometry
+    by_input, by_weight = conv.gradients(*images, by_input=True, by_weight=True)
+    close(from_last(by_input), grad_x)
+    close(by_weight, grad_w)
+    assert torch.equal(conv.gradients(*images, by_input=True, by_weight=False)[0], by_input)
+    assert torch.equal(conv.gradients(*images, by_input=False, by_weight=True)[1], by_weight)
+
+
+@pytest.mark.parametrize(
+    ("samples", "size", "stride"),
+    [(1, (25, 5), (1, 1)), (8, (16, 16), (2, 2)), (8, (1, 64), (1, 1)), (8, (64, 64), (1, 1))],
+)
+def test_blocks_of_lines_are_not_taken_where_they_would_multiply_too_much(samples, size, stride):
+    geometry = conv.Geometry((3, 3), stride, (1, 1), (1, 1), 64)
+    assert geometry.in_blocks(torch.empty(64, 1, 3, 3), size, samples, gradient=False) is None
+
+
 POOLS = list(
     itertools.product(
         [(2, 2), (3, 3), (3, 2)],

@@ -12,6 +12,7 @@ from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransf
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
     XNNBatchMatrixMultiply,
     XNNGraph,
+    XNNStaticReshape,
     XNNStaticTranspose,
     XNNTensorValue,
     XNode,
@@ -19,10 +20,12 @@ from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
 )
 from executorch.exir import EdgeCompileConfig, to_edge
 
-from edgetrain.export.lowering.executorch.compile import delegate
-from edgetrain.export.lowering.executorch.peephole import TRANSPOSE_B, turn_inside
+from edgetrain.export.lowering import get_lowering
+from edgetrain.export.lowering.base import LoweredGraph
+from edgetrain.export.lowering.executorch.compile import delegate, emit
+from edgetrain.export.lowering.executorch.peephole import TRANSPOSE_B, shape_once, turn_inside
 from edgetrain.export.lowering.executorch.settle import settle_shapes
-from edgetrain.export.lowering.executorch.turns import PERMUTE, VIEW, simplify_turns
+from edgetrain.export.lowering.executorch.turns import PERMUTE, VIEW, simplify_turns, view_for_each
 from edgetrain.export.quiet import quiet
 
 
@@ -178,6 +181,49 @@ def test_views_at_the_border_of_a_partition_stand_outside(held, inside):
     assert sorted(views) == inside
 
 
+def test_every_reader_of_a_view_has_its_own():
+    x = torch.randn(4, 6)
+
+    def read_twice(x):
+        y = x.reshape(2, 12)
+        return y.exp(), y.sin(), y
+
+    module = edge_of(read_twice, x)
+    view_for_each(module)
+    views = [node for node in module.graph.nodes if node.target == VIEW]
+    assert [len(view.users) for view in views] == [1, 1, 1]
+    check(module, read_twice, x)
+
+
+class TwoShapes(torch.nn.Module):
+    """A view that is read in its partition, and by a kernel outside of XNNPACK."""
+
+    def forward(self, x):
+        y = x * 2.0
+        view = y.reshape(2, 12)
+        return (
+            torch.bmm(view.reshape(1, 2, 12), view.reshape(1, 12, 2)),
+            view + 1.0,
+            y + 1.0,
+            view.cumsum(1),
+            y.cumsum(0),
+        )
+
+
+def test_no_tensor_leaves_a_partition_in_two_shapes():
+    x = torch.randn(4, 6)
+    with quiet():
+        edge = delegate(TwoShapes(), (x,))
+        data = emit(edge).data
+    parts = [part for part in edge.exported_program().graph_module.children() if hasattr(part, "original_module")]
+    results = [n for part in parts for n in part.original_module.graph_module.graph.output_node().args[0]]
+    # The product and both sums, and what is read outside, once.
+    assert len(results) == 4
+    got = get_lowering("executorch").load(LoweredGraph(file="step.pte", data=data))([x.numpy()])
+    for result, expected in zip(got, TwoShapes()(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(result), expected)
+
+
 def subgraph(*nodes, outputs):
     tensors = [
         XNNTensorValue(1, 3, [1, 2, 2], constant_buffer_idx=0, external_id=i, flags=0, id_out=i) for i in range(6)
@@ -213,3 +259,16 @@ def test_other_permutations_stay():
     turn_inside(graph)
     assert len(graph.xnodes) == 2
     assert product.flags == 0
+
+
+def test_one_tensor_in_one_shape_is_copied_once():
+    first, again, other, result = (
+        XNNStaticReshape(num_dims=2, new_shape=shape, input_id=0, output_id=output, flags=0)
+        for shape, output in [([1, 4], 1), ([1, 4], 2), ([4, 1], 3), ([1, 4], 5)]
+    )
+    product = XNNBatchMatrixMultiply(input1_id=2, input2_id=3, output_id=4, flags=0)
+    graph = subgraph(first, again, other, product, result, outputs=[4, 5])
+    shape_once(graph)
+    assert [node.xnode_union for node in graph.xnodes] == [first, other, product, result]
+    assert (product.input1_id, product.input2_id) == (1, 3)
+    assert 2 not in [value.xvalue_union.id_out for value in graph.xvalues]

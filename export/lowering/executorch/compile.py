@@ -54,7 +54,7 @@ def delegate(module: torch.nn.Module, example: tuple[Tensor, ...], *, held_input
     from edgetrain.export.lowering.executorch.partition import partitioner  # noqa: PLC0415
     from edgetrain.export.lowering.executorch.peephole import peephole  # noqa: PLC0415
     from edgetrain.export.lowering.executorch.settle import settle_shapes  # noqa: PLC0415
-    from edgetrain.export.lowering.executorch.turns import simplify_turns  # noqa: PLC0415
+    from edgetrain.export.lowering.executorch.turns import simplify_turns, view_for_each  # noqa: PLC0415
 
     try:
         with peephole():
@@ -66,6 +66,7 @@ def delegate(module: torch.nn.Module, example: tuple[Tensor, ...], *, held_input
                     RemoveCloneOpsTransform(preserve_input_output_copies=True),
                     simplify_turns,
                     settle_shapes,
+                    view_for_each,
                 ],
                 partitioner=[partitioner(held_inputs=held_inputs)],
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+from edgetrain.export.lowering.executorch.depthwise import MOST, Form, Side, cheapest
 from edgetrain.export.lowering.executorch.products import LANES
 from edgetrain.export.lowering.executorch.windows import Windows, framed, interleave, merged, padded, taps, windows
 
@@ -88,6 +89,26 @@ class Geometry:
         """Whether each channel has weights of its own and nothing else."""
         return self.groups == weight.shape[0] and weight.shape[1] == 1 and self.groups > 1
 
+    def in_blocks(self, weight: Tensor, size: Sequence[int], samples: int, *, gradient: bool) -> Form | None:
+        """The quicker form of a depthwise convolution of inputs of this size, or of its gradients, if it has one."""
+        if not self.depthwise(weight) or self.stride != (1, 1):
+            return None
+        rows, columns = (
+            Side(self.kernel[i], self.dilation[i], self.padding[i], size[i], positions)
+            for i, positions in enumerate(self.positions(size))
+        )
+        if gradient:
+            rows, columns = rows.gradient(), columns.gradient()
+        form = cheapest(rows, columns, samples)
+        return form if form.cost(samples) <= MOST else None
+
+    def positions(self, size: Sequence[int]) -> list[int]:
+        """The size of the output for inputs of this size."""
+        return [
+            (size[i] + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i in range(2)
+        ]
+
     def forward(self, positions: Sequence[int]) -> tuple[Windows, Windows]:
         """What each output row reads, and each column."""
         rows, columns = (
@@ -99,17 +120,33 @@ class Geometry:
 def convolution(x_NHWC: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """[N, H, W, G*I] with weights [G*O, I, kh, kw] -> [N, H', W', G*O]."""
     G, (O, I) = geometry.groups, weight.shape[:2]
-    positions = [
-        (x_NHWC.shape[1 + i] + 2 * geometry.padding[i] - geometry.dilation[i] * (geometry.kernel[i] - 1) - 1)
-        // geometry.stride[i]
-        + 1
-        for i in range(2)
-    ]
+    positions = geometry.positions(x_NHWC.shape[1:3])
     K = math.prod(geometry.kernel)
+    form = geometry.in_blocks(weight, x_NHWC.shape[1:3], len(x_NHWC), gradient=False)
+    if form is not None:
+        return form.multiply(form.read(x_NHWC), weight)
     if geometry.depthwise(weight):
         return multiply_channels(x_NHWC, weight.reshape(O, K).permute(1, 0), *geometry.forward(positions))
     matrix = weight.reshape(G, O // G, I, K).permute(0, 3, 2, 1).reshape(G, K * I, O // G)
     return multiply(x_NHWC, matrix, *geometry.forward(positions))
+
+
+def gradients(
+    x_NHWC: Tensor, grad_NHWC: Tensor, weight: Tensor, geometry: Geometry, *, by_input: bool, by_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`input_gradient` and `weight_gradient`, as far as wanted."""
+    form = geometry.in_blocks(weight, x_NHWC.shape[1:3], len(x_NHWC), gradient=True)
+    if form is not None:
+        # One reading of the gradient serves both.
+        read = form.read(grad_NHWC)
+        return (
+            form.multiply(read, weight) if by_input else None,
+            form.weight_gradient(read, form.blocks_of(x_NHWC), weight.shape) if by_weight else None,
+        )
+    return (
+        input_gradient(grad_NHWC, weight, geometry, x_NHWC.shape[1:3]) if by_input else None,
+        weight_gradient(x_NHWC, grad_NHWC, geometry) if by_weight else None,
+    )
 
 
 def weight_gradient(x_NHWC: Tensor, grad_NHWC: Tensor, geometry: Geometry) -> Tensor:

@@ -110,25 +110,26 @@ def convolution_backward(
     geometry = _geometry(weight, stride, padding, dilation, groups)
     frozen = rewriter.is_static(2)
     grad_x = grad_w = grad_b = None
-    if output_mask[0] and frozen:
+    by_input, by_weight = bool(output_mask[0]), bool(output_mask[1])
+    if by_input and frozen:
         given = _image(grad)
         grad_x = (
             _constant_convolution(rewriter, given, weight, geometry, geometry.padding, geometry.stride)
             if transposed
             else _input_gradient(rewriter, given, weight, geometry, _image(x).shape[2:])
         ).reshape(x.shape)
-    elif output_mask[0]:
-        given = _last(rewriter, 0, grad)
-        grad_x = (
-            conv.convolution(given, _image(weight), geometry)
-            if transposed
-            else conv.input_gradient(given, _image(weight), geometry, _image(x).shape[2:])
-        )
-        grad_x = rewriter.image(grad_x, 0) if x.ndim == 4 else from_last(grad_x).reshape(x.shape)
-    if output_mask[1]:
-        images = _last(rewriter, 0, grad), _last(rewriter, 1, x)
-        inputs, outputs = images if transposed else images[::-1]
-        grad_w = conv.weight_gradient(inputs, outputs, geometry).reshape(weight.shape)
+        by_input = False
+    if by_input or by_weight:
+        images = _last(rewriter, 1, x), _last(rewriter, 0, grad)
+        if transposed:
+            found = conv.convolution(images[1], _image(weight), geometry) if by_input else None
+            grad_w = conv.weight_gradient(*images[::-1], geometry) if by_weight else None
+        else:
+            found, grad_w = conv.gradients(*images, _image(weight), geometry, by_input=by_input, by_weight=by_weight)
+        if found is not None:
+            grad_x = rewriter.image(found, 0) if x.ndim == 4 else from_last(found).reshape(x.shape)
+        if grad_w is not None:
+            grad_w = grad_w.reshape(weight.shape)
     if output_mask[2]:
         dims = [0, *range(2, grad.ndim)]
         grad_b = sum_(rewriter, grad, dims)

@@ -17,13 +17,14 @@ _TURNED = [0, 2, 1]
 
 @contextmanager
 def peephole() -> Iterator[None]:
-    """While it is active, ExecuTorch writes subgraphs as `turn_inside` leaves them."""
+    """While it is active, ExecuTorch writes subgraphs as `turn_inside` and `shape_once` leave them."""
     from executorch.backends.xnnpack import xnnpack_preprocess  # noqa: PLC0415  # slow to import
 
     write: Callable[..., bytes] = xnnpack_preprocess.serialize_xnnpack_binary
 
     def improved(graph: Any, *args: Any, **kwargs: Any) -> bytes:
         turn_inside(graph)
+        shape_once(graph)
         return write(graph, *args, **kwargs)
 
     xnnpack_preprocess.serialize_xnnpack_binary = improved
@@ -47,7 +48,29 @@ def turn_inside(graph: Any) -> None:
             product.input2_id = turned[product.input2_id].input_id
             product.flags |= TRANSPOSE_B
     read = Counter(i for node in nodes for i in _inputs(node))
-    gone = {n for n in turned if not read[n] and n not in graph.output_ids}
+    _remove(graph, {n for n in turned if not read[n] and n not in graph.output_ids})
+
+
+def shape_once(graph: Any) -> None:
+    """Of copies of one tensor in one shape, the first is kept.
+
+    Args:
+        graph: as for `turn_inside`.
+    """
+    first: dict[tuple[int, tuple[int, ...]], int] = {}
+    same: dict[int, int] = {}
+    for node in (node.xnode_union for node in graph.xnodes):
+        for name in [name for name in vars(node) if name.startswith("input") and name.endswith("_id")]:
+            setattr(node, name, same.get(getattr(node, name), getattr(node, name)))
+        if type(node).__name__ == "XNNStaticReshape" and node.output_id not in graph.output_ids:
+            kept = first.setdefault((node.input_id, tuple(node.new_shape)), node.output_id)
+            if kept != node.output_id:
+                same[node.output_id] = kept
+    _remove(graph, set(same))
+
+
+def _remove(graph: Any, gone: set[int]) -> None:
+    """What makes these values, and the values."""
     graph.xnodes = [node for node in graph.xnodes if getattr(node.xnode_union, "output_id", None) not in gone]
     graph.xvalues = [value for value in graph.xvalues if _identifier(value) not in gone]
 

@@ -31,6 +31,25 @@ def simplify_turns(module: fx.GraphModule) -> PassResult:
     return PassResult(module, changed)
 
 
+def view_for_each(module: fx.GraphModule) -> PassResult:
+    """The pass that gives every reader of a view one of its own.
+
+    So a reader in another partition makes it outside, where it is free, and no tensor is kept in two shapes. Within
+    a partition, `peephole` makes them one again.
+    """
+    changed = False
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target == VIEW:
+            for user in list(node.users)[1:]:
+                source, shape = node.args
+                user.replace_input_with(node, _call(node, VIEW, source, shape))
+                changed = True
+    if changed:
+        module.graph.lint()
+        module.recompile()
+    return PassResult(module, changed)
+
+
 def sweep(graph: fx.Graph) -> bool:
     """Simplifies every view and permutation once; what is no longer read stays. Returns whether anything changed."""
     changed = False

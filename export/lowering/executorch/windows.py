@@ -74,7 +74,7 @@ def framed(x_NHWC: Tensor, left: int, right: int, top: int = 0, bottom: int = 0,
     if not (left or right or top or bottom):
         return x_NHWC
     N, H, W, C = x_NHWC.shape
-    lines = aten.constant_pad_nd.default(x_NHWC.reshape(N, H, W * C), [left * C, right * C, top, bottom], value)
+    lines: Tensor = aten.constant_pad_nd.default(x_NHWC.reshape(N, H, W * C), [left * C, right * C, top, bottom], value)
     return lines.reshape(N, top + H + bottom, left + W + right, C)
 
 
