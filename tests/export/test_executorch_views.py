@@ -224,6 +224,24 @@ def test_no_tensor_leaves_a_partition_in_two_shapes():
         torch.testing.assert_close(torch.from_numpy(result), expected)
 
 
+def test_windows_of_two_layers_do_not_wait_for_each_other():
+    """Each is gathered, multiplied and let go: the arena never holds both."""
+
+    class TwoGradients(torch.nn.Module):
+        def forward(self, x, grad):
+            seen = [torch.ops.aten.as_strided_copy.default(x, [64, 9, 512], [1, step, 1]) for step in (8, 16)]
+            return [torch.bmm(part.reshape(1, 576, 512), grad) for part in seen]
+
+    tensors = torch.randn(1024), torch.randn(1, 512, 4)
+    with quiet():
+        compiled = emit(delegate(TwoGradients(), tensors))
+    one = 64 * 9 * 512 * 4
+    assert one < compiled.planned < 1.1 * one
+    run = get_lowering("executorch").load(LoweredGraph(file="step.pte", data=compiled.data))
+    for result, expected in zip(run([t.numpy() for t in tensors]), TwoGradients()(*tensors), strict=True):
+        torch.testing.assert_close(torch.from_numpy(result), expected, rtol=1e-4, atol=1e-4)
+
+
 def subgraph(*nodes, outputs):
     tensors = [
         XNNTensorValue(1, 3, [1, 2, 2], constant_buffer_idx=0, external_id=i, flags=0, id_out=i) for i in range(6)

@@ -181,8 +181,8 @@ def _weight_gradient_in_runs(x_NHWC: Tensor, grad_NHWC: Tensor, rows: Windows, c
     together = 2 if width % 2 == 0 and _is_narrow(O, columns) else 1
     grad, length = framed(grad_NHWC, 0, width - W), H * width // together
     # Tap j of positions `together` * q, `together` * q + 1, … is in column q + j // together of its residue class.
-    x = x.reshape(N, height, width // together, together, I).permute(4, 3, 0, 1, 2).contiguous()
-    i, residue, n, h, _ = x.stride()
+    x = x.reshape(-1, together * I).permute(1, 0).contiguous().reshape(together, I, N, height, width // together)
+    residue, i, n, h, _ = x.stride()
     taps = -(-(columns.taps + together - 1) // together)
     axes = merged(
         [(I, i), (rows.taps, rows.spacing * h), (taps, columns.spacing), (together, residue), (N, n), (length, 1)]

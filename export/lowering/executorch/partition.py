@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
@@ -48,6 +49,7 @@ class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch
             # Results of the program are copied in any case.
             if _is_view(node) and all(_tag(user) != _tag(node) and user.op != "output" for user in node.users):
                 node.meta.pop(_TAG, None)
+        _separate(nodes, result.partition_tags)
         left = {_tag(node) for node in nodes}
         result.partition_tags = {tag: spec for tag, spec in result.partition_tags.items() if tag in left}
         return result
@@ -55,6 +57,42 @@ class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch
     def _stays(self, source: fx.Node, program: ExportedProgram) -> bool:
         """Whether a view of something outside must be XNNPACK's."""
         return bool(is_constant_data(program, source)) or (self._held_inputs and source.op == "placeholder")
+
+
+def _separate(nodes: Sequence[fx.Node], specs: dict[str, Any]) -> None:
+    """Makes a partition of every connected piece that reads windows, so that it runs as soon as they are gathered.
+
+    Else the windows of all layers would wait for one another, to be multiplied in the same partition.
+    """
+    pieces: dict[fx.Node, set[fx.Node]] = {}
+    for node in nodes:
+        if _tag(node) is None or node.op != "call_function":
+            continue
+        piece = {node}
+        for source in node.all_input_nodes:
+            if source in pieces and _tag(source) == _tag(node) and source not in piece:
+                piece |= pieces[source]
+        for member in piece:
+            pieces[member] = piece
+    place = {node: index for index, node in enumerate(nodes)}
+    for node, piece in pieces.items():
+        if any(_gathered(source) for member in piece for source in member.all_input_nodes):
+            tag = f"{_tag(node)} from {place[min(piece, key=place.__getitem__)]}"
+            specs[tag] = specs[str(_tag(node))]
+            node.meta[_TAG] = tag
+    for node in nodes:
+        if node.op == "placeholder" and _tag(node) is not None:
+            # A constant is whose who reads it; ExecuTorch copies it for all others.
+            node.meta[_TAG] = min(str(_tag(user)) for user in node.users if _tag(user) is not None)
+
+
+def _gathered(node: fx.Node) -> bool:
+    """Whether it is windows, in whatever shape."""
+    while _is_view(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return bool(node.target == ops.edge.aten.as_strided_copy.default)
 
 
 def _is_view(node: fx.Node) -> bool:
