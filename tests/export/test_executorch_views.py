@@ -23,6 +23,7 @@ from executorch.exir import EdgeCompileConfig, to_edge
 from edgetrain.export.lowering import get_lowering
 from edgetrain.export.lowering.base import LoweredGraph
 from edgetrain.export.lowering.executorch.compile import delegate, emit
+from edgetrain.export.lowering.executorch.order import put_inside_in_order
 from edgetrain.export.lowering.executorch.peephole import TRANSPOSE_B, shape_once, turn_inside
 from edgetrain.export.lowering.executorch.settle import settle_shapes
 from edgetrain.export.lowering.executorch.turns import PERMUTE, VIEW, simplify_turns, view_for_each
@@ -290,3 +291,16 @@ def test_one_tensor_in_one_shape_is_copied_once():
     assert [node.xnode_union for node in graph.xnodes] == [first, other, product, result]
     assert (product.input1_id, product.input2_id) == (1, 3)
     assert 2 not in [value.xvalue_union.id_out for value in graph.xvalues]
+
+
+def test_inside_a_partition_what_is_made_is_used_before_more_is_made():
+    makes, reads = [
+        [
+            XNNStaticReshape(num_dims=2, new_shape=[4], input_id=source, output_id=output, flags=0)
+            for source, output in numbers
+        ]
+        for numbers in ([(0, 1), (0, 2)], [(1, 3), (2, 4)])
+    ]
+    graph = subgraph(*makes, *reads, outputs=[3, 4])
+    put_inside_in_order(graph)
+    assert [node.xnode_union for node in graph.xnodes] == [makes[0], reads[0], makes[1], reads[1]]

@@ -3,7 +3,7 @@
 A trace computes the forward pass, then the gradients from the last layer to the first, but what is traced in between
 (windows of an input, say) stands where it was first needed by anybody. Three orders are simulated: the given one, the
 one that takes whatever frees the most, and the given one with everything as late as it can be. The one whose worst
-moment holds the fewest bytes is kept.
+moment holds the fewest bytes is kept. The same inside of a partition, where it is XNNPACK's workspace.
 """
 
 from __future__ import annotations
@@ -26,24 +26,20 @@ _VIEWS = (ops.edge.aten.view_copy.default,)
 class _Unit:
     """One instruction with what only unpacks its results."""
 
-    nodes: list[fx.Node]
+    nodes: list[Any]
     # Units whose results it reads.
     sources: set[int] = field(default_factory=set)
     users: set[int] = field(default_factory=set)
-    # Memory that it reads or writes, by the node that first made it.
-    storages: set[fx.Node] = field(default_factory=set)
-    made: set[fx.Node] = field(default_factory=set)
+    # Memory that it reads or writes, by what first made it.
+    storages: set[Any] = field(default_factory=set)
+    made: set[Any] = field(default_factory=set)
 
 
 def put_in_order(module: fx.GraphModule) -> None:
     """Reorders the nodes of an edge program, in place."""
     units, sizes, kept = _units(module.graph)
-    if not units:
-        return
-    given = list(range(len(units)))
-    candidates = [given, _freeing_most(units, sizes, kept), _as_late_as_possible(units)]
-    best = min(candidates, key=lambda order: _worst(units, order, sizes, kept))
-    if best is given:
+    best = _best(units, sizes, kept)
+    if best == list(range(len(units))):
         return
     output = module.graph.output_node()
     for index in best:
@@ -51,6 +47,42 @@ def put_in_order(module: fx.GraphModule) -> None:
             output.prepend(node)
     module.graph.lint()
     module.recompile()
+
+
+def put_inside_in_order(graph: Any) -> None:
+    """Reorders the nodes of an XNNPACK subgraph, an `XNNGraph` of ExecuTorch's, in place.
+
+    A partition comes breadth first: whatever can be computed from its inputs alone comes before all else.
+    """
+    nodes = [node.xnode_union for node in graph.xnodes]
+    maker = {number: index for index, node in enumerate(nodes) for number in _numbers(node, "output")}
+    sizes = dict.fromkeys(maker, 0)
+    for value in graph.xvalues:
+        tensor = getattr(value.xvalue_union, "tensor_value", value.xvalue_union)
+        # What leaves the subgraph is not in its workspace.
+        if tensor.id_out in sizes and tensor.id_out not in graph.output_ids:
+            sizes[tensor.id_out] = math.prod(tensor.dims)
+    units = [_Unit([node]) for node in graph.xnodes]
+    for index, node in enumerate(nodes):
+        units[index].made.update(_numbers(node, "output"))
+        for number in _numbers(node, ""):
+            if number in maker:
+                units[index].storages.add(number)
+                if maker[number] != index:
+                    units[index].sources.add(maker[number])
+                    units[maker[number]].users.add(index)
+    graph.xnodes = [node for index in _best(units, sizes, set()) for node in units[index].nodes]
+
+
+def _numbers(node: Any, start: str) -> list[int]:
+    """Of the values that it names in fields that start so."""
+    return [value for name, value in vars(node).items() if name.startswith(start) and name.endswith("_id")]
+
+
+def _best(units: Sequence[_Unit], sizes: dict[Any, int], kept: set[Any]) -> list[int]:
+    """The candidate whose worst moment holds least; the given order if none is better."""
+    candidates = [list(range(len(units))), _freeing_most(units, sizes, kept), _as_late_as_possible(units)]
+    return min(candidates, key=lambda order: _worst(units, order, sizes, kept))
 
 
 def _units(graph: fx.Graph) -> tuple[list[_Unit], dict[fx.Node, int], set[fx.Node]]:
@@ -95,15 +127,15 @@ def _bytes(value: Tensor) -> int:
     return math.prod(value.shape) * value.element_size()
 
 
-def _readers(units: Sequence[_Unit]) -> dict[fx.Node, set[int]]:
-    readers: dict[fx.Node, set[int]] = {}
+def _readers(units: Sequence[_Unit]) -> dict[Any, set[int]]:
+    readers: dict[Any, set[int]] = {}
     for index, unit in enumerate(units):
         for storage in unit.storages:
             readers.setdefault(storage, set()).add(index)
     return readers
 
 
-def _worst(units: Sequence[_Unit], order: Sequence[int], sizes: dict[fx.Node, int], kept: set[fx.Node]) -> int:
+def _worst(units: Sequence[_Unit], order: Sequence[int], sizes: dict[Any, int], kept: set[Any]) -> int:
     """Bytes alive at the worst moment of an order."""
     left = {storage: len(readers) for storage, readers in _readers(units).items()}
     alive = worst = 0
@@ -118,7 +150,7 @@ def _worst(units: Sequence[_Unit], order: Sequence[int], sizes: dict[fx.Node, in
     return worst
 
 
-def _freeing_most(units: Sequence[_Unit], sizes: dict[fx.Node, int], kept: set[fx.Node]) -> list[int]:
+def _freeing_most(units: Sequence[_Unit], sizes: dict[Any, int], kept: set[Any]) -> list[int]:
     """Of what can run next, always what grows the memory least."""
     left = {storage: len(readers) for storage, readers in _readers(units).items()}
     waiting = [len(unit.sources) for unit in units]

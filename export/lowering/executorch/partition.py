@@ -14,6 +14,8 @@ from torch import fx
 from torch.export import ExportedProgram
 
 _TAG = "delegation_tag"
+# Bytes of windows that may wait together: a processor's second cache. To multiply them apart costs a call for each.
+TOGETHER = 2 << 20
 
 
 class BorderViewConfig(ViewCopyConfig):  # type: ignore[misc]  # executorch is untyped
@@ -65,34 +67,39 @@ def _separate(nodes: Sequence[fx.Node], specs: dict[str, Any]) -> None:
     Else the windows of all layers would wait for one another, to be multiplied in the same partition.
     """
     pieces: dict[fx.Node, set[fx.Node]] = {}
+    windows: dict[str, set[fx.Node]] = {}
     for node in nodes:
-        if _tag(node) is None or node.op != "call_function":
+        tag = _tag(node)
+        if tag is None or node.op != "call_function":
             continue
         piece = {node}
         for source in node.all_input_nodes:
-            if source in pieces and _tag(source) == _tag(node) and source not in piece:
+            if source in pieces and _tag(source) == tag and source not in piece:
                 piece |= pieces[source]
         for member in piece:
             pieces[member] = piece
+        windows.setdefault(tag, set()).update(found for source in node.all_input_nodes if (found := _gathered(source)))
+    large = {tag for tag, found in windows.items() if sum(node.meta["val"].nbytes for node in found) > TOGETHER}
     place = {node: index for index, node in enumerate(nodes)}
     for node, piece in pieces.items():
-        if any(_gathered(source) for member in piece for source in member.all_input_nodes):
-            tag = f"{_tag(node)} from {place[min(piece, key=place.__getitem__)]}"
-            specs[tag] = specs[str(_tag(node))]
-            node.meta[_TAG] = tag
+        tag = _tag(node)
+        if tag in large and any(_gathered(source) for member in piece for source in member.all_input_nodes):
+            own = f"{tag} from {place[min(piece, key=place.__getitem__)]}"
+            specs[own] = specs[tag]
+            node.meta[_TAG] = own
     for node in nodes:
         if node.op == "placeholder" and _tag(node) is not None:
             # A constant is whose who reads it; ExecuTorch copies it for all others.
             node.meta[_TAG] = min(str(_tag(user)) for user in node.users if _tag(user) is not None)
 
 
-def _gathered(node: fx.Node) -> bool:
-    """Whether it is windows, in whatever shape."""
+def _gathered(node: fx.Node) -> fx.Node | None:
+    """The windows, of which this is a view."""
     while _is_view(node):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         node = source
-    return bool(node.target == ops.edge.aten.as_strided_copy.default)
+    return node if node.target == ops.edge.aten.as_strided_copy.default else None
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from edgetrain.export.lowering.executorch.order import put_inside_in_order
+
 TRANSPOSE_B = 1
 _TURNED = [0, 2, 1]
 
 
 @contextmanager
 def peephole() -> Iterator[None]:
-    """While it is active, ExecuTorch writes subgraphs as `turn_inside` and `shape_once` leave them."""
+    """While it is active, ExecuTorch writes subgraphs as `turn_inside` and `shape_once` leave them, in order."""
     from executorch.backends.xnnpack import xnnpack_preprocess  # noqa: PLC0415  # slow to import
 
     write: Callable[..., bytes] = xnnpack_preprocess.serialize_xnnpack_binary
@@ -25,6 +27,7 @@ def peephole() -> Iterator[None]:
     def improved(graph: Any, *args: Any, **kwargs: Any) -> bytes:
         turn_inside(graph)
         shape_once(graph)
+        put_inside_in_order(graph)
         return write(graph, *args, **kwargs)
 
     xnnpack_preprocess.serialize_xnnpack_binary = improved
