@@ -30,6 +30,7 @@ import paho.mqtt.client as paho
 import psutil
 from blank import write_blank_bundle
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from publishing import Publisher
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.broker import Mosquitto, free_port
@@ -319,14 +320,15 @@ def drive(coordinator: Any, port: int, size: int, updates: int, codec: str) -> N
         offer = Offer(run=plan.run, round=plan.round, nonce=plan.nonce, update=ref, num_examples=10, steps=1)
         messages.append((topics.from_client(name, "message"), seal(keys[name], "bench", name, encode_message(offer))))
         messages += [(topics.from_client(name, "blob"), chunk) for chunk in cut(ref, payloads[number % POOL])]
+    client.disconnect()
+    client.loop_stop()
+    publisher = Publisher(port, messages, in_flight=RECEIVE_MAXIMUM_OF_MANY)
     for asked in ("", "again"):
         if asked:
             assert coordinator.recv() == asked
         coordinator.send((time.perf_counter(), len(payloads[0])))
-        sent = [client.publish(topic, payload, qos=1) for topic, payload in messages]
-    sent[-1].wait_for_publish(120)
-    client.disconnect()
-    client.loop_stop()
+        publisher.publish()
+    publisher.close()
 
 
 def overhead(size: int, *, clients: int = 20, rounds: int = 12) -> Result:

@@ -178,11 +178,13 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path):
             return getattr(self.file, name)
 
     real, journal._file = journal._file, Full(journal._file)
+    journal.append(*RECORDS[-1])
     with pytest.raises(RunError, match="No space left"):
-        journal.append(*RECORDS[-1])
+        journal.commit()
     journal._file = real
     assert list(read_journal(path)) == RECORDS
-    journal.append(*RECORDS[-1])
+    journal.commit()
+    assert list(read_journal(path)) == [*RECORDS, RECORDS[-1]], "what could not be written was not forgotten"
     journal.close()
     assert list(read_journal(path)) == [*RECORDS, RECORDS[-1]]
 
