@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from edgetrain.protocol.errors import BlobError
 from edgetrain.protocol.messages import BlobRef
@@ -28,8 +29,7 @@ HEADER_BYTES = _HEADER.size
 _MAGIC, _VERSION = b"EC", 1
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """A part of a blob: bytes [offset, offset + len(data)) of `size`."""
 
     digest: bytes
@@ -169,6 +169,11 @@ class Assembler:
     def complete(self) -> bool:
         """Nothing is missing."""
         return self._whole is not None or (len(self._have) == 1 and self._have.size == self.ref.size)
+
+    @property
+    def begun(self) -> bool:
+        """Some of it is here."""
+        return self._whole is not None or bool(self._have)
 
     def missing(self) -> list[tuple[int, int]]:
         """Half-open byte ranges that have not arrived, ascending."""

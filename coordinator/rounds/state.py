@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from types import MappingProxyType
 
 
-class Part(Enum):
+class Part(StrEnum):
     """How far one client is in a round."""
 
     INVITED = "invited"

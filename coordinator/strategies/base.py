@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
+import msgspec
 import numpy.typing as npt
 
 from edgetrain.protocol.codecs import CodecSpec, SparseOrDense
@@ -21,8 +22,7 @@ strategies can be stacked.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Contribution:
+class Contribution(msgspec.Struct, frozen=True):
     """One accepted update, as a strategy sees it."""
 
     client: str
