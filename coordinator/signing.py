@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 # So many signatures at a time are worth starting a process, and so many asking it.
-MANY, SOME = 16, 4
+MANY, SOME = 32, 4
 # It answers within milliseconds.
 _PATIENCE_SECONDS = 30.0
 
