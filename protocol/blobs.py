@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
-
-import msgspec
+from dataclasses import dataclass
 
 from edgetrain.protocol.errors import BlobError
 from edgetrain.protocol.messages import BlobRef
@@ -29,7 +28,8 @@ HEADER_BYTES = _HEADER.size
 _MAGIC, _VERSION = b"EC", 1
 
 
-class Chunk(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Chunk:
     """A part of a blob: bytes [offset, offset + len(data)) of `size`."""
 
     digest: bytes

@@ -109,14 +109,22 @@ class Journal:
                 self._write()
                 begin_writing(self._file.fileno(), start, self._length)
 
+    def flush(self) -> None:
+        """Hands all records to the system: they survive this process now, but not a power cut.
+
+        Raises:
+            RunError: as `commit`.
+        """
+        with self._lock:
+            self._write()
+
     def commit(self) -> None:
         """Returns when all records are on the disk.
 
         Raises:
             RunError: disk full or read-only. The file is as before; a later commit writes what this one could not.
         """
-        with self._lock:
-            self._write()
+        self.flush()
         try:
             os.fsync(self._file.fileno())
             if self._fresh:
@@ -129,8 +137,8 @@ class Journal:
         """Closes the file. Idempotent."""
         if not self._file.closed:
             # Nobody relies on what was not committed.
-            with contextlib.suppress(RunError), self._lock:
-                self._write()
+            with contextlib.suppress(RunError):
+                self.flush()
             self._file.close()
 
     def _write(self) -> None:

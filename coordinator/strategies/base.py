@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, runtime_checkable
 
-import msgspec
 import numpy.typing as npt
 
 from edgetrain.protocol.codecs import CodecSpec, SparseOrDense
@@ -22,7 +21,8 @@ strategies can be stacked.
 """
 
 
-class Contribution(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Contribution:
     """One accepted update, as a strategy sees it."""
 
     client: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -38,7 +37,8 @@ class Limits:
         return 8 * self.max_parameters + 1024 if self.max_bytes is None else self.max_bytes
 
 
-class SparseOrDense(msgspec.Struct, frozen=True, eq=False):
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseOrDense:
     """A decoded vector. All values are finite.
 
     Attributes:

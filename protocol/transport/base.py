@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import msgspec
-
 from edgetrain.protocol.blobs import Blob
 
 
@@ -24,7 +22,8 @@ class Disconnected:
     reason: str
 
 
-class Received(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Received:
     """A message arrived."""
 
     topic: str

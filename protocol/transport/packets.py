@@ -6,8 +6,7 @@ MQTT 3.1.1, sections 3.3 and 3.4; MQTT 5.0, the same. The others are paho's.
 from __future__ import annotations
 
 import struct
-
-import msgspec
+from dataclasses import dataclass
 
 PUBLISH, PUBACK = 0x30, 0x40
 _EXPIRY, _ALIAS = 0x02, 0x23
@@ -19,7 +18,8 @@ class PacketError(ValueError):
     """What a broker sent is no MQTT."""
 
 
-class Publish(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Publish:
     """A message that has arrived."""
 
     topic: str

@@ -201,6 +201,14 @@ def test_what_is_held_is_bounded(path):
     journal.close()
 
 
+def test_what_is_flushed_outlives_the_process(path):
+    journal = reopened(path)
+    journal.append(*RECORDS[1])
+    journal.flush()
+    assert list(read_journal(path)) == [*RECORDS, RECORDS[1]]
+    journal.close()
+
+
 def test_records_keep_their_order_while_another_thread_commits(path):
     journal = reopened(path)
     added = [(UpdateAccepted(client=f"c{number}", envelope=b"signed"), bytes(20_000)) for number in range(300)]
