@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -70,6 +69,9 @@ def main() -> None:
 
 def measure(model: str, trainable: str, micro_batch: int, seconds: float) -> list[Measurement]:
     """Exports a model and lets the contenders take turns."""
+    # Here, so that the contenders' processes have no more in memory than their session needs.
+    import statistics
+
     from edgetrain.export import export_bundle
     from edgetrain.models import get_model
     from edgetrain.protocol.bundle import Bundle

@@ -97,7 +97,7 @@ class Coordinator:
         self._history, self._clients = parts.history, parts.clients
         self._agenda, self._invitations, self._pump = parts.agenda, parts.invitations, parts.pump
         self._uploads = parts.uploads
-        self._side_by_side = parts.side_by_side
+        self._signing = parts.signing
         self._opening, self._gathering, self._reports = parts.opening, parts.gathering, parts.reports
         check_bundle(config, bundle.manifest)
         # Last: it locks a file until `run` ends.
@@ -146,7 +146,7 @@ class Coordinator:
             if self._uploads.foreman:
                 self._uploads.foreman.close()
             self._opening.close()
-            self._side_by_side.close()
+            self._signing.close()
             self._directory.settle()
         self._pump.announce("ended", reason)
         return self._summarize("completed", reason)

@@ -19,7 +19,7 @@ from edgetrain.coordinator.clients.refusals import Refusals
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import StopRequested
 from edgetrain.coordinator.intake import Intake
-from edgetrain.coordinator.post import Post
+from edgetrain.coordinator.post import COORDINATOR, Post
 from edgetrain.coordinator.pump import Pump
 from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.downlink import Downlink
@@ -30,8 +30,9 @@ from edgetrain.coordinator.rounds.uploads import Uploads
 from edgetrain.coordinator.run.past_run import read_rows
 from edgetrain.coordinator.run.requests import Request, read_request
 from edgetrain.coordinator.run.run_directory import RunDirectory
-from edgetrain.coordinator.side_by_side import SideBySide
 from edgetrain.coordinator.signatures import Signatures
+from edgetrain.coordinator.signing import Signing
+from edgetrain.coordinator.signing_process import Identity
 from edgetrain.coordinator.strategies import Strategy
 from edgetrain.coordinator.workers.lead import lead_workers
 from edgetrain.protocol.bundle import Bundle
@@ -57,7 +58,7 @@ class Parts:
     opening: RoundOpening
     gathering: Gathering
     reports: ClientReports
-    side_by_side: SideBySide
+    signing: Signing
 
 
 def assemble(
@@ -84,8 +85,8 @@ def assemble(
     clients = KnownClients(directory, clock)
     topics = Topics(config.federation)
     blobs = BlobServer(topics, transport, config.limits.chunk_bytes)
-    side_by_side = SideBySide()
-    signatures = Signatures(topics, clients.roster, side_by_side, clock)
+    signing = Signing(Identity(config.federation, COORDINATOR, bytes.fromhex(directory.key.secret())))
+    signatures = Signatures(topics, clients.roster, signing, clock)
     post = Post(
         transport,
         topics,
@@ -93,7 +94,7 @@ def assemble(
         run=directory.run,
         bundle=blobs.add(bundle.manifest_bytes),
         serials=directory.serials,
-        side_by_side=side_by_side,
+        signing=signing,
     )
     chronicle = Chronicle(directory.audit, post)
     enrolments = Enrolments(Path(config.enrolments)) if config.enrolments else None
@@ -209,7 +210,7 @@ def assemble(
         invitations=invitations,
         pump=pump,
         opening=opening,
-        side_by_side=side_by_side,
+        signing=signing,
         gathering=Gathering(
             config.rounds,
             invitations=invitations,

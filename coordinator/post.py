@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from edgetrain import __version__
-from edgetrain.coordinator.side_by_side import SideBySide
+from edgetrain.coordinator.signing import Signing
+from edgetrain.coordinator.signing_process import Identity
 from edgetrain.protocol.messages import Announce, BlobRef, Checkpoint, LogPoint, Message, encode_message
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import SigningKey, seal
@@ -26,7 +27,7 @@ class Post:
         run: id of the run.
         bundle: the manifest to announce.
         serials: numbers that grow, also across restarts.
-        side_by_side: signs several at a time.
+        signing: signs several at a time.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class Post:
         run: bytes,
         bundle: BlobRef,
         serials: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
-        side_by_side: SideBySide | None = None,
+        signing: Signing | None = None,
     ) -> None:
-        self._side_by_side = side_by_side or SideBySide(1)
+        self._signing = signing or Signing(
+            Identity(topics.federation, COORDINATOR, bytes.fromhex(key.secret())), beside=False
+        )
         self._transport = transport
         self._topics = topics
         self._key = key
@@ -52,12 +55,16 @@ class Post:
         """To one client."""
         self._transport.publish(self._topics.to_client(client, "message"), self._seal(message))
 
-    def send_all(self, messages: Sequence[tuple[str, Message]]) -> None:
-        """To one client each."""
-        sealed = self._side_by_side.map(self._seal, [message for _, message in messages])
-        with self._transport.together():
-            for (client, _), payload in zip(messages, sealed, strict=True):
-                self._transport.publish(self._topics.to_client(client, "message"), payload)
+    def begin(self, messages: Sequence[tuple[str, Message]]) -> Callable[[], None]:
+        """Begins to sign messages to one client each; returns what sends them."""
+        sealed = self._signing.seal([encode_message(message) for _, message in messages])
+
+        def send() -> None:
+            with self._transport.together():
+                for (client, _), payload in zip(messages, sealed(), strict=True):
+                    self._transport.publish(self._topics.to_client(client, "message"), payload)
+
+        return send
 
     def broadcast(self, message: Message) -> None:
         """To everyone in the round."""

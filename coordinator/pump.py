@@ -13,14 +13,14 @@ from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
 from edgetrain.coordinator.rounds.uploads import Uploads
-from edgetrain.coordinator.signatures import Signatures
+from edgetrain.coordinator.signatures import Look, Signatures
 from edgetrain.protocol.transport import Connected, Disconnected, Event, Noticed, Received, Transport
 
 logger = logging.getLogger(__name__)
 
 # Events handled before the journal is synced and the verdicts go out: one sync serves them all.
-BATCH_EVENTS = 256
-# Of these, so many are taken out of the queue at a time: their signatures are checked side by side.
+BATCH_EVENTS = 512
+# Of these, so many are taken out of the queue at a time: their signatures are checked while those before are handled.
 AHEAD_EVENTS = 64
 # Upper bound of one wait for events, so that deadlines are looked at now and then.
 POLL_SECONDS = 0.5
@@ -71,6 +71,9 @@ class Pump:
         self._clock = clock
         # As announced last: what whoever connects later is told.
         self._status: tuple[Literal["open", "paused", "ended"], str] = ("open", "")
+        # What is handled next, and the look at its signatures. Nobody may rely on the broker to have it still.
+        self._ahead: list[Event] = []
+        self._look: Look = set
 
     def announce(self, status: Literal["open", "paused", "ended"], reason: str = "") -> None:
         """Tells everyone the state of the run, now and after every reconnection."""
@@ -91,28 +94,30 @@ class Pump:
             self._uploads.ask_for_stalled()
             if done():
                 return
-            waiting, handled = self._take(self._patience(now)), 0
-            while waiting:
-                self._signatures.look_ahead(waiting)
-                for event in waiting:
+            if not self._ahead:
+                self._take_ahead(self._patience(now))
+            handled = 0
+            while self._ahead and handled < BATCH_EVENTS:
+                events, look = self._ahead, self._look
+                self._take_ahead(0)
+                self._signatures.rely_on(look)
+                for event in events:
                     self._handle(event)
-                handled += len(waiting)
-                # What is taken out of the queue is handled: nothing more is taken after the last.
-                waiting = self._take(0) if handled < BATCH_EVENTS else []
+                handled += len(events)
             # Two files are synced at the same time.
             self._uploads.begin_sync()
             self._clients.save_new()
             self._chronicle.commit()
             self._uploads.send_verdicts()
 
-    def _take(self, timeout: float) -> list[Event]:
-        """What is in the queue, or comes into it in time."""
+    def _take_ahead(self, timeout: float) -> None:
+        """Takes what is in the queue, or comes into it in time, and begins to check the signatures."""
         events: list[Event] = []
         event = self._transport.receive(timeout)
         while event is not None:
             events.append(event)
             event = self._transport.receive(0) if len(events) < AHEAD_EVENTS else None
-        return events
+        self._ahead, self._look = events, self._signatures.look_ahead(events)
 
     def _handle(self, event: Event) -> None:
         match event:

@@ -1,4 +1,4 @@
-"""Clients' signatures: those of all messages that are here, checked side by side before the first is handled."""
+"""Clients' signatures: those of all messages that are here, checked while others are handled."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from itertools import compress
 
 from edgetrain.coordinator.clients.roster import Roster
-from edgetrain.coordinator.side_by_side import SideBySide
-from edgetrain.protocol import MessageError, SignatureError
+from edgetrain.coordinator.signing import Signing
 from edgetrain.protocol.names import Topics
-from edgetrain.protocol.signing import Envelope, unseal, verify
+from edgetrain.protocol.signing import Envelope, verify
 from edgetrain.protocol.transport import Event, Received
+
+# Messages whose signatures are being checked: what waits for those that are right, as (public key, message).
+Look = Callable[[], set[tuple[bytes, bytes]]]
 
 
 class Signatures:
@@ -19,23 +21,20 @@ class Signatures:
     Args:
         topics: of the federation.
         roster: knows the clients' keys.
-        side_by_side: checks several at a time.
+        signing: checks several at a time.
         clock: monotonic seconds.
     """
 
-    def __init__(self, topics: Topics, roster: Roster, side_by_side: SideBySide, clock: Callable[[], float]) -> None:
+    def __init__(self, topics: Topics, roster: Roster, signing: Signing, clock: Callable[[], float]) -> None:
         self._topics = topics
         self._roster = roster
-        self._side_by_side = side_by_side
+        self._signing = signing
         self._clock = clock
         # (public key, message) of those that are right.
         self._right: set[tuple[bytes, bytes]] = set()
 
-    def look_ahead(self, events: Sequence[Event]) -> None:
-        """Checks the messages of known clients among events that will be handled next.
-
-        Nothing follows from it here: who handles a message asks `check` for the key that counts then.
-        """
+    def look_ahead(self, events: Sequence[Event]) -> Look:
+        """Begins to check the messages of known clients among events that will be handled soon; see `rely_on`."""
         now = self._clock()
         jobs = []
         for event in events:
@@ -45,7 +44,15 @@ class Signatures:
             record = self._roster.get(sender[0]) if sender else None
             if record and record.banned_until <= now:
                 jobs.append((record.public_key, event.payload))
-        self._right = set(compress(jobs, self._side_by_side.map(self._is_right, jobs)))
+        answers = self._signing.check(jobs)
+        return lambda: set(compress(jobs, answers()))
+
+    def rely_on(self, look: Look) -> None:
+        """The events of a look are handled next.
+
+        Nothing follows from it here: who handles a message asks `check` for the key that counts then.
+        """
+        self._right = look()
 
     def check(self, envelope: Envelope, payload: bytes, public_key: bytes) -> None:
         """Checks that the owner of a key signed a message.
@@ -60,12 +67,3 @@ class Signatures:
         """
         if (public_key, payload) not in self._right:
             verify(envelope, self._topics.federation, public_key)
-
-    def _is_right(self, job: tuple[bytes, bytes]) -> bool:
-        public_key, payload = job
-        try:
-            verify(unseal(payload), self._topics.federation, public_key)
-        except (MessageError, SignatureError):
-            # Who handles it will find out what is wrong with it.
-            return False
-        return True

@@ -170,6 +170,11 @@ class Assembler:
         """Nothing is missing."""
         return self._whole is not None or (len(self._have) == 1 and self._have.size == self.ref.size)
 
+    @property
+    def begun(self) -> bool:
+        """Some of it is here."""
+        return self._whole is not None or bool(self._have)
+
     def missing(self) -> list[tuple[int, int]]:
         """Half-open byte ranges that have not arrived, ascending."""
         return [] if self._whole is not None else self._have.gaps(self.ref.size)

@@ -56,6 +56,11 @@ class PartialBlob:
         """Nothing is missing."""
         return self._have.size == self.ref.size
 
+    @property
+    def begun(self) -> bool:
+        """Some of it is here."""
+        return bool(self._have)
+
     def missing(self) -> list[tuple[int, int]]:
         """Half-open byte ranges that have not arrived, ascending."""
         return self._have.gaps(self.ref.size)

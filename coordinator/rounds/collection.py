@@ -205,6 +205,7 @@ class Collection:
         assert self._journal is not None, "open comes first"
         self._end_sync()
         self._journal.append(Invited(clients=tuple(clients)))
+        self._journal.flush()
         self._syncing = Beside(self._journal.commit)
 
     def accept(
@@ -234,11 +235,14 @@ class Collection:
     def note(self, record: SecureRecord, payload: bytes = b"") -> None:
         """Appends a step of secure aggregation to the journal; `commit` makes it durable.
 
+        It outlives this process already: nobody sends it again before the phase is over.
+
         Raises:
             RunError: the journal cannot be written.
         """
         assert self._journal is not None, "open comes first"
         self._journal.append(record, payload)
+        self._journal.flush()
 
     def fold_sum(self, contribution: Contribution, rows: Sequence[ClientRow], digests: dict[str, bytes]) -> None:
         """Folds what secure aggregation has summed, as one contribution.

@@ -21,6 +21,10 @@ FRACTION_BITS = 30
 _LIMIT = 2**63 - 1
 # Elements that are folded at a time.
 _PIECE = 1 << 15
+# See `_rounded`.
+_SMALL = 2**51
+_SHIFT = 1.5 * 2**52
+_SHIFT_BITS = int(np.float64(_SHIFT).view(np.int64))
 
 
 class FixedPointSum:
@@ -70,8 +74,9 @@ class FixedPointSum:
         # In pieces that stay in the processor's cache.
         for start in range(0, len(update.values), _PIECE):
             piece = slice(start, start + _PIECE)
-            scaled = np.multiply(update.values[piece], factor, dtype=np.float64)
-            quantized = np.rint(scaled, out=scaled).astype(np.int64)
+            scaled = update.values[piece].astype(np.float64)
+            scaled *= factor
+            quantized = _rounded(scaled) if largest < _SMALL else np.rint(scaled, out=scaled).astype(np.int64)
             if update.indices is None:
                 self.total[piece] += quantized
             else:
@@ -116,3 +121,15 @@ class FixedPointSum:
         if divisor == 0:
             return np.zeros(len(self.total), np.float64)
         return self.total / (float(divisor) * 2.0**FRACTION_BITS)
+
+
+def _rounded(values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """`rint` of values smaller than 2^51, in place, in half the time.
+
+    Plus 1.5 * 2^52, a float64 has no room for fractions: the sum is rounded as `rint` rounds, to even, and its lowest
+    bits are the integer, in two's complement.
+    """
+    values += _SHIFT
+    integers = values.view(np.int64)
+    integers -= _SHIFT_BITS
+    return integers

@@ -83,7 +83,7 @@ class OpenRound:
         self.earlier = {**last.earlier, last.state.number: last.state.nonce}
         for name, part in last.state.parts.items():
             if part in OUTSTANDING and name not in self.state.parts:
-                self.state.parts[name] = part
+                self.state.place(name, part)
                 if name in last.trainings:
                     self.trainings[name] = last.trainings[name]
                 if name in last.invited:

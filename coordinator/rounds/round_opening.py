@@ -117,11 +117,11 @@ class RoundOpening:
             grace_seconds=rounds.grace_seconds,
         )
         for client in collection.invited:
-            state.parts[client] = Part.LOST
+            state.place(client, Part.LOST)
         for row in collection.rows:
             self._directory.audit.append(accepted_record(row, collection.digests[row.client], from_journal=True))
         for client, digest in collection.digests.items():
-            state.parts[client] = Part.ACCEPTED
+            state.place(client, Part.ACCEPTED)
             if record := self._roster.get(client):
                 record.last_accepted = (number, digest)
         control, private = self._strategy.control, self._strategy.private

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
+from types import MappingProxyType
 
 
-class Part(Enum):
+class Part(StrEnum):
     """How far one client is in a round."""
 
     INVITED = "invited"
@@ -51,26 +54,45 @@ class Round:
     attempt: int = 1
     # Wait so much longer for updates whose bytes are arriving at the deadline.
     grace_seconds: float = 0.0
-    parts: dict[str, Part] = field(default_factory=dict)
+    _parts: dict[str, Part] = field(default_factory=dict)
+    # Of these, so many are in each state: asked for after every message.
+    _counts: Counter[Part] = field(default_factory=Counter)
+
+    @property
+    def parts(self) -> Mapping[str, Part]:
+        """How far each client is; `place` changes it."""
+        return MappingProxyType(self._parts)
+
+    def place(self, client: str, part: Part) -> None:
+        """Puts a client into a state, whatever it was in before."""
+        before = self._parts.get(client)
+        if before is not None:
+            self._counts[before] -= 1
+        self._parts[client] = part
+        self._counts[part] += 1
+
+    def forget_all(self) -> None:
+        """As if nobody had been invited."""
+        self._parts.clear()
+        self._counts.clear()
 
     def invite(self, client: str) -> None:
         """Adds a client; one that was accepted already stays so."""
-        if self.parts.get(client) is not Part.ACCEPTED:
-            self.parts[client] = Part.INVITED
+        if self._parts.get(client) is not Part.ACCEPTED:
+            self.place(client, Part.INVITED)
 
     def advance(self, client: str, part: Part) -> None:
         """Notes how far a client is. Accepted is final; a client that was not invited is ignored."""
-        if client in self.parts and self.parts[client] is not Part.ACCEPTED:
-            self.parts[client] = part
+        if self._parts.get(client, Part.ACCEPTED) is not Part.ACCEPTED:
+            self.place(client, part)
 
     def count(self, *parts: Part) -> int:
         """Number of clients in any of these states."""
-        states = list(self.parts.values())
-        return sum(map(states.count, parts))
+        return sum(self._counts[part] for part in parts)
 
     def waits_for(self, client: str) -> bool:
         """Whether an update of this client would count."""
-        return self.parts.get(client) in OUTSTANDING
+        return self._parts.get(client) in OUTSTANDING
 
     def outcome(self, now: float) -> Outcome:
         """Whether to go on waiting, to close, or to retry."""

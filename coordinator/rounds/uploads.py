@@ -82,6 +82,8 @@ class Uploads:
         # Verdicts that wait for the journal to be synced.
         self._verdicts: list[tuple[str, Verdict]] = []
         self._syncing: Beside[None] | None = None
+        # Sends those that are being signed meanwhile.
+        self._send: Callable[[], None] | None = None
         # Whether what an earlier process has left is gone.
         self._tidied = False
         # Leads the workers, where they take the updates.
@@ -124,7 +126,7 @@ class Uploads:
                     # Noted before a worker is told, with the update.
                     self._training_of(current, client)
                     self.foreman.on_offered(client, upload)
-                if upload.assembler.missing() != [(0, offer.update.size)]:
+                if upload.assembler.begun:
                     # Begun before a restart. Else its chunks follow the offer, or are asked for.
                     self._ask_for(client, upload)
             current.state.advance(client, Part.COLLECTING)
@@ -277,8 +279,12 @@ class Uploads:
         self._post.send(client, verdict)
 
     def begin_sync(self) -> None:
-        """Begins to sync the journal, if somebody waits for that: `send_verdicts` waits for its end."""
-        if self._verdicts and self._agenda.current:
+        """Begins to sync the journal and to sign verdicts, if somebody waits for one: `send_verdicts` sends them."""
+        if not self._verdicts:
+            return
+        verdicts, self._verdicts = self._verdicts, []
+        self._send = self._post.begin(verdicts)
+        if self._agenda.current:
             self._syncing = Beside(self._agenda.current.collection.commit)
 
     def send_verdicts(self) -> None:
@@ -292,10 +298,9 @@ class Uploads:
         if self._syncing:
             syncing, self._syncing = self._syncing, None
             syncing.result()
-        if not self._verdicts:
-            return
-        self._post.send_all(self._verdicts)
-        self._verdicts.clear()
+        if self._send:
+            send, self._send = self._send, None
+            send()
 
     def ask_for_stalled(self) -> None:
         """Asks for the missing parts of uploads that have stopped."""

@@ -98,7 +98,7 @@ class SecureCoordinator(Coordinator):
         records = current.collection.secure_records
         if not records:
             # Drawn perhaps, but not invited: there is no session yet that a plan could name.
-            current.state.parts.clear()
+            current.state.forget_all()
         else:
             opened = records[0][0]
             assert isinstance(opened, SecureOpened), "a session's first record"
@@ -138,7 +138,7 @@ class SecureCoordinator(Coordinator):
         if positions := self._positions(decode_settings(settings)):
             secure.blobs.append(self._blobs.add(positions))
         for name in secure.advertised:
-            current.state.parts[name] = Part.COLLECTING
+            current.state.place(name, Part.COLLECTING)
 
     def _positions(self, settings: Settings) -> bytes:
         return chosen_positions(self._config, settings.count, self._server_state) if settings.positions else b""
@@ -220,7 +220,7 @@ class SecureCoordinator(Coordinator):
         now = self._clock()
         for accepted, row in enumerate(rows, start=1):
             name, offer = row.client, secure.offers[row.client]
-            state.parts[name] = Part.ACCEPTED
+            state.place(name, Part.ACCEPTED)
             current.durations[name] = now - current.invited.get(name, now)
             if record := roster.get(name):
                 record.last_accepted = (state.number, offer.update.digest)

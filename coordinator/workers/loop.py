@@ -18,7 +18,7 @@ from edgetrain.protocol.transport.connection import RECEIVE_MAXIMUM_OF_MANY
 from edgetrain.protocol.transport.mqtt import MqttTransport
 
 # Events handled before the journal is synced and reports go out: one sync serves them all.
-BATCH_EVENTS = 256
+BATCH_EVENTS = 512
 _POLL_SECONDS = 5.0
 
 

@@ -48,6 +48,11 @@ class RemotePieces:
         assert self._spooled is not None, "prepared before any worker was told to"
         self._spooled.note(start, stop)
 
+    @property
+    def begun(self) -> bool:
+        """Some of it is in the directory."""
+        return self._spooled is not None and self._spooled.begun
+
     def missing(self) -> list[tuple[int, int]]:
         """Half-open byte ranges that are not in the directory, ascending."""
         return self._spooled.missing() if self._spooled else [(0, self.ref.size)]

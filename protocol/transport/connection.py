@@ -31,7 +31,7 @@ CHUNK_EXPIRY_SECONDS = 120
 # Messages that we take before we have dealt with the first of them: with 60 KiB each, 4 MB of memory.
 RECEIVE_MAXIMUM = 64
 # For those who deal with the messages of many, and sync a disk between: four times as much.
-RECEIVE_MAXIMUM_OF_MANY = 256
+RECEIVE_MAXIMUM_OF_MANY = 512
 # And that we send before the broker has acknowledged the first: hides the round trip on a fast link.
 SEND_MAXIMUM = 64
 # Larger packets than this are not for us.

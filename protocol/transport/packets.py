@@ -65,7 +65,7 @@ class PacketBuffer:
             return None
         first, self._start = data[self._start], position + length
         # A view would keep `feed` from moving the rest.
-        return first, memoryview(bytes(data[position : position + length]))
+        return first, memoryview(bytes(memoryview(data)[position : position + length]))
 
 
 def decode_publish(first: int, body: memoryview, *, version_5: bool) -> Publish:

@@ -26,7 +26,7 @@ from edgetrain.protocol.transport.packets import (
     decode_publish,
 )
 
-_READ_BYTES = 1 << 18
+_READ_BYTES = 1 << 20
 
 
 class PahoClient(paho.Client):

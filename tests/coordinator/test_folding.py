@@ -42,6 +42,18 @@ def fixed(update, weight):
     return [round(Fraction(number) * weight * 2**FRACTION_BITS) for number in numbers]
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 2.0**19, 2.0**20 * 1.99, 2.0**21, 2.0**24, 2.0**32])
+def test_values_on_and_around_halves_are_rounded_to_even(magnitude):
+    """At 2^21, a value times 2^30 has no room for a fraction in a float64 any more."""
+    near = np.float32(magnitude) + np.spacing(np.float32(magnitude)) * np.arange(-4, 5, dtype=np.float32)
+    halves = np.float32(2.0**-31) * np.array([1, 3, 5, -1, -3, 7, 2, -7, 0], np.float32)
+    for numbers in (near, -near, halves, halves * np.float32(1.5)):
+        update = SparseOrDense(9, None, numbers.astype(np.float32))
+        total = FixedPointSum(9)
+        total.add(update, 1)
+        assert total.total.tolist() == fixed(update, 1)
+
+
 @given(updates)
 def test_the_sum_is_that_of_python_integers(pairs):
     expected = [sum(column) for column in zip(*(fixed(update, weight) for update, weight in pairs), strict=True)]

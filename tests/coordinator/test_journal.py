@@ -6,6 +6,7 @@ import errno
 import struct
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
@@ -178,13 +179,49 @@ def test_a_full_disk_leaves_the_journal_as_it_was(path):
             return getattr(self.file, name)
 
     real, journal._file = journal._file, Full(journal._file)
+    journal.append(*RECORDS[-1])
     with pytest.raises(RunError, match="No space left"):
-        journal.append(*RECORDS[-1])
+        journal.commit()
     journal._file = real
     assert list(read_journal(path)) == RECORDS
-    journal.append(*RECORDS[-1])
+    journal.commit()
+    assert list(read_journal(path)) == [*RECORDS, RECORDS[-1]], "what could not be written was not forgotten"
     journal.close()
     assert list(read_journal(path)) == [*RECORDS, RECORDS[-1]]
+
+
+def test_what_is_held_is_bounded(path):
+    """A record that is large is in the file at once, with those before it."""
+    journal = reopened(path)
+    journal.append(*RECORDS[1])
+    assert list(read_journal(path)) == RECORDS, "not written yet"
+    large = (UpdateAccepted(client="c", envelope=b"signed c"), bytes(1 << 20))
+    journal.append(*large)
+    assert list(read_journal(path)) == [*RECORDS, RECORDS[1], large]
+    journal.close()
+
+
+def test_what_is_flushed_outlives_the_process(path):
+    journal = reopened(path)
+    journal.append(*RECORDS[1])
+    journal.flush()
+    assert list(read_journal(path)) == [*RECORDS, RECORDS[1]]
+    journal.close()
+
+
+def test_records_keep_their_order_while_another_thread_commits(path):
+    journal = reopened(path)
+    added = [(UpdateAccepted(client=f"c{number}", envelope=b"signed"), bytes(20_000)) for number in range(300)]
+    with ThreadPoolExecutor(1) as thread:
+        committing = [thread.submit(journal.commit)]
+        for meta, payload in added:
+            journal.append(meta, payload)
+            if committing[-1].done():
+                committing.append(thread.submit(journal.commit))
+        for commit in committing:
+            commit.result()
+    journal.close()
+    assert list(read_journal(path)) == RECORDS + added
 
 
 def test_a_disk_that_does_not_sync_is_an_error(path, monkeypatch):

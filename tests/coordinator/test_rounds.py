@@ -17,6 +17,23 @@ def make(goal=2, minimum=1, clients="abc"):
     return state
 
 
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("invite"), st.sampled_from("abcde"), st.none()),
+            st.tuples(st.sampled_from(["place", "advance"]), st.sampled_from("abcde"), st.sampled_from(list(Part))),
+            st.tuples(st.just("forget_all"), st.none(), st.none()),
+        )
+    )
+)
+def test_counts_are_those_of_the_clients(steps):
+    state = make(clients="")
+    for method, client, part in steps:
+        getattr(state, method)(*(value for value in (client, part) if value is not None))
+        for some in ([], [Part.ACCEPTED], list(OUTSTANDING), list(Part)):
+            assert state.count(*some) == sum(part in some for part in state.parts.values())
+
+
 def test_it_closes_at_its_goal_whatever_the_time():
     state = make()
     state.advance("a", Part.ACCEPTED)

@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -255,11 +255,15 @@ except SessionError as error:
     assert "--runtime onnxruntime" in ran.stdout
 
 
-def test_without_the_wheel_the_pip_line_is_named(monkeypatch):
-    def nothing(name):
-        raise PackageNotFoundError(name)
+def test_the_wheel_is_the_one_that_python_would_import():
+    wheel, expected = executorch_build.find_wheel(), distribution("executorch")
+    assert (wheel.root, wheel.version) == (Path(expected.locate_file("executorch")), expected.version)
 
-    monkeypatch.setattr(executorch_build, "distribution", nothing)
+
+def test_without_the_wheel_the_pip_line_is_named(monkeypatch, tmp_path):
+    (tmp_path / "executorch_other-1.5.1.dist-info").mkdir()
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), str(tmp_path / "a file"), str(tmp_path / "gone")])
     reason = find_runtime("executorch").available()
     assert "not installed" in reason
     assert 'pip install --no-deps "executorch~=1.5.1"' in reason

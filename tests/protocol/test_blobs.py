@@ -65,6 +65,7 @@ def test_asking_for_what_is_missing_completes_it(data):
     kept = data.draw(st.lists(st.sampled_from(payloads), max_size=len(payloads)))
     assembler = assemble(ref, kept)
     have = set().union(*(range(c.offset, c.offset + len(c.data)) for c in map(parse_chunk, kept)))
+    assert assembler.begun is bool(kept)
     missing = assembler.missing()
     assert {i for start, stop in missing for i in range(start, stop)} == set(range(len(blob))) - have
     assert missing == sorted(missing)
@@ -128,6 +129,7 @@ def test_chunks_of_another_blob_under_this_name_are_found_out_and_the_right_ones
     with pytest.raises(BlobError, match="another blob"):
         assembler.finish()
     assert assembler.missing() == [(0, len(blob))], "it starts from nothing"
+    assert not assembler.begun
     for part in cut(ref, blob):
         assembler.add(parse_chunk(part))
     assert assembler.finish() == blob

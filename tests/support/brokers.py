@@ -23,7 +23,7 @@ class Wire:
         self.kind = kind
         self._transports: list[Any] = []
         self._memory = MemoryBroker()
-        self.port = 0 if kind == "memory" else free_port()
+        self.port = 0 if kind in {"memory", "mosquitto-websockets"} else free_port()
         self._broker: Mosquitto | EmbeddedBroker | None = None
         self._bridge: WebSocketBridge | None = None
         if kind != "memory":
@@ -65,6 +65,7 @@ class Wire:
         if self.kind == "mosquitto-websockets":
             self._broker = Mosquitto(free_port())
             self._bridge = WebSocketBridge(self.port, self._broker.port)
+            self.port = self._bridge.port
         elif self.kind == "embedded-websockets":
             self._broker = EmbeddedBroker(free_port(), websocket_port=self.port)
         else:

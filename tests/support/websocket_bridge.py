@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import threading
 
 from websockets.asyncio.server import ServerConnection, serve
@@ -18,12 +19,15 @@ class WebSocketBridge:
     """Listens on the loopback interface.
 
     Args:
-        port: to listen on.
+        port: to listen on; 0 for any free one.
         upstream: port of the broker.
     """
 
     def __init__(self, port: int, upstream: int) -> None:
-        self._port, self._upstream = port, upstream
+        self._upstream = upstream
+        # Bound here: a port that was free a moment ago may be taken, and a thread could not say so.
+        self._listener = socket.create_server(("127.0.0.1", port))
+        self.port = int(self._listener.getsockname()[1])
         self._loop = asyncio.new_event_loop()
         self._end = asyncio.Event()
         started = threading.Event()
@@ -38,7 +42,7 @@ class WebSocketBridge:
 
     async def _serve(self, started: threading.Event) -> None:
         server = await serve(
-            self._connected, "127.0.0.1", self._port,
+            self._connected, sock=self._listener,
             subprotocols=[Subprotocol("mqtt")], max_size=None, compression=None, close_timeout=0.5,
         )  # fmt: skip
         started.set()
