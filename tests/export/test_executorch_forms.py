@@ -69,7 +69,7 @@ def test_convolution_and_both_gradients_match_autograd(name):
     close(from_last(conv.input_gradient(to_last(g32), w32, geometry, x.shape[2:])), grad_x)
 
 
-# Blocks of lines: a single one, some that XNNPACK concatenates, many that are gathered; a last one that is not full.
+# Blocks of lines: a single one, some that XNNPACK concatenates; a last one that is not full.
 BLOCKS = {
     "one block": dict(size=(5, 5)),
     "some blocks": dict(size=(25, 5)),

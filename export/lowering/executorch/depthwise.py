@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from edgetrain.export.lowering.executorch.products import LANES
-from edgetrain.export.lowering.executorch.windows import merged
 
 aten = torch.ops.aten
 
@@ -27,8 +26,8 @@ aten = torch.ops.aten
 MOST = 12
 # Blocks that a channel's product multiplies in the time in which its matrix is packed.
 PACKING = 16
-# What XNNPACK concatenates at once, without leaving the delegate.
-TOGETHER = 5
+# Blocks of an image: so many XNNPACK concatenates at once, without leaving the delegate.
+MOST_BLOCKS = 5
 
 
 @dataclass(frozen=True)
@@ -107,18 +106,10 @@ class Form:
         x = image_NHWC.reshape(N * H * W, C).permute(1, 0).contiguous().reshape(C * N, H * W)
         if above or below:
             x = aten.constant_pad_nd.default(x, [above * W, below * W], 0.0)
-        count, start, step, span = (
-            self.lines.count,
-            (above + self.lines.start) * W,
-            self.lines.size * W,
-            self.lines.span * W,
-        )
-        if 1 < count <= TOGETHER:
-            firsts = range(start, start + count * step, step)
+        count, span = self.lines.count, self.lines.span * W
+        if count > 1:
+            firsts = [(above + self.lines.start + block * self.lines.size) * W for block in range(count)]
             x = torch.cat([x[:, first : first + span].contiguous() for first in firsts], 1)
-        elif count > 1:
-            axes = merged([(C * N, (above + H + below) * W), (count, step), (span, 1)])
-            x = aten.as_strided_copy.default(x, [size for size, _ in axes], [stride for _, stride in axes], start)
         return x.reshape(C, N * count, span)
 
     def blocks_of(self, image_NHWC: Tensor) -> Tensor:
@@ -158,6 +149,7 @@ def _places(form: Form) -> Tensor:
 
 @functools.cache
 def cheapest(rows: Side, columns: Side, samples: int) -> Form:
-    """The form with the least `cost`."""
-    forms = [Form(Blocks(rows, size), Blocks(columns, columns.results)) for size in range(1, rows.results + 1)]
+    """The form with the least `cost`; of images in more blocks, what they read would be gathered outside of XNNPACK."""
+    sizes = range(-(-rows.results // MOST_BLOCKS), rows.results + 1)
+    forms = [Form(Blocks(rows, size), Blocks(columns, columns.results)) for size in sizes]
     return min(forms, key=lambda form: form.cost(samples))
