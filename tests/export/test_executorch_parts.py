@@ -16,12 +16,20 @@ from edgetrain.edge_client.training.selftest import read_self_test, run_self_tes
 from edgetrain.edge_client.training.trainer import train
 from edgetrain.export import Storage, ToleranceError, export_bundle
 from edgetrain.export.errors import UnsupportedError
+from edgetrain.export.lowering.executorch import partition
 from edgetrain.export.lowering.executorch.diagnosis import check_integers
+from edgetrain.models.losses import cross_entropy
 from edgetrain.protocol.bundle import Bundle
 from edgetrain.protocol.training import TrainingConfig
 from support.bundles import eager_step, flat_parameters
 from support.executorch_bundles import int8_bundle, split_bundle
 from support.frozen import cnn_data, frozen_cnn
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
 
 CONFIG = ClientConfig(name="c", federation="f", data="none", feature_cache="float32")
 
@@ -109,6 +117,25 @@ def test_an_integer_kernel_that_computes_something_else_is_refused():
     check_integers(exact, rounded, [rounded[0] * 1.005])
     with pytest.raises(UnsupportedError, match=r"off by 10\.\d% on executorch, by 0\.\d% in torch's reference"):
         check_integers(exact, rounded, [exact[0] * 1.1])
+
+
+def test_a_program_that_holds_its_parameters_may_multiply_windows_apart(monkeypatch, tmp_path):
+    """Its weights are read in partitions of their own then, and ExecuTorch has no views of what a program holds."""
+    monkeypatch.setattr(partition, "TOGETHER", 0)
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(2, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, padding=1, stride=2)]
+    module = torch.nn.Sequential(*layers, torch.nn.ReLU(), torch.nn.Conv2d(8, 5, 1), Mean())
+    batch = (torch.randn(4, 2, 12, 12), torch.randint(5, (4,)))
+    path = export_bundle(
+        module,
+        cross_entropy,
+        batch,
+        runtimes=("executorch",),
+        executorch_style="training-module",
+        out=tmp_path / "bundle",
+        name="held",
+    )
+    assert "training_module" in Bundle(path).manifest.program("executorch").graphs
 
 
 @pytest.mark.filterwarnings("ignore:This API is experimental")

@@ -49,7 +49,8 @@ class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch
                 node.meta.pop(_TAG, None)
         for node in reversed(nodes):
             # Results of the program are copied in any case.
-            if _is_view(node) and all(_tag(user) != _tag(node) and user.op != "output" for user in node.users):
+            alone = all(_tag(user) != _tag(node) and user.op != "output" for user in node.users)
+            if _is_view(node) and alone and not self._is_held(node.args[0]):
                 node.meta.pop(_TAG, None)
         _separate(nodes, result.partition_tags)
         left = {_tag(node) for node in nodes}
@@ -58,7 +59,10 @@ class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch
 
     def _stays(self, source: fx.Node, program: ExportedProgram) -> bool:
         """Whether a view of something outside must be XNNPACK's."""
-        return bool(is_constant_data(program, source)) or (self._held_inputs and source.op == "placeholder")
+        return bool(is_constant_data(program, source)) or self._is_held(source)
+
+    def _is_held(self, source: fx.Node) -> bool:
+        return self._held_inputs and source.op == "placeholder"
 
 
 def _separate(nodes: Sequence[fx.Node], specs: dict[str, Any]) -> None:
