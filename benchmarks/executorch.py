@@ -89,6 +89,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [entry for entry in arguments.entries if entry not in SUITE]:
         parser.error(f"no entry {unknown[0]!r}; there are: {', '.join(SUITE)}")
+    if arguments.micro_batch % 2 or arguments.micro_batch < 2:
+        parser.error(f"--micro-batch {arguments.micro_batch}: an even number, it is halved too")
     if arguments.contender:
         contend(arguments.contender, arguments.folder, arguments.entries[0])
         return

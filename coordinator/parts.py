@@ -32,7 +32,6 @@ from edgetrain.coordinator.run.requests import Request, read_request
 from edgetrain.coordinator.run.run_directory import RunDirectory
 from edgetrain.coordinator.signatures import Signatures
 from edgetrain.coordinator.signing import Signing
-from edgetrain.coordinator.signing_process import Identity
 from edgetrain.coordinator.strategies import Strategy
 from edgetrain.coordinator.workers.lead import lead_workers
 from edgetrain.protocol.bundle import Bundle
@@ -85,7 +84,7 @@ def assemble(
     clients = KnownClients(directory, clock)
     topics = Topics(config.federation)
     blobs = BlobServer(topics, transport, config.limits.chunk_bytes)
-    signing = Signing(Identity(config.federation, COORDINATOR, bytes.fromhex(directory.key.secret())))
+    signing = Signing(config.federation, COORDINATOR, directory.key)
     signatures = Signatures(topics, clients.roster, signing, clock)
     post = Post(
         transport,

@@ -8,7 +8,6 @@ from typing import Literal
 
 from edgetrain import __version__
 from edgetrain.coordinator.signing import Signing
-from edgetrain.coordinator.signing_process import Identity
 from edgetrain.protocol.messages import Announce, BlobRef, Checkpoint, LogPoint, Message, encode_message
 from edgetrain.protocol.names import Topics
 from edgetrain.protocol.signing import SigningKey, seal
@@ -41,9 +40,7 @@ class Post:
         serials: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         signing: Signing | None = None,
     ) -> None:
-        self._signing = signing or Signing(
-            Identity(topics.federation, COORDINATOR, bytes.fromhex(key.secret())), beside=False
-        )
+        self._signing = signing or Signing(topics.federation, COORDINATOR, key, beside=False)
         self._transport = transport
         self._topics = topics
         self._key = key

@@ -21,6 +21,7 @@ import msgspec
 from edgetrain.coordinator import signing_process
 from edgetrain.coordinator.processes import stop
 from edgetrain.coordinator.signing_process import READY, Check, Identity, Seal, Signer, read_frame, write_frame
+from edgetrain.protocol.signing import SigningKey
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,15 @@ class Signing:
     """Signs in the name of one, and checks what others have signed. Used by one thread.
 
     Args:
-        identity: of who signs.
+        federation: whose messages they are.
+        sender: who signs.
+        key: the sender's.
         beside: whether a process may help; by default where there is a second processor.
     """
 
-    def __init__(self, identity: Identity, *, beside: bool | None = None) -> None:
-        self._identity = identity
-        self._signer = Signer(identity)
+    def __init__(self, federation: str, sender: str, key: SigningKey, *, beside: bool | None = None) -> None:
+        self._identity = Identity(federation, sender, bytes.fromhex(key.secret()))
+        self._signer = Signer(self._identity)
         self._may_help = (os.cpu_count() or 1) > 1 if beside is None else beside
         self._helper: _Helper | None = None
 

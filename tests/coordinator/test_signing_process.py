@@ -14,7 +14,7 @@ from edgetrain.coordinator import signatures
 from edgetrain.coordinator.clients.roster import ClientRecord, Roster
 from edgetrain.coordinator.signatures import Signatures
 from edgetrain.coordinator.signing import MANY, Signing
-from edgetrain.coordinator.signing_process import Identity, Seal
+from edgetrain.coordinator.signing_process import Seal
 from edgetrain.protocol import SignatureError
 from edgetrain.protocol.messages import Goodbye, encode_message
 from edgetrain.protocol.names import Topics
@@ -25,7 +25,7 @@ TOPICS = Topics("home")
 KEYS = {name: SigningKey(name.encode() * 32) for name in "abcdefghij"}
 
 
-IDENTITY = Identity("home", "coordinator", bytes(range(32)))
+KEY = SigningKey(bytes(range(32)))
 BODIES = [f"body {number}".encode() for number in range(40)]
 
 
@@ -49,12 +49,12 @@ def ready(signing):
 
 @pytest.fixture
 def alone():
-    return Signing(IDENTITY, beside=False)
+    return Signing("home", "coordinator", KEY, beside=False)
 
 
 @pytest.fixture
 def helped():
-    signing = Signing(IDENTITY, beside=True)
+    signing = Signing("home", "coordinator", KEY, beside=True)
     yield signing
     signing.close()
 
@@ -73,7 +73,7 @@ def test_the_process_signs_and_checks_what_would_be_signed_and_checked_here(alon
 def test_what_it_signs_is_the_coordinators(helped):
     ready(helped)
     for body, envelope in zip(BODIES, helped.seal(BODIES)(), strict=True):
-        verify(unseal(envelope), "home", SigningKey(IDENTITY.seed).public_key)
+        verify(unseal(envelope), "home", KEY.public_key)
         assert (unseal(envelope).body, unseal(envelope).sender) == (body, "coordinator")
 
 
@@ -137,7 +137,7 @@ def test_it_ends_when_nobody_asks_any_more(helped):
 def test_its_key_is_not_on_its_command_line(helped):
     process = psutil.Process(ready(helped))
     seen = " ".join([*process.cmdline(), *map("=".join, process.environ().items())])
-    assert IDENTITY.seed.hex() not in seen
+    assert KEY.secret() not in seen
 
 
 # --- signatures --------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from typing import Any
 from executorch.exir.dialects._ops import ops
 from torch import Tensor, fx
 
+from edgetrain.export.lowering.executorch.subgraph import operands, tensor_of
+
 # Its result is the memory of its argument.
 _VIEWS = (ops.edge.aten.view_copy.default,)
 
@@ -55,28 +57,22 @@ def put_inside_in_order(graph: Any) -> None:
     A partition comes breadth first: whatever can be computed from its inputs alone comes before all else.
     """
     nodes = [node.xnode_union for node in graph.xnodes]
-    maker = {number: index for index, node in enumerate(nodes) for number in _numbers(node, "output")}
+    maker = {number: index for index, node in enumerate(nodes) for number in operands(node, "output").values()}
     sizes = dict.fromkeys(maker, 0)
-    for value in graph.xvalues:
-        tensor = getattr(value.xvalue_union, "tensor_value", value.xvalue_union)
+    for tensor in map(tensor_of, graph.xvalues):
         # What leaves the subgraph is not in its workspace.
         if tensor.id_out in sizes and tensor.id_out not in graph.output_ids:
             sizes[tensor.id_out] = math.prod(tensor.dims)
     units = [_Unit([node]) for node in graph.xnodes]
     for index, node in enumerate(nodes):
-        units[index].made.update(_numbers(node, "output"))
-        for number in _numbers(node, ""):
+        units[index].made.update(operands(node, "output").values())
+        for number in operands(node).values():
             if number in maker:
                 units[index].storages.add(number)
                 if maker[number] != index:
                     units[index].sources.add(maker[number])
                     units[maker[number]].users.add(index)
     graph.xnodes = [node for index in _best(units, sizes, set()) for node in units[index].nodes]
-
-
-def _numbers(node: Any, start: str) -> list[int]:
-    """Of the values that it names in fields that start so."""
-    return [value for name, value in vars(node).items() if name.startswith(start) and name.endswith("_id")]
 
 
 def _best(units: Sequence[_Unit], sizes: dict[Any, int], kept: set[Any]) -> list[int]:

@@ -85,12 +85,14 @@ def _separate(nodes: Sequence[fx.Node], specs: dict[str, Any]) -> None:
         windows.setdefault(tag, set()).update(found for source in node.all_input_nodes if (found := _gathered(source)))
     large = {tag for tag, found in windows.items() if sum(node.meta["val"].nbytes for node in found) > TOGETHER}
     place = {node: index for index, node in enumerate(nodes)}
-    for node, piece in pieces.items():
-        tag = _tag(node)
+    for piece in {id(piece): piece for piece in pieces.values()}.values():
+        first = min(piece, key=place.__getitem__)
+        tag = str(_tag(first))
         if tag in large and any(_gathered(source) for member in piece for source in member.all_input_nodes):
-            own = f"{tag} from {place[min(piece, key=place.__getitem__)]}"
+            own = f"{tag} from {place[first]}"
             specs[own] = specs[tag]
-            node.meta[_TAG] = own
+            for member in piece:
+                member.meta[_TAG] = own
     for node in nodes:
         if node.op == "placeholder" and _tag(node) is not None:
             # A constant is whose who reads it; ExecuTorch copies it for all others.

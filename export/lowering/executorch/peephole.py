@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from edgetrain.export.lowering.executorch.order import put_inside_in_order
+from edgetrain.export.lowering.executorch.subgraph import operands, tensor_of
 
 TRANSPOSE_B = 1
 _TURNED = [0, 2, 1]
@@ -50,7 +51,7 @@ def turn_inside(graph: Any) -> None:
         if product.input2_id in turned:
             product.input2_id = turned[product.input2_id].input_id
             product.flags |= TRANSPOSE_B
-    read = Counter(i for node in nodes for i in _inputs(node))
+    read = Counter(number for node in nodes for number in operands(node, "input").values())
     _remove(graph, {n for n in turned if not read[n] and n not in graph.output_ids})
 
 
@@ -63,8 +64,8 @@ def shape_once(graph: Any) -> None:
     first: dict[tuple[int, tuple[int, ...]], int] = {}
     same: dict[int, int] = {}
     for node in (node.xnode_union for node in graph.xnodes):
-        for name in [name for name in vars(node) if name.startswith("input") and name.endswith("_id")]:
-            setattr(node, name, same.get(getattr(node, name), getattr(node, name)))
+        for name, number in operands(node, "input").items():
+            setattr(node, name, same.get(number, number))
         if type(node).__name__ == "XNNStaticReshape" and node.output_id not in graph.output_ids:
             kept = first.setdefault((node.input_id, tuple(node.new_shape)), node.output_id)
             if kept != node.output_id:
@@ -75,14 +76,4 @@ def shape_once(graph: Any) -> None:
 def _remove(graph: Any, gone: set[int]) -> None:
     """What makes these values, and the values."""
     graph.xnodes = [node for node in graph.xnodes if getattr(node.xnode_union, "output_id", None) not in gone]
-    graph.xvalues = [value for value in graph.xvalues if _identifier(value) not in gone]
-
-
-def _inputs(node: Any) -> list[int]:
-    return [value for name, value in vars(node).items() if name.startswith("input") and name.endswith("_id")]
-
-
-def _identifier(value: Any) -> int:
-    union = value.xvalue_union
-    number: int = getattr(union, "tensor_value", union).id_out
-    return number
+    graph.xvalues = [value for value in graph.xvalues if tensor_of(value).id_out not in gone]
