@@ -11,6 +11,8 @@ from edgetrain.protocol.codecs.result import Bytes
 from edgetrain.protocol.errors import CodecError
 
 _VARINT_BYTES = 5
+_HEADER_BYTES = 4
+_DTYPES = {name: np.dtype(name) for name in ("<i1", "<u2", "<u4", "<f2", "<f4")}
 # Bytes whose bits are unpacked at once.
 _AHEAD_BYTES = 1 << 14
 
@@ -38,6 +40,11 @@ class Reader:
         self._position = stop
         return self._bytes[start:stop]
 
+    def header(self) -> bytes:
+        """The first four bytes."""
+        self.take(_HEADER_BYTES, "header")
+        return self._view[:_HEADER_BYTES].tobytes()
+
     def _truncated(self, count: int, what: str) -> CodecError:
         return CodecError(
             f"truncated payload: {what} needs {count} bytes at byte {self._position}, {self.remaining} are left"
@@ -45,7 +52,8 @@ class Reader:
 
     def array(self, count: int, dtype: str, what: str) -> npt.NDArray[Any]:
         """The next `count` elements of a little-endian dtype such as "<u2"."""
-        return self.take(count * np.dtype(dtype).itemsize, what).view(dtype)
+        kind = _DTYPES[dtype]
+        return self.take(count * kind.itemsize, what).view(kind)
 
     def byte(self, what: str) -> int:
         """The next byte."""

@@ -91,6 +91,6 @@ def _unpack(reader: Reader, count: int, largest: int) -> Codes:
         if count % 2 and nibbles[-1]:
             raise CodecError("int4 codes: padding that is not 0")
         codes = nibbles[:count].view(np.int8) >> 4
-    if count and codes.min() < -largest:
+    if count and np.minimum.reduce(codes) < -largest:
         raise CodecError(f"code {codes.min()}, at least {-largest} is allowed")
     return codes

@@ -142,7 +142,7 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits) -> SparseOrDens
     if data.nbytes > limits.payload_bytes:
         raise CodecError(f"a payload of {data.nbytes} bytes, at most {limits.payload_bytes} are allowed")
     reader = Reader(data)
-    magic, version, first, second = reader.take(4, "header").tolist()
+    magic, version, first, second = reader.header()
     if magic != MAGIC:
         raise CodecError(f"not an encoded update: it starts with 0x{magic:02x}, not 0x{MAGIC:02x}")
     if version != VERSION:

@@ -6,7 +6,8 @@ MQTT 3.1.1, sections 3.3 and 3.4; MQTT 5.0, the same. The others are paho's.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+import msgspec
 
 PUBLISH, PUBACK = 0x30, 0x40
 _EXPIRY, _ALIAS = 0x02, 0x23
@@ -18,8 +19,7 @@ class PacketError(ValueError):
     """What a broker sent is no MQTT."""
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(msgspec.Struct, frozen=True, gc=False):
     """A message that has arrived."""
 
     topic: str
