@@ -29,6 +29,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 # So many signatures at a time are worth starting a process, and so many asking it.
 MANY, SOME = 32, 4
+# With so many requests before it, the process is behind the one that it helps.
+BEHIND = 2
 # It answers within milliseconds.
 _PATIENCE_SECONDS = 30.0
 
@@ -62,7 +64,9 @@ class Signing:
 
     def seal(self, bodies: Sequence[bytes]) -> Callable[[], list[bytes]]:
         """Begins to sign; returns what waits for the envelopes of these bodies."""
-        return self._begin(Seal(bodies), len(bodies), list[bytes], lambda: self._signer.seal(bodies))
+        # Who is behind is not given more.
+        behind = self._helper is not None and (self._unless_gone(self._helper.unanswered) or 0) >= BEHIND
+        return self._begin(Seal(bodies), 0 if behind else len(bodies), list[bytes], lambda: self._signer.seal(bodies))
 
     @property
     def helper_pid(self) -> int | None:
@@ -139,6 +143,12 @@ class _Helper:
         self._write(frame(msgspec.msgpack.encode(request)))
         self._asked += 1
         return self._asked
+
+    def unanswered(self) -> int:
+        """How many requests it still has before it."""
+        while self._answered < self._asked and self._has_answer(0.0):
+            self._read()
+        return self._asked - self._answered
 
     def answer(self, ticket: int, kind: type[T]) -> T:
         """Waits for an answer."""
