@@ -33,26 +33,34 @@ class PacketBuffer:
     """Cuts a stream of bytes into packets."""
 
     def __init__(self) -> None:
-        self._data = bytearray()
+        self._data = b""
         self._start = 0
+        # What was fed since; joined when the next packet is whole, which from here on takes so many bytes.
+        self._fed: list[bytes] = []
+        self._missing = 1
 
     def feed(self, data: bytes) -> None:
         """Takes what has arrived."""
-        if self._start:
-            del self._data[: self._start]
-            self._start = 0
-        self._data += data
+        self._fed.append(data)
+        self._missing -= len(data)
 
     def next(self) -> tuple[int, memoryview] | None:
-        """(first byte, what follows the length) of the next whole packet. The view is for use before the next call.
+        """(first byte, what follows the length) of the next whole packet.
 
         Raises:
             PacketError: the length is none.
         """
+        if self._fed:
+            if self._missing > 0:
+                return None
+            self._data = b"".join((self._data[self._start :], *self._fed))
+            self._start = 0
+            self._fed.clear()
         data, position = self._data, self._start + 1
         length = 0
         for index in range(_LENGTH_BYTES + 1):
             if position >= len(data):
+                self._missing = 1
                 return None
             if index == _LENGTH_BYTES:
                 raise PacketError("a length of more than four bytes")
@@ -61,11 +69,12 @@ class PacketBuffer:
             length |= (byte & 0x7F) << 7 * index
             if byte < 0x80:
                 break
-        if len(data) - position < length:
+        end = position + length
+        if end > len(data):
+            self._missing = end - len(data)
             return None
-        first, self._start = data[self._start], position + length
-        # A view would keep `feed` from moving the rest.
-        return first, memoryview(bytes(memoryview(data)[position : position + length]))
+        first, self._start = data[self._start], end
+        return first, memoryview(data)[position:end]
 
 
 def decode_publish(first: int, body: memoryview, *, version_5: bool) -> Publish:
