@@ -10,6 +10,7 @@ from typing import Literal
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.chronicle import Chronicle
 from edgetrain.coordinator.clients.known_clients import KnownClients
+from edgetrain.coordinator.errors import StopRequested
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
@@ -89,25 +90,27 @@ class Pump:
             StopRequested: somebody asked the run to stop.
             RunError: the run directory cannot be written.
         """
-        try:
-            while True:
-                now = self._clock()
+        while True:
+            now = self._clock()
+            try:
                 self._check()
-                self._blobs.tick(now)
-                self._uploads.ask_for_stalled()
-                if done():
-                    return
-                if not self._ahead:
-                    self._end_sync()
-                    self._take_ahead(self._patience(now))
-                handled = 0
-                while self._ahead and handled < BATCH_EVENTS:
-                    handled += self._handle_next()
-                # The disk has had the time that this batch took for what was begun after the one before.
+            except StopRequested:
                 self._end_sync()
-                self._begin_sync()
-        finally:
+                raise
+            self._blobs.tick(now)
+            self._uploads.ask_for_stalled()
+            if done():
+                self._end_sync()
+                return
+            if not self._ahead:
+                self._end_sync()
+                self._take_ahead(self._patience(now))
+            handled = 0
+            while self._ahead and handled < BATCH_EVENTS:
+                handled += self._handle_next()
+            # The disk has had the time that this batch took for what was begun after the one before.
             self._end_sync()
+            self._begin_sync()
 
     def _handle_next(self) -> int:
         """Handles the events that were looked at; how many."""

@@ -1,4 +1,4 @@
-"""Dense codes of one byte with a scale for every so many of them: what most updates are, before anybody needs floats."""
+"""Codes of one byte with a scale for every so many of them: what most updates are before anybody needs floats."""
 
 from __future__ import annotations
 
