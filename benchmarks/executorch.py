@@ -15,7 +15,7 @@ Contenders, each in a process of its own, on one thread, taking turns step by st
 - onnxruntime: the same step as plain ONNX
 
 Each time is the quickest of its turns, since what else the machine does can only add. Memory is the peak resident set
-of a fresh process that only runs the session.
+of a fresh process that only runs the session, told to save memory as a client does.
 
     python benchmarks/executorch.py --arena         # planned bytes of every graph, at batch 8 and 1; no times
 """
@@ -348,7 +348,8 @@ def halves_step(path: Path) -> Callable[[], object]:
     from edgetrain.protocol.bundle import Bundle
 
     bundle = Bundle(path)
-    session = open_session(bundle, OURS)
+    session = open_session(bundle, OURS, load=False)
+    session.save_memory(in_parts=False)
     batch, weights = read_self_test(bundle)
     parameters = bundle.initial_parameters()
     gradient = np.empty_like(parameters)
@@ -367,7 +368,10 @@ def head_step(path: Path) -> Callable[[], object]:
 
     bundle = Bundle(path)
     batch, weights = read_self_test(bundle)
-    head, batch = on_features(open_session(bundle, OURS), batch)
+    session = open_session(bundle, OURS, load=False)
+    session.save_memory(in_parts=True)
+    head, batch = on_features(session, batch)
+    session.release()
     reset_peak()
     parameters = bundle.initial_parameters()
     return lambda: head.step(parameters.copy(), batch, weights)

@@ -145,7 +145,9 @@ def session_step(path: Path, runtime: str) -> Callable[[], object]:
     from edgetrain.protocol.bundle import Bundle
 
     bundle = Bundle(path)
-    session = open_session(bundle, runtime)
+    session = open_session(bundle, runtime, load=False)
+    # As a client does.
+    session.save_memory(in_parts=False)
     batch, weights = read_self_test(bundle)
     parameters = bundle.initial_parameters()
     # The same vector each time: training changes it in place.

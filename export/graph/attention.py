@@ -46,12 +46,10 @@ class Attention(torch.autograd.Function):
         alive = torch.ones((), dtype=scores.dtype)
         if mask is not None:
             scores = scores + mask
-            # Without a last dimension of 1, with which onnxruntime works element by element.
-            largest = torch.amax(scores, -1)
             if not checked:
+                largest = torch.amax(scores, -1)
                 alive = (largest > _LOWEST).to(scores.dtype).unsqueeze(-1)
-                largest = torch.clamp(largest, min=_LOWEST)
-            scores = torch.maximum(scores, (largest - MASKED).unsqueeze(-1))
+                scores = torch.maximum(scores, (torch.clamp(largest, min=_LOWEST) - MASKED).unsqueeze(-1))
         probabilities = torch.softmax(scores, -1)
         output = _product(probabilities, value)
         return output if checked else output * alive, probabilities, alive

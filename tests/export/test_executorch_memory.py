@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("executorch.exir")
 
+from executorch.exir import to_edge
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from edgetrain.export.lowering.executorch.early import compute_early
 from edgetrain.export.lowering.executorch.memory import Block, least, place
 from edgetrain.export.lowering.executorch.order import put_in_order
+from edgetrain.export.quiet import quiet
 
 blocks = st.builds(
     lambda size, first, length: Block(size * 16, first, first + length),
@@ -58,3 +62,37 @@ def test_what_frees_more_runs_first_and_the_result_is_the_same():
     names = [node.name for node in module.graph.nodes if node.op == "call_function"]
     assert names[:4] == [large[0].name, small[0].name, large[1].name, small[1].name]
     assert torch.equal(module(value)[0], expected)
+
+
+def test_a_slope_is_computed_where_what_it_is_made_of_is():
+    """GELU's slope in place of gate and square; a mask beside an activation that is kept anyway would be one more."""
+
+    example = torch.randn(4, 8), torch.randn(8, 8), torch.randn(4, 8)
+
+    def gelu(x, weight, grad):
+        h = x @ weight
+        square = h * h
+        gate = torch.sigmoid(h * (square * 0.5 + 1))
+        y = h * gate
+        slope = gate + y * ((1 - gate) * (square * 1.5))
+        return y, torch.sin(grad) * slope
+
+    def relu(x, weight, grad):
+        y = torch.relu(x @ weight)
+        return y, torch.sin(grad) * torch.clamp(y * 3e38, 0.0, 1.0)
+
+    for function, expected in ((gelu, ["sub", "mul", "mul", "mul", "add"]), (relu, [])):
+        with quiet():
+            edge = to_edge(torch.export.export(make_fx(function)(*example), example))
+        nodes = list(edge.exported_program().graph.nodes)
+        calls = [node for node in nodes if node.op == "call_function"]
+        # As the partitioner would: what only the second result needs is computed where the gradient comes.
+        forward = set(nodes[-1].args[0][0].all_input_nodes) | {nodes[-1].args[0][0]}
+        while more := {source for node in forward for source in node.all_input_nodes} - forward:
+            forward |= more
+        partitions = {
+            node: "forward" if node in forward else "backward" for node in calls if "dim_order" not in node.name
+        }
+        moved = compute_early(nodes, partitions)
+        assert set(moved.values()) <= {"forward"}
+        assert [node.name.split("_")[1] for node in calls if node in moved] == expected

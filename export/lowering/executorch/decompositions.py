@@ -180,7 +180,8 @@ def gelu_backward(grad: Tensor, x: Tensor, *, approximate: str = "none") -> Tens
         return grad * (_normal_cdf(x) + x * density)
     argument, slope = _gelu_argument(x)
     gate = torch.sigmoid(argument)
-    return grad * (gate + x * slope * gate * (1 - gate))
+    # The forward pass has the first product.
+    return grad * (gate + x * gate * (slope * (1 - gate)))
 
 
 def _gelu_argument(x: Tensor) -> tuple[Tensor, Tensor]:

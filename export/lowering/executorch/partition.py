@@ -13,6 +13,8 @@ from executorch.exir.dialects._ops import ops
 from torch import fx
 from torch.export import ExportedProgram
 
+from edgetrain.export.lowering.executorch.early import compute_early
+
 _TAG = "delegation_tag"
 # Bytes of windows that may wait together: a processor's second cache. To multiply them apart costs a call for each.
 TOGETHER = 2 << 20
@@ -43,6 +45,8 @@ class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch
         """See `executorch.exir.backend.partitioner.Partitioner`."""
         result = super().partition(exported_program)
         nodes = list(result.tagged_exported_program.graph_module.graph.nodes)
+        for node, tag in compute_early(nodes, {node: tag for node in nodes if (tag := _tag(node)) is not None}).items():
+            node.meta[_TAG] = tag
         # What enters comes first, what leaves last: chains of views go out one after the other.
         for node in nodes:
             if _is_view(node) and _tag(node) != _tag(node.args[0]) and not self._stays(node.args[0], exported_program):

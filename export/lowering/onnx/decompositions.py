@@ -29,7 +29,6 @@ def for_onnx() -> Decompositions:
             aten.gelu.default: gelu,
             aten.gelu_backward.default: gelu_backward,
             aten._safe_softmax.default: safe_softmax,  # noqa: SLF001
-            aten.native_layer_norm_backward.default: layer_norm_backward,
             aten.hardtanh_backward.default: hardtanh_backward,
             aten.threshold_backward.default: threshold_backward,
         }
@@ -91,38 +90,6 @@ def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tenso
 def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
     """Of ReLU above all. A product with ones and zeros takes half the time of a choice."""
     return grad * (x > threshold).to(grad.dtype)
-
-
-def layer_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    shape: Sequence[int],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Ba et al. 2016, with sums over rows and columns as products with vectors, and few sweeps over x."""
-    del bias
-    D = math.prod(shape)
-    grad_ND, x_ND = grad.reshape(-1, D), x.reshape(-1, D)
-    mean_N1, rstd_N1 = mean.reshape(-1, 1), rstd.reshape(-1, 1)
-    centred = x_ND - mean_N1
-    product = grad_ND * centred
-    by_x = by_weight = by_bias = None
-    if mask[0]:
-        # Divided here and not in the means: with columns, and factors within products, onnxruntime is slow.
-        shares = (torch.ones(D, dtype=grad.dtype) if weight is None else weight.reshape(D)) * (1 / D)
-        column = shares.reshape(D, 1)
-        scaled = grad_ND if weight is None else grad_ND * weight.reshape(1, D)
-        slope = torch.mm(product, column) * rstd_N1 * rstd_N1
-        by_x = (((scaled - torch.mm(grad_ND, column)) - centred * slope) * rstd_N1).reshape(x.shape)
-    if mask[1]:
-        by_weight = torch.mm(rstd_N1.reshape(1, -1), product).reshape(shape)
-    if mask[2]:
-        by_bias = grad_ND.sum(0).reshape(shape)
-    return by_x, by_weight, by_bias
 
 
 def hardtanh_backward(grad: Tensor, x: Tensor, min_val: float, max_val: float) -> Tensor:

@@ -122,8 +122,10 @@ def _raise_masks(graph: fx.Graph, softmax: fx.Node) -> None:
     if not isinstance(value, torch.Tensor) or value.ndim < 3 or scores.target is aten.maximum.default:
         return
     with graph.inserting_before(softmax):
-        largest = graph.call_function(aten.amax.default, (scores, [dim], True))
+        # Without a last dimension of 1, with which onnxruntime works element by element.
+        largest = graph.call_function(aten.amax.default, (scores, [dim]))
         lowest = graph.call_function(aten.sub.Tensor, (largest, MASKED))
+        lowest = graph.call_function(aten.unsqueeze.default, (lowest, dim))
         softmax.replace_input_with(scores, graph.call_function(aten.maximum.default, (scores, lowest)))
 
 
