@@ -68,8 +68,9 @@ class HeldBlocks:
         broken = units != np.rint(units)
         sums = np.zeros((len(self._codes), self._codes.shape[2]), np.int64)
         for at in np.flatnonzero(broken.any(axis=1)):
-            blocks = np.flatnonzero(broken[at])
-            products = self._codes[blocks, at] * units[at, blocks, np.newaxis]
+            blocks = slice(None) if broken[at].all() else np.flatnonzero(broken[at])
+            products = self._codes[blocks, at].astype(np.float64)
+            products *= units[at, blocks, np.newaxis]
             sums[blocks] += np.rint(products, out=products).astype(np.int64)
         units[broken] = 0
         digits = _digits(units.astype(np.int64).T)
