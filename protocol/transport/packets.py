@@ -87,18 +87,18 @@ def decode_publish(first: int, body: memoryview, *, version_5: bool) -> Publish:
     if qos > 1:
         raise PacketError(f"QoS {qos}, for which nobody has asked")
     try:
-        (length,) = struct.unpack_from("!H", body)
+        length = body[0] << 8 | body[1]
         # A client can make one that is no text; then nobody has that name, but it is no reason to hang up.
         topic = str(body[2 : 2 + length], "utf-8", "replace")
         position = 2 + length
         packet = 0
         if qos:
-            (packet,) = struct.unpack_from("!H", body, position)
+            packet = body[position] << 8 | body[position + 1]
             position += 2
         if version_5:
-            properties, position = _length_at(body, position)
+            properties, position = _length_at(body, position) if body[position] else (0, position + 1)
             position += properties
-    except (struct.error, IndexError) as error:
+    except IndexError as error:
         raise PacketError(f"a PUBLISH that is none: {error}") from error
     if position > len(body) or not topic:
         raise PacketError("a PUBLISH that ends in its header")
