@@ -115,11 +115,10 @@ class FixedPointSum:
         return self._bound + largest + 1 <= self._limit
 
     def _hold(self, blocks: BlockCodes, factor: float) -> None:
+        if self._held and not self._held.takes(blocks):
+            self._held.add_to(self._total)
         if self._held is None or not self._held.takes(blocks):
-            if self._held:
-                self._held.add_to(self._total)
-            if self._held is None or not self._held.takes(blocks):
-                self._held = HeldBlocks(blocks)
+            self._held = HeldBlocks(blocks)
         self._held.hold(blocks, factor)
 
     def _checked(self, update: SparseOrDense, weight: int, scale: float) -> tuple[float, int]:

@@ -246,7 +246,7 @@ def _decode_values(
     if quantizer is Quantizer.SIGN:
         check_scales(scales, 1)
         return from_signs(reader.bits(count, "signs"), scales, _starts(starts, count, size))
-    largest = 127 if quantizer is Quantizer.INT8 else 7
+    largest = LARGEST["int8" if quantizer is Quantizer.INT8 else "int4"]
     top = check_scales(scales, largest)
     codes = decode_codes(reader, coding, count, largest)
     if dense and size:
