@@ -22,8 +22,8 @@ class Chronicle:
     def __init__(self, audit: AuditLog, post: Post) -> None:
         self._audit = audit
         self._post = post
-        # There is a checkpoint that nobody has heard of.
-        self._noted = False
+        # There is a checkpoint that nobody has heard of, and it is being written.
+        self._noted = self._sealed = False
 
     def command(self, command: str) -> None:
         """An operator's."""
@@ -80,9 +80,27 @@ class Chronicle:
         Raises:
             RunError: the disk did not take it.
         """
-        self._audit.commit()
-        if self._noted:
-            self._noted = False
+        self.begin_commit()
+        self.end_commit()
+
+    def begin_commit(self) -> None:
+        """Begins to `commit`; more can be recorded before `end_commit`.
+
+        Raises:
+            RunError: the disk did not take what was recorded before.
+        """
+        self._audit.begin_commit()
+        self._sealed, self._noted = self._sealed or self._noted, False
+
+    def end_commit(self) -> None:
+        """Ends it.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        self._audit.end_commit()
+        if self._sealed:
+            self._sealed = False
             self.tell()
 
     def note_checkpoint(self) -> None:

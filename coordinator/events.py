@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from edgetrain.coordinator.clients.spread import FederatedEvaluation
 from edgetrain.coordinator.run.records import RoundRecord, Summary
 
@@ -42,8 +44,7 @@ class RoundStarted:
     invited: int
 
 
-@dataclass(frozen=True, slots=True)
-class UpdateAccepted:
+class UpdateAccepted(msgspec.Struct, frozen=True, gc=False):
     """An update is on disk and in the sum."""
 
     round: int

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
 from edgetrain.coordinator.blob_server import BlobServer
 from edgetrain.coordinator.chronicle import Chronicle
 from edgetrain.coordinator.clients.known_clients import KnownClients
+from edgetrain.coordinator.errors import StopRequested
 from edgetrain.coordinator.intake import Intake
 from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.agenda import Agenda
@@ -18,10 +20,12 @@ from edgetrain.protocol.transport import Connected, Disconnected, Event, Noticed
 
 logger = logging.getLogger(__name__)
 
-# Events handled before the journal is synced and the verdicts go out: one sync serves them all.
+# Events handled before the journal is synced: one sync serves them all. The verdicts go out when it has ended, at the
+# latest after as many more.
 BATCH_EVENTS = 512
-# Of these, so many are taken out of the queue at a time: their signatures are checked while those before are handled.
-AHEAD_EVENTS = 64
+# Of these, so many are taken out of the queue at a time, and so often ahead: their signatures are checked while those
+# before are handled.
+AHEAD_EVENTS, AHEAD_TIMES = 64, 3
 # Upper bound of one wait for events, so that deadlines are looked at now and then.
 POLL_SECONDS = 0.5
 
@@ -71,9 +75,8 @@ class Pump:
         self._clock = clock
         # As announced last: what whoever connects later is told.
         self._status: tuple[Literal["open", "paused", "ended"], str] = ("open", "")
-        # What is handled next, and the look at its signatures. Nobody may rely on the broker to have it still.
-        self._ahead: list[Event] = []
-        self._look: Look = set
+        # What is handled next, with the looks at its signatures. Nobody may rely on the broker to have it still.
+        self._ahead: deque[tuple[list[Event], Look]] = deque()
 
     def announce(self, status: Literal["open", "paused", "ended"], reason: str = "") -> None:
         """Tells everyone the state of the run, now and after every reconnection."""
@@ -89,35 +92,60 @@ class Pump:
         """
         while True:
             now = self._clock()
-            self._check()
+            try:
+                self._check()
+            except StopRequested:
+                self._end_sync()
+                raise
             self._blobs.tick(now)
             self._uploads.ask_for_stalled()
             if done():
+                self._end_sync()
                 return
             if not self._ahead:
+                self._end_sync()
                 self._take_ahead(self._patience(now))
             handled = 0
             while self._ahead and handled < BATCH_EVENTS:
-                events, look = self._ahead, self._look
-                self._take_ahead(0)
-                self._signatures.rely_on(look)
-                for event in events:
-                    self._handle(event)
-                handled += len(events)
-            # Two files are synced at the same time.
-            self._uploads.begin_sync()
-            self._clients.save_new()
-            self._chronicle.commit()
-            self._uploads.send_verdicts()
+                handled += self._handle_next()
+            # The disk has had the time that this batch took for what was begun after the one before.
+            self._end_sync()
+            self._begin_sync()
+
+    def _handle_next(self) -> int:
+        """Handles the events that were looked at; how many."""
+        events, look = self._ahead.popleft()
+        self._take_ahead(0)
+        self._signatures.rely_on(look)
+        for event in events:
+            self._handle(event)
+        self._uploads.sign_verdicts()
+        return len(events)
+
+    def _begin_sync(self) -> None:
+        """Begins to write down what was handled: two files at the same time."""
+        self._uploads.begin_sync()
+        self._clients.save_new()
+        self._chronicle.begin_commit()
+
+    def _end_sync(self) -> None:
+        """Waits for the disk, and tells those whose updates it has."""
+        self._chronicle.end_commit()
+        self._uploads.send_verdicts()
 
     def _take_ahead(self, timeout: float) -> None:
         """Takes what is in the queue, or comes into it in time, and begins to check the signatures."""
-        events: list[Event] = []
-        event = self._transport.receive(timeout)
-        while event is not None:
-            events.append(event)
-            event = self._transport.receive(0) if len(events) < AHEAD_EVENTS else None
-        self._ahead, self._look = events, self._signatures.look_ahead(events)
+        while len(self._ahead) < AHEAD_TIMES:
+            events: list[Event] = []
+            event = self._transport.receive(timeout)
+            while event is not None:
+                events.append(event)
+                event = self._transport.receive(0) if len(events) < AHEAD_EVENTS else None
+            if events:
+                self._ahead.append((events, self._signatures.look_ahead(events)))
+            if len(events) < AHEAD_EVENTS:
+                return
+            timeout = 0
 
     def _handle(self, event: Event) -> None:
         match event:

@@ -20,7 +20,7 @@ import msgspec
 
 from edgetrain.coordinator import signing_process
 from edgetrain.coordinator.processes import stop
-from edgetrain.coordinator.signing_process import READY, Check, Identity, Seal, Signer, read_frame, write_frame
+from edgetrain.coordinator.signing_process import READY, Check, Identity, Seal, Signer, frame, read_frame, write_frame
 from edgetrain.protocol.signing import SigningKey
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 # So many signatures at a time are worth starting a process, and so many asking it.
 MANY, SOME = 32, 4
+# With so many requests before it, the process is behind the one that it helps.
+BEHIND = 2
 # It answers within milliseconds.
 _PATIENCE_SECONDS = 30.0
 
@@ -62,7 +64,9 @@ class Signing:
 
     def seal(self, bodies: Sequence[bytes]) -> Callable[[], list[bytes]]:
         """Begins to sign; returns what waits for the envelopes of these bodies."""
-        return self._begin(Seal(bodies), len(bodies), list[bytes], lambda: self._signer.seal(bodies))
+        # Who is behind is not given more.
+        behind = self._helper is not None and (self._unless_gone(self._helper.unanswered) or 0) >= BEHIND
+        return self._begin(Seal(bodies), 0 if behind else len(bodies), list[bytes], lambda: self._signer.seal(bodies))
 
     @property
     def helper_pid(self) -> int | None:
@@ -119,6 +123,7 @@ class _Helper:
         assert self._process.stdout, "asked for"
         self._requests, self._answers = self._process.stdin, self._process.stdout
         write_frame(self._requests, msgspec.msgpack.encode(identity))
+        os.set_blocking(self._requests.fileno(), False)
         self._is_ready = False
         self._asked = self._answered = 0
         # Those that were read before anybody wanted them.
@@ -135,18 +140,46 @@ class _Helper:
             if not self._has_answer(0.0):
                 return None
             self._is_ready = read_frame(self._answers) == READY
-        write_frame(self._requests, msgspec.msgpack.encode(request))
+        self._write(frame(msgspec.msgpack.encode(request)))
         self._asked += 1
         return self._asked
+
+    def unanswered(self) -> int:
+        """How many requests it still has before it."""
+        while self._answered < self._asked and self._has_answer(0.0):
+            self._read()
+        return self._asked - self._answered
 
     def answer(self, ticket: int, kind: type[T]) -> T:
         """Waits for an answer."""
         while self._answered < ticket:
             if not self._has_answer(_PATIENCE_SECONDS):
                 raise TimeoutError(f"no answer in {_PATIENCE_SECONDS:.0f} s")
-            self._answered += 1
-            self._early[self._answered] = read_frame(self._answers)
+            self._read()
         return msgspec.msgpack.decode(self._early.pop(ticket), type=kind)
+
+    def _write(self, request: bytes) -> None:
+        """Writes it. What it still has to say is read meanwhile: neither waits for the other for ever."""
+        rest = memoryview(request)
+        while rest:
+            written = self._requests.write(rest)
+            if written:
+                rest = rest[written:]
+                continue
+            poller = select.poll()
+            poller.register(self._requests.fileno(), select.POLLOUT)
+            poller.register(self._answers.fileno(), select.POLLIN)
+            ready = dict(poller.poll(1000 * _PATIENCE_SECONDS))
+            if not ready:
+                raise TimeoutError(f"it has read nothing for {_PATIENCE_SECONDS:.0f} s")
+            if self._answers.fileno() in ready:
+                self._read()
+
+    def _read(self) -> None:
+        """Reads the next answer."""
+        answer = read_frame(self._answers)
+        self._answered += 1
+        self._early[self._answered] = answer
 
     def close(self) -> None:
         """Ends it."""

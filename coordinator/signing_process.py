@@ -69,13 +69,18 @@ class Signer:
         return True
 
 
+def frame(data: bytes) -> bytes:
+    """A frame of this."""
+    return _LENGTH.pack(len(data)) + data
+
+
 def write_frame(file: IO[bytes], data: bytes) -> None:
     """Writes a frame.
 
     Raises:
         OSError: nobody reads any more.
     """
-    rest = memoryview(_LENGTH.pack(len(data)) + data)
+    rest = memoryview(frame(data))
     while rest:
         rest = rest[file.write(rest) :]
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from edgetrain.protocol.errors import BlobError
 from edgetrain.protocol.messages import BlobRef
@@ -28,8 +29,7 @@ HEADER_BYTES = _HEADER.size
 _MAGIC, _VERSION = b"EC", 1
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """A part of a blob: bytes [offset, offset + len(data)) of `size`."""
 
     digest: bytes

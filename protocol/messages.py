@@ -280,6 +280,7 @@ class Checkpoint(Message, frozen=True, kw_only=True, tag="checkpoint"):
 FromClient = Hello | Ready | Decline | Offer | Report | Goodbye | Want | Secure
 FromCoordinator = Announce | Welcome | Refusal | Plan | Verdict | RoundClosed | Checkpoint | Want | Secure
 
+_encode = msgspec.msgpack.Encoder().encode
 _from_client = msgspec.msgpack.Decoder(FromClient)
 _from_coordinator = msgspec.msgpack.Decoder(FromCoordinator)
 
@@ -292,7 +293,7 @@ def split_update(offer: Offer, update: BytesLike) -> tuple[BytesLike, BytesLike]
 
 def encode_message(message: Message) -> bytes:
     """The body of an envelope."""
-    return msgspec.msgpack.encode(message)
+    return _encode(message)
 
 
 def decode_from_client(body: bytes) -> FromClient:

@@ -79,14 +79,19 @@ class Topics(msgspec.Struct, frozen=True):
 
     def sender(self, topic: str) -> tuple[str, str] | None:
         """(client, kind) of a topic that a client wrote to, else None."""
-        return _sender(self.federation, topic)
+        prefix = _prefix(self.federation)
+        if not topic.startswith(prefix):
+            return None
+        client, _, kind = topic[len(prefix) :].partition("/")
+        return (client, kind) if _is_name(client) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _prefix(federation: str) -> str:
+    return f"edgetrain/{federation}/from/"
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _sender(federation: str, topic: str) -> tuple[str, str] | None:
-    """The same topics come again and again."""
-    prefix = f"edgetrain/{federation}/from/"
-    if not topic.startswith(prefix):
-        return None
-    client, _, kind = topic[len(prefix) :].partition("/")
-    return (client, kind) if _NAME.fullmatch(client) else None
+def _is_name(client: str) -> bool:
+    """The same come again and again."""
+    return _NAME.fullmatch(client) is not None

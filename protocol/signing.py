@@ -112,6 +112,9 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     signature: bytes
 
 
+_decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
+
+
 def _signed_bytes(federation: str, sender: str, body: bytes) -> bytes:
     return b"\0".join((b"edgetrain envelope 1", federation.encode(), sender.encode(), body))
 
@@ -132,6 +135,13 @@ def unseal(data: bytes) -> Envelope:
     if len(data) > MAX_MESSAGE_BYTES:
         raise MessageError(f"message of {len(data)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
     try:
+        envelope = _decode_envelope(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    else:
+        if envelope.version == PROTOCOL_VERSION:
+            return envelope
+    try:
         # Only the first two fields are promised across versions, so look at them before the schema.
         head = msgspec.msgpack.decode(data, type=list)
         version, sender = head[0], head[1]
@@ -140,7 +150,7 @@ def unseal(data: bytes) -> Envelope:
     if isinstance(version, int) and isinstance(sender, str) and version != PROTOCOL_VERSION:
         raise VersionError(sender[:64], version)
     try:
-        return msgspec.msgpack.decode(data, type=Envelope)
+        return _decode_envelope(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MessageError(f"not an edgetrain envelope: {error}") from error
 

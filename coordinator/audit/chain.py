@@ -29,7 +29,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -67,8 +66,7 @@ class Line(msgspec.Struct, frozen=True, gc=False):  # a million of them: half th
     text: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(msgspec.Struct, frozen=True, gc=False):
     """The log's length and the hash of its last line."""
 
     records: int
@@ -94,8 +92,9 @@ def genesis(run: bytes) -> bytes:
 
 def chained(previous: bytes, body: bytes) -> tuple[bytes, bytes]:
     """(line with its newline, its hash) of a JSON object, after the line with hash `previous`."""
-    digest = hashlib.sha256(previous + body[:-1])
-    return body[:-1] + _HASH + digest.hexdigest().encode() + b'"}\n', digest.digest()
+    record = body[:-1]
+    digest = hashlib.sha256(previous + record)
+    return record + _HASH + digest.hexdigest().encode() + b'"}\n', digest.digest()
 
 
 def seal_signature(key: SigningKey, run: bytes, after: Head) -> str:

@@ -29,6 +29,7 @@ from edgetrain.coordinator.audit.chain import (
     seal_signature,
 )
 from edgetrain.coordinator.audit.records import AuditRecord, Checkpoint, Opened, Recovered
+from edgetrain.coordinator.beside import Beside
 from edgetrain.coordinator.errors import RunError
 from edgetrain.protocol.files import sync_directory
 from edgetrain.protocol.signing import SigningKey
@@ -68,6 +69,11 @@ class AuditLog:
         # Those that are not yet.
         self._noted: list[Head] = []
         self._pending: list[bytes] = []
+        # What another thread writes now, its seal included, and what holds once it is on the disk.
+        self._written: Beside[None] | None = None
+        self._unwritten = b""
+        self._sealing = self._head
+        self._noting: list[Head] = []
         self._length = 0
         try:
             fresh = not self.path.exists()
@@ -107,30 +113,50 @@ class AuditLog:
         Raises:
             RunError: the disk did not take it.
         """
+        self.begin_commit()
+        self.end_commit()
+
+    def begin_commit(self) -> None:
+        """Seals what was appended; another thread writes it, until `end_commit`. More can be appended meanwhile.
+
+        Raises:
+            RunError: the disk did not take what was sealed before.
+        """
+        self.end_commit()
         if not self._pending:
             return
         seal = {"n": self._head.records, "type": "seal", "signature": seal_signature(self._key, self._run, self._head)}
         line, digest = chained(self._head.hash, msgspec.json.encode(seal))
-        data = b"".join([*self._pending, line])
-        head = Head(self._head.records + 1, digest)
+        head = self._head = Head(self._head.records + 1, digest)
+        data, last = b"".join([*self._pending, line]), encode_head(self._key, self._run, head)
+        self._unwritten, self._pending = data, []
+        self._sealing, self._noting, self._noted = head, self._noted, []
+        self._written = Beside(lambda: self._write(data, last))
+
+    def end_commit(self) -> None:
+        """Returns when what `begin_commit` has sealed is on the disk.
+
+        Raises:
+            RunError: the disk did not take it.
+        """
+        if self._written is None:
+            return
+        # Whoever is interrupted here may come again.
+        self._written.join()
+        written, self._written = self._written, None
+        unwritten, self._unwritten = self._unwritten, b""
+        noting, self._noting = self._noting, []
         try:
-            written = 0
-            while written < len(data):
-                written += self._file.write(memoryview(data)[written:])
-            os.fsync(self._file.fileno())
-            self._write_head(head)
-        except BaseException as error:
-            # What was appended stays pending: a later commit writes it, also that of somebody who was interrupted here.
-            self._file.truncate(self._length)
-            if isinstance(error, OSError):
-                raise RunError(f"{self.path}: cannot write the audit log: {error}") from error
-            raise
-        self._length += len(data)
-        self._pending.clear()
-        self._head = self.sealed = head
+            written.result()
+        except OSError as error:
+            # A later commit writes it.
+            self._pending.insert(0, unwritten)
+            self._noted[:0] = noting
+            raise RunError(f"{self.path}: cannot write the audit log: {error}") from error
+        self._length += len(unwritten)
+        self.sealed = self._sealing
         # On disk before anybody hears of them: the next process repeats them.
-        self.checkpoints.extend(self._noted)
-        self._noted.clear()
+        self.checkpoints.extend(noting)
 
     def note_checkpoint(self) -> Head:
         """Notes the state of the log as one that clients are told, after the next `commit`.
@@ -157,9 +183,20 @@ class AuditLog:
         finally:
             self._file.close()
 
-    def _write_head(self, head: Head) -> None:
+    def _write(self, data: bytes, last: bytes) -> None:
+        """In another thread: sealed lines, then the head file that says so."""
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(memoryview(data)[written:])
+            os.fsync(self._file.fileno())
+            self._write_head(last)
+        except BaseException:
+            self._file.truncate(self._length)
+            raise
+
+    def _write_head(self, data: bytes) -> None:
         """In place: what is shorter than a disk's sector is the old or the new. The log is synced, so old is fine."""
-        data = encode_head(self._key, self._run, head)
         try:
             descriptor, fresh = os.open(self._head_path, os.O_WRONLY), False
         except FileNotFoundError:

@@ -21,10 +21,10 @@ from edgetrain.coordinator.secure.round import SecureRound
 from edgetrain.coordinator.workers.foreman import Foreman
 from edgetrain.coordinator.workers.pieces import RemotePieces
 from edgetrain.protocol import BlobError
-from edgetrain.protocol.blobs import HEADER_BYTES, MAX_CHUNK_BYTES, parse_chunk
+from edgetrain.protocol.blobs import HEADER_BYTES, MAX_CHUNK_BYTES, Assembler, parse_chunk
 from edgetrain.protocol.errors import SecureAggregationError
 from edgetrain.protocol.messages import Offer, Secure, Verdict, Want
-from edgetrain.protocol.partial import assemble, forget_partial_blobs
+from edgetrain.protocol.partial import IN_MEMORY_BYTES, assemble, forget_partial_blobs
 from edgetrain.protocol.training import TrainingConfig
 
 # An upload that has not moved for so long is asked for again; twice as long the next time, up to a maximum.
@@ -82,8 +82,9 @@ class Uploads:
         # Verdicts that wait for the journal to be synced.
         self._verdicts: list[tuple[str, Verdict]] = []
         self._syncing: Beside[None] | None = None
-        # Sends those that are being signed meanwhile.
-        self._send: Callable[[], None] | None = None
+        # What sends those that are being signed meanwhile, and those that are covered by the sync.
+        self._signed: list[Callable[[], None]] = []
+        self._sending: list[Callable[[], None]] = []
         # Whether what an earlier process has left is gone.
         self._tidied = False
         # Leads the workers, where they take the updates.
@@ -132,6 +133,8 @@ class Uploads:
             current.state.advance(client, Part.COLLECTING)
 
     def _open_upload(self, client: str, offer: Offer, envelope: bytes) -> Upload:
+        if not self.foreman and offer.update.size <= IN_MEMORY_BYTES:
+            return Upload(offer, envelope, Assembler(offer.update, limit=self._max_update_bytes), self._clock())
         # A directory each: two who offer the same bytes must not share a file.
         directory = self._uploads / client
         put_together = RemotePieces if self.foreman else assemble
@@ -278,28 +281,34 @@ class Uploads:
         verdict = Verdict(round=offer.round, digest=offer.update.digest, accepted=False, reason=reason[:1000])
         self._post.send(client, verdict)
 
+    def sign_verdicts(self) -> None:
+        """Begins to sign the verdicts that wait, some at a time, which nobody gets before the journal is synced."""
+        if self._verdicts:
+            verdicts, self._verdicts = self._verdicts, []
+            self._signed.append(self._post.begin(verdicts))
+
     def begin_sync(self) -> None:
-        """Begins to sync the journal and to sign verdicts, if somebody waits for one: `send_verdicts` sends them."""
-        if not self._verdicts:
+        """Begins to sync the journal, if somebody waits for it: `send_verdicts` then sends the verdicts."""
+        if self.foreman:
+            self.foreman.flush()
+        self.sign_verdicts()
+        if not self._signed:
             return
-        verdicts, self._verdicts = self._verdicts, []
-        self._send = self._post.begin(verdicts)
+        self._sending, self._signed = self._signed, []
         if self._agenda.current:
             self._syncing = Beside(self._agenda.current.collection.commit)
 
     def send_verdicts(self) -> None:
-        """When the journal is synced, tells all whose updates that covers.
+        """When the journal is synced, tells all whose updates `begin_sync` has covered.
 
         Raises:
             RunError: the disk did not take the journal; then nobody is told anything.
         """
-        if self.foreman:
-            self.foreman.flush()
+        sending, self._sending = self._sending, []
         if self._syncing:
             syncing, self._syncing = self._syncing, None
             syncing.result()
-        if self._send:
-            send, self._send = self._send, None
+        for send in sending:
             send()
 
     def ask_for_stalled(self) -> None:

@@ -62,6 +62,8 @@ class UpdateAccepted(msgspec.Struct, frozen=True, kw_only=True, tag="accepted"):
 
 Meta = RoundOpened | Invited | UpdateAccepted | SecureRecord
 
+_encode = msgspec.msgpack.Encoder().encode
+
 
 class Journal:
     """The journal of one round, open for appending.
@@ -98,7 +100,7 @@ class Journal:
         Raises:
             RunError: as `commit`.
         """
-        encoded = msgspec.msgpack.encode(meta)
+        encoded = _encode(meta)
         salt = b"" if isinstance(meta, RoundOpened) else self._salt
         header = HEADER.pack(MAGIC, VERSION, 0, len(encoded), len(payload), checksum(salt, encoded, payload))
         with self._lock:

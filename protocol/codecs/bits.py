@@ -11,6 +11,10 @@ from edgetrain.protocol.codecs.result import Bytes
 from edgetrain.protocol.errors import CodecError
 
 _VARINT_BYTES = 5
+_HEADER_BYTES = 4
+# Integers that are read together.
+_GROUP = 8
+_DTYPES = {name: np.dtype(name) for name in ("<i1", "<u2", "<u4", "<f2", "<f4")}
 # Bytes whose bits are unpacked at once.
 _AHEAD_BYTES = 1 << 14
 
@@ -38,6 +42,11 @@ class Reader:
         self._position = stop
         return self._bytes[start:stop]
 
+    def header(self) -> bytes:
+        """The first four bytes."""
+        self.take(_HEADER_BYTES, "header")
+        return self._view[:_HEADER_BYTES].tobytes()
+
     def _truncated(self, count: int, what: str) -> CodecError:
         return CodecError(
             f"truncated payload: {what} needs {count} bytes at byte {self._position}, {self.remaining} are left"
@@ -45,7 +54,8 @@ class Reader:
 
     def array(self, count: int, dtype: str, what: str) -> npt.NDArray[Any]:
         """The next `count` elements of a little-endian dtype such as "<u2"."""
-        return self.take(count * np.dtype(dtype).itemsize, what).view(dtype)
+        kind = _DTYPES[dtype]
+        return self.take(count * kind.itemsize, what).view(kind)
 
     def byte(self, what: str) -> int:
         """The next byte."""
@@ -71,16 +81,36 @@ class Reader:
 
     def bits(self, count: int, what: str) -> Bytes:
         """The next `count` bits as 0 and 1, uint8 [count]; the rest of the last byte must be 0."""
+        return np.unpackbits(self._packed(count, what), count=count, bitorder="little")
+
+    def ones(self, count: int, what: str) -> npt.NDArray[np.int64]:
+        """Ascending positions of the ones among the next `count` bits."""
+        # Of booleans it is five times as fast.
+        return self.bits(count, what).view(np.bool_).nonzero()[0]
+
+    def _packed(self, count: int, what: str) -> Bytes:
+        """The bytes of the next `count` bits."""
         raw = self.take((count + 7) // 8, what)
         if count % 8 and raw[-1] >> (count % 8):
             raise CodecError(f"{what}: padding bits that are not 0")
-        return np.unpackbits(raw, count=count, bitorder="little")
+        return raw
 
     def integers(self, count: int, width: int, what: str) -> npt.NDArray[np.int64]:
         """The next `count` integers of `width` bits each, lowest bit first, int64 [count]."""
-        columns = self.bits(count * width, what).reshape(count, width)
-        values: npt.NDArray[Any] = columns @ (1 << np.arange(width)).astype(np.uint8 if width <= 8 else np.int64)
-        return values.astype(np.int64)
+        if not 1 <= width <= _GROUP:
+            columns = self.bits(count * width, what).reshape(count, width)
+            values: npt.NDArray[np.int64] = columns @ (1 << np.arange(width))
+            return values
+        raw = self._packed(count * width, what)
+        # Eight integers fill `width` bytes, which fit into a word.
+        words = np.zeros((-(-count // _GROUP), _GROUP), np.uint8)
+        full = len(raw) // width
+        words[:full, :width] = raw[: full * width].reshape(full, width)
+        if full < len(words):
+            words[full, : len(raw) - full * width] = raw[full * width :]
+        values = words.view("<i8") >> np.arange(0, _GROUP * width, width)
+        values &= (1 << width) - 1
+        return values.reshape(-1)[:count]
 
     def peek(self, count: int) -> Bytes:
         """Up to `count` of the next bytes, without reading them."""

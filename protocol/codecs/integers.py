@@ -62,11 +62,13 @@ def _encode_sparse(codes: Codes, nonzero: Codes) -> bytes:
 
 def _with_signs(reader: Reader, magnitudes: Bytes, num_nonzero: int) -> Codes:
     negative = reader.bits(num_nonzero, "signs")
-    codes = magnitudes.view(np.int8)
-    factors = np.int8(1) - np.int8(2) * negative.view(np.int8)
-    if num_nonzero == len(codes):
-        return codes * factors
-    codes[codes.nonzero()[0]] *= factors
+    if num_nonzero < len(magnitudes):
+        known, negative = negative, np.zeros(len(magnitudes), np.uint8)
+        negative[(magnitudes != 0).nonzero()[0]] = known
+    # In two's complement, -x is (x ^ -1) + 1.
+    ones = negative.view(np.int8)
+    codes = magnitudes.view(np.int8) ^ -ones
+    codes += ones
     return codes
 
 
@@ -91,6 +93,6 @@ def _unpack(reader: Reader, count: int, largest: int) -> Codes:
         if count % 2 and nibbles[-1]:
             raise CodecError("int4 codes: padding that is not 0")
         codes = nibbles[:count].view(np.int8) >> 4
-    if count and codes.min() < -largest:
+    if count and np.minimum.reduce(codes) < -largest:
         raise CodecError(f"code {codes.min()}, at least {-largest} is allowed")
     return codes

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgetrain.protocol.codecs import wrap
 from edgetrain.protocol.codecs.bits import Reader, pack_bits, pack_varint
+from edgetrain.protocol.codecs.blocks import BlockCodes
 from edgetrain.protocol.codecs.integers import ValueCoding, decode_codes, encode_codes
 from edgetrain.protocol.codecs.quantize import (
     LARGEST,
@@ -141,7 +142,7 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits) -> SparseOrDens
     if data.nbytes > limits.payload_bytes:
         raise CodecError(f"a payload of {data.nbytes} bytes, at most {limits.payload_bytes} are allowed")
     reader = Reader(data)
-    magic, version, first, second = reader.take(4, "header").tolist()
+    magic, version, first, second = reader.header()
     if magic != MAGIC:
         raise CodecError(f"not an encoded update: it starts with 0x{magic:02x}, not 0x{MAGIC:02x}")
     if version != VERSION:
@@ -152,7 +153,7 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits) -> SparseOrDens
         reader = Reader(wrap.decompress(reader.take(reader.remaining, "zstd frame").tobytes(), size))
     num_parameters = reader.varint(min(limits.max_parameters, MAX_PARAMETERS), "number of parameters")
     count, indices = _decode_indices(reader, index_coding, num_parameters)
-    values = _decode_values(reader, quantizer, coding, count)
+    values = _decode_values(reader, quantizer, coding, count, dense=indices is None)
     reader.finish()
     return SparseOrDense(num_parameters, indices, values)
 
@@ -227,7 +228,9 @@ def _quantize(
     )
 
 
-def _decode_values(reader: Reader, quantizer: Quantizer, coding: ValueCoding, count: int) -> Vector:
+def _decode_values(
+    reader: Reader, quantizer: Quantizer, coding: ValueCoding, count: int, *, dense: bool
+) -> Vector | BlockCodes:
     if quantizer not in (Quantizer.INT8, Quantizer.INT4) and coding is not ValueCoding.PACKED:
         raise CodecError(f"{quantizer.name} values are not {coding.name} coded")
     if quantizer in (Quantizer.FLOAT32, Quantizer.FLOAT16):
@@ -236,14 +239,24 @@ def _decode_values(reader: Reader, quantizer: Quantizer, coding: ValueCoding, co
         if not _is_finite(values):
             raise CodecError("values that are not finite")
         return values
-    starts = _decode_blocks(reader, count)
-    scales = reader.array(len(starts), "<u2", "scales")
+    size = reader.varint(count, "block size") if count else 0
+    starts = _decode_starts(reader, count) if count and not size else None
+    num_blocks = -(-count // size) if size else 0 if starts is None else len(starts)
+    scales = reader.array(num_blocks, "<u2", "scales")
     if quantizer is Quantizer.SIGN:
         check_scales(scales, 1)
-        return from_signs(reader.bits(count, "signs"), scales, starts)
-    largest = LARGEST[quantizer.name.lower()]
-    check_scales(scales, largest)
-    return from_integers(decode_codes(reader, coding, count, largest), scales, starts)
+        return from_signs(reader.bits(count, "signs"), scales, _starts(starts, count, size))
+    largest = LARGEST["int8" if quantizer is Quantizer.INT8 else "int4"]
+    top = check_scales(scales, largest)
+    codes = decode_codes(reader, coding, count, largest)
+    if dense and size:
+        return BlockCodes(codes, scales, size, largest, top)
+    return from_integers(codes, scales, _starts(starts, count, size))
+
+
+def _starts(starts: Indices | None, count: int, size: int) -> Indices:
+    """Of the blocks; None stands for blocks of one size."""
+    return np.arange(0, count, size or 1) if starts is None else starts
 
 
 def _encode_blocks(spec: CodecSpec, count: int, indices: Indices | None, tensors: Indices) -> tuple[Indices, bytes]:
@@ -259,12 +272,7 @@ def _encode_blocks(spec: CodecSpec, count: int, indices: Indices | None, tensors
     return np.arange(0, count, size), pack_varint(size)
 
 
-def _decode_blocks(reader: Reader, count: int) -> Indices:
-    if not count:
-        return np.zeros(0, np.int64)
-    size = reader.varint(count, "block size")
-    if size:
-        return np.arange(0, count, size)
+def _decode_starts(reader: Reader, count: int) -> Indices:
     num_blocks = reader.varint(count, "number of blocks")
     rest = decode_positions(reader, max(num_blocks - 1, 0), count)
     if num_blocks == 0 or (len(rest) and rest[0] == 0):

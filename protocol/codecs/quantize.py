@@ -6,9 +6,12 @@ an 8-bit code is exact in float32 and every language decodes the same bits.
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import numpy.typing as npt
 
+from edgetrain.protocol.codecs.blocks import from_bfloat16
 from edgetrain.protocol.codecs.hashing import STREAM_ROUNDING, uniform
 from edgetrain.protocol.codecs.result import Bytes, Indices
 from edgetrain.protocol.errors import CodecError
@@ -21,6 +24,7 @@ LARGEST = {"int8": 127, "int4": 7}
 """The largest code; codes are symmetric, so that -128 and -8 are not used."""
 
 _FINITE = 0x7F7F
+_BITS, _FLOAT = struct.Struct("<I"), struct.Struct("<f")
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -79,19 +83,16 @@ def from_signs(negative: Bytes, scales: Scales, starts: Indices) -> Vector:
     return np.where(negative, -magnitude, magnitude)
 
 
-def check_scales(scales: Scales, largest: int) -> None:
-    """Refuses scales that are negative, or whose product with `largest` is not finite."""
+def check_scales(scales: Scales, largest: int) -> float:
+    """The largest of them; refuses scales that are negative, or whose product with `largest` is not finite."""
     if not len(scales):
-        return
+        return 0.0
     # Of scales that are not negative, the order is that of their bits.
     top = int(np.maximum.reduce(scales))
-    if top > _FINITE or float(np.uint32(top << 16).view(np.float32)) * largest > _LARGEST_FLOAT:
+    (scale,) = _FLOAT.unpack(_BITS.pack(top << 16))
+    if top > _FINITE or scale * largest > _LARGEST_FLOAT:
         raise CodecError(f"scale 0x{top:04x}: its values would not be finite")
-
-
-def from_bfloat16(scales: Scales) -> Vector:
-    """bfloat16 bits to float32."""
-    return (scales.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return float(scale)
 
 
 def _spread(scales: Vector, starts: Indices, count: int) -> Vector:

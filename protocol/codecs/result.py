@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgetrain.protocol.codecs.blocks import BlockCodes
 from edgetrain.protocol.errors import CodecError
 from edgetrain.protocol.vectors import Vector
 
@@ -37,19 +38,31 @@ class Limits:
         return 8 * self.max_parameters + 1024 if self.max_bytes is None else self.max_bytes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class SparseOrDense:
-    """A decoded vector. All values are finite.
+    """A decoded vector, not to be changed. All values are finite.
 
-    Attributes:
+    Args:
         num_parameters: length of the whole vector.
         indices: int64 [m], strictly ascending positions of `values`; None if dense (m = num_parameters).
-        values: float32 [m]; everything else is 0.
+        values: float32 [m]; everything else is 0. Dense ones may still be codes: whoever asks gets floats.
     """
 
-    num_parameters: int
-    indices: Indices | None
-    values: Vector
+    __slots__ = ("_values", "blocks", "indices", "num_parameters")
+
+    def __init__(self, num_parameters: int, indices: Indices | None, values: Vector | BlockCodes) -> None:
+        self.num_parameters = num_parameters
+        self.indices = indices
+        # The codes, where it came so.
+        self.blocks = values if isinstance(values, BlockCodes) else None
+        self._values = None if isinstance(values, BlockCodes) else values
+
+    @property
+    def values(self) -> Vector:
+        """float32 [m]."""
+        if self._values is None:
+            assert self.blocks is not None, "one of both is there"
+            self._values = self.blocks.values()
+        return self._values
 
     def dense(self) -> Vector:
         """The whole vector, float32 [num_parameters]; never a view of this object."""

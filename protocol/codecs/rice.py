@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgetrain.protocol.codecs.bits import Reader, gaps_between, pack_integers, pack_unary, pack_varint
+from edgetrain.protocol.codecs.bits import Reader, pack_integers, pack_unary, pack_varint
 from edgetrain.protocol.codecs.result import Indices
 from edgetrain.protocol.errors import CodecError
 
@@ -38,16 +38,15 @@ def decode_positions(reader: Reader, count: int, size: int) -> Indices:
     if k > _MAX_PARAMETER:
         raise CodecError(f"Rice parameter {k}, at most {_MAX_PARAMETER} is allowed")
     total = reader.varint((size - count) >> k, "sum of the Rice quotients")
-    bits = reader.bits(total + count, "Rice quotients")
-    ends = bits.nonzero()[0]
+    ends = reader.ones(total + count, "Rice quotients")
     if len(ends) != count or ends[-1] != total + count - 1:
         raise CodecError(f"Rice quotients: not {count} unary numbers that add up to {total}")
-    gaps = gaps_between(ends)
-    gaps <<= k
-    gaps |= reader.integers(count, k, "Rice remainders")
-    gaps += 1
-    positions: Indices = gaps.cumsum()
-    positions -= 1
+    # The sum of the quotients so far, and of the remainders.
+    steps = np.arange(count)
+    positions: Indices = ends - steps
+    positions <<= k
+    positions += steps
+    positions += reader.integers(count, k, "Rice remainders").cumsum()
     if positions[-1] >= size:
         raise CodecError(f"position {positions[-1]} in a vector of {size}")
     return positions

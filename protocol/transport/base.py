@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import msgspec
+
 from edgetrain.protocol.blobs import Blob
 
 
@@ -22,8 +24,7 @@ class Disconnected:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True, gc=False):
     """A message arrived."""
 
     topic: str

@@ -6,7 +6,8 @@ MQTT 3.1.1, sections 3.3 and 3.4; MQTT 5.0, the same. The others are paho's.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+import msgspec
 
 PUBLISH, PUBACK = 0x30, 0x40
 _EXPIRY, _ALIAS = 0x02, 0x23
@@ -18,8 +19,7 @@ class PacketError(ValueError):
     """What a broker sent is no MQTT."""
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(msgspec.Struct, frozen=True, gc=False):
     """A message that has arrived."""
 
     topic: str
@@ -33,26 +33,34 @@ class PacketBuffer:
     """Cuts a stream of bytes into packets."""
 
     def __init__(self) -> None:
-        self._data = bytearray()
+        self._data = b""
         self._start = 0
+        # What was fed since; joined when the next packet is whole, which from here on takes so many bytes.
+        self._fed: list[bytes] = []
+        self._missing = 1
 
     def feed(self, data: bytes) -> None:
         """Takes what has arrived."""
-        if self._start:
-            del self._data[: self._start]
-            self._start = 0
-        self._data += data
+        self._fed.append(data)
+        self._missing -= len(data)
 
     def next(self) -> tuple[int, memoryview] | None:
-        """(first byte, what follows the length) of the next whole packet. The view is for use before the next call.
+        """(first byte, what follows the length) of the next whole packet.
 
         Raises:
             PacketError: the length is none.
         """
+        if self._fed:
+            if self._missing > 0:
+                return None
+            self._data = b"".join((self._data[self._start :], *self._fed))
+            self._start = 0
+            self._fed.clear()
         data, position = self._data, self._start + 1
         length = 0
         for index in range(_LENGTH_BYTES + 1):
             if position >= len(data):
+                self._missing = 1
                 return None
             if index == _LENGTH_BYTES:
                 raise PacketError("a length of more than four bytes")
@@ -61,11 +69,12 @@ class PacketBuffer:
             length |= (byte & 0x7F) << 7 * index
             if byte < 0x80:
                 break
-        if len(data) - position < length:
+        end = position + length
+        if end > len(data):
+            self._missing = end - len(data)
             return None
-        first, self._start = data[self._start], position + length
-        # A view would keep `feed` from moving the rest.
-        return first, memoryview(bytes(memoryview(data)[position : position + length]))
+        first, self._start = data[self._start], end
+        return first, memoryview(data)[position:end]
 
 
 def decode_publish(first: int, body: memoryview, *, version_5: bool) -> Publish:
@@ -78,18 +87,18 @@ def decode_publish(first: int, body: memoryview, *, version_5: bool) -> Publish:
     if qos > 1:
         raise PacketError(f"QoS {qos}, for which nobody has asked")
     try:
-        (length,) = struct.unpack_from("!H", body)
+        length = body[0] << 8 | body[1]
         # A client can make one that is no text; then nobody has that name, but it is no reason to hang up.
         topic = str(body[2 : 2 + length], "utf-8", "replace")
         position = 2 + length
         packet = 0
         if qos:
-            (packet,) = struct.unpack_from("!H", body, position)
+            packet = body[position] << 8 | body[position + 1]
             position += 2
         if version_5:
-            properties, position = _length_at(body, position)
+            properties, position = _length_at(body, position) if body[position] else (0, position + 1)
             position += properties
-    except (struct.error, IndexError) as error:
+    except IndexError as error:
         raise PacketError(f"a PUBLISH that is none: {error}") from error
     if position > len(body) or not topic:
         raise PacketError("a PUBLISH that ends in its header")

@@ -41,11 +41,8 @@ class PahoClient(paho.Client):
         self._on_message_packet = on_publish
         self._on_puback_packet = on_puback
         self._packets = PacketBuffer()
-
-    @property
-    def version_5(self) -> bool:
-        """Whether this is MQTT 5."""
-        return bool(self.protocol == MQTTProtocolVersion.MQTTv5)
+        # Whether this is MQTT 5.
+        self.version_5 = self.protocol == MQTTProtocolVersion.MQTTv5
 
     def read(self) -> MQTTErrorCode:
         """Takes what the network has; `handle` handles it."""

@@ -246,6 +246,34 @@ def test_a_full_disk_is_an_error_and_the_batch_comes_later(small, monkeypatch):
     assert verify_audit(small, public_key=KEY.public_key).kinds["command"] == 3
 
 
+def test_what_is_recorded_while_the_disk_is_written_comes_after_it_also_if_that_fails(small, monkeypatch):
+    log = open_log(small)
+    before = log.sealed
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    log.append(Command(command="stop"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        log.begin_commit()
+        log.append(Command(command="interrupt"))
+        with pytest.raises(RunError, match="No space left"):
+            log.end_commit()
+    assert log.sealed == before
+    assert verify_audit(small, public_key=KEY.public_key).records == 6
+    log.begin_commit()
+    log.append(Command(command="pause"))
+    log.end_commit()
+    log.end_commit()
+    # The first batch with the seal that it had, the second with its own.
+    lines = [json.loads(line) for line in (small / "audit.jsonl").read_bytes().splitlines()[6:]]
+    assert [line.get("command", line["type"]) for line in lines] == ["stop", "seal", "interrupt", "seal"]
+    assert verify_audit(small, public_key=KEY.public_key).records == 10 == log.sealed.records
+    log.close()
+    assert verify_audit(small, public_key=KEY.public_key).kinds["command"] == 5
+
+
 def test_no_room_for_data(small):
     log = open_log(small)
     with pytest.raises(ValueError, match="4096"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from tests.coordinator.test_coordinator import expected_parameters, final_parame
 
 from edgetrain.coordinator import events
 from edgetrain.coordinator.errors import RunError
+from edgetrain.coordinator.post import Post
 from edgetrain.coordinator.rounds.collection import Collection
 from edgetrain.coordinator.run.database import RunDatabase
 from edgetrain.coordinator.run.journal import Invited, Journal, RoundOpened, UpdateAccepted
@@ -445,3 +447,41 @@ def test_a_kill_before_a_round_is_opened_gives_clients_the_same_parameters(tiny_
         vectors.append({plan.round: plan.vector for plan in federation.clients[0].plans})
     assert vectors[0] == vectors[1]
     assert len(set(vectors[0].values())) == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nobody_hears_of_acceptance_before_the_journal_is_synced(tiny_bundle, ram_path, monkeypatch, fails):
+    """Although the coordinator goes on meanwhile; and nobody at all, if the disk does not take it."""
+    log, commit, begin = [], Journal.commit, Post.begin
+
+    def slow_commit(journal):
+        log.append("begun")
+        time.sleep(0.05)
+        if fails and "verdicts begun" in log:
+            raise RunError("the disk is full")
+        commit(journal)
+        log.append("synced")
+
+    def noted_begin(post, messages):
+        send = begin(post, messages)
+        log.append("verdicts begun")
+        return lambda: (log.append("verdicts"), send())
+
+    monkeypatch.setattr(Journal, "commit", slow_commit)
+    monkeypatch.setattr(Post, "begin", noted_begin)
+    federation = ScriptedFederation(tiny_bundle, ram_path / "run", rounds=ROUNDS)
+    for name in NAMES:
+        federation.add(name)
+    if fails:
+        with pytest.raises(RunError, match="the disk is full"):
+            federation.serve()
+        federation.act()
+        assert "verdicts" not in log
+        assert not any(client.verdicts for client in federation.clients)
+        return
+    federation.serve()
+    sent = [place for place, what in enumerate(log) if what == "verdicts"]
+    assert sent
+    for place in sent:
+        assert log[:place].count("synced") == log[:place].count("begun") > 0
+    assert all(verdicts_of(client) for client in federation.clients)

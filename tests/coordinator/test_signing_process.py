@@ -91,6 +91,30 @@ def test_a_large_request_and_a_large_answer(alone, helped):
     assert helped.seal(bodies)() == alone.seal(bodies)()
 
 
+def test_a_large_request_while_a_large_answer_waits_to_be_read(alone, helped):
+    """Neither side waits for the other for ever."""
+    ready(helped)
+    bodies = [bytes([number]) * 60_000 for number in range(40)]
+    jobs = [(KEYS["a"].public_key, seal(KEYS["a"], "home", "a", bytes(50_000)))] * 40
+    sealed, first, second = helped.seal(bodies), helped.check(jobs), helped.check(jobs)
+    assert first() == second() == [True] * 40
+    assert sealed() == alone.seal(bodies)()
+    assert helped.helper_pid is not None
+
+
+def test_who_is_behind_is_not_given_more_to_sign(alone, helped):
+    pid = ready(helped)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        jobs = [(KEYS["a"].public_key, message("a"))] * 4
+        looks = [helped.check(jobs), helped.check(jobs)]
+        assert helped.seal(BODIES)() == alone.seal(BODIES)()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert [look() for look in looks] == [[True] * 4] * 2
+    assert helped.helper_pid == pid
+
+
 def test_few_signatures_start_no_process(helped):
     assert helped.seal(BODIES[: MANY - 1])()
     assert helped.check([(KEYS["a"].public_key, message("a"))])() == [True]
