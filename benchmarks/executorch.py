@@ -33,7 +33,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from step_time import ask, eager_step, machine, peak_megabytes, reset_peak, session_step  # type: ignore[import-not-found]
+from step_time import (  # type: ignore[import-not-found]
+    ask,
+    client_session,
+    eager_step,
+    machine,
+    peak_megabytes,
+    reset_peak,
+    session_step,
+)
 from step_time import time as clock
 
 # This file has the name of the package that it measures: from here on only the package is found.
@@ -343,13 +351,11 @@ def training_step(path: Path) -> Callable[[], object]:
 def halves_step(path: Path) -> Callable[[], object]:
     import numpy as np
 
-    from edgetrain.edge_client import open_session
     from edgetrain.edge_client.training.selftest import read_self_test
     from edgetrain.protocol.bundle import Bundle
 
     bundle = Bundle(path)
-    session = open_session(bundle, OURS, load=False)
-    session.save_memory(in_parts=False)
+    session = client_session(bundle, OURS)
     batch, weights = read_self_test(bundle)
     parameters = bundle.initial_parameters()
     gradient = np.empty_like(parameters)
@@ -362,14 +368,12 @@ def halves_step(path: Path) -> Callable[[], object]:
 
 
 def head_step(path: Path) -> Callable[[], object]:
-    from edgetrain.edge_client import open_session
     from edgetrain.edge_client.training.selftest import on_features, read_self_test
     from edgetrain.protocol.bundle import Bundle
 
     bundle = Bundle(path)
     batch, weights = read_self_test(bundle)
-    session = open_session(bundle, OURS, load=False)
-    session.save_memory(in_parts=True)
+    session = client_session(bundle, OURS, in_parts=True)
     head, batch = on_features(session, batch)
     session.release()
     reset_peak()

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,6 +58,10 @@ def main() -> None:
     if arguments.contender:
         contend(arguments.contender, arguments.bundle, arguments.models[0])
         return
+    from edgetrain.models import MODELS
+
+    if unknown := [model for model in arguments.models if model not in MODELS]:
+        parser.error(f"no model {unknown[0]!r}; there are: {', '.join(MODELS)}")
     measurements = []
     for model in arguments.models:
         for trainable in arguments.trainable:
@@ -139,15 +144,21 @@ def contend(contender: str, bundle: Path, model: str) -> None:
             return
 
 
-def session_step(path: Path, runtime: str) -> Callable[[], object]:
+def client_session(bundle: Any, runtime: str, *, in_parts: bool = False) -> Any:
+    """A session that saves memory, as a client's does."""
     from edgetrain.edge_client import open_session
+
+    session = open_session(bundle, runtime, load=False)
+    session.save_memory(in_parts=in_parts)
+    return session
+
+
+def session_step(path: Path, runtime: str) -> Callable[[], object]:
     from edgetrain.edge_client.training.selftest import read_self_test
     from edgetrain.protocol.bundle import Bundle
 
     bundle = Bundle(path)
-    session = open_session(bundle, runtime, load=False)
-    # As a client does.
-    session.save_memory(in_parts=False)
+    session = client_session(bundle, runtime)
     batch, weights = read_self_test(bundle)
     parameters = bundle.initial_parameters()
     # The same vector each time: training changes it in place.

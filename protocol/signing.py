@@ -136,23 +136,22 @@ def unseal(data: bytes) -> Envelope:
         raise MessageError(f"message of {len(data)} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")
     try:
         envelope = _decode_envelope(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        pass
-    else:
-        if envelope.version == PROTOCOL_VERSION:
-            return envelope
-    try:
-        # Only the first two fields are promised across versions, so look at them before the schema.
-        head = msgspec.msgpack.decode(data, type=list)
-        version, sender = head[0], head[1]
-    except (msgspec.DecodeError, UnicodeDecodeError, IndexError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        _check_version(data)
         raise MessageError(f"not an edgetrain envelope: {error}") from error
+    if envelope.version != PROTOCOL_VERSION:
+        raise VersionError(envelope.sender[:64], envelope.version)
+    return envelope
+
+
+def _check_version(data: bytes) -> None:
+    """Raises VersionError for an envelope of another version: only its first two fields are promised."""
+    try:
+        version, sender, *_ = msgspec.msgpack.decode(data, type=list)
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError):
+        return
     if isinstance(version, int) and isinstance(sender, str) and version != PROTOCOL_VERSION:
         raise VersionError(sender[:64], version)
-    try:
-        return _decode_envelope(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MessageError(f"not an edgetrain envelope: {error}") from error
 
 
 def verify(envelope: Envelope, federation: str, public_key: bytes) -> None:

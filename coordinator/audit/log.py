@@ -10,6 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -38,6 +39,16 @@ logger = logging.getLogger(__name__)
 
 # Checkpoints that go out with the newest one, so that a client that was away can compare what it remembers.
 KEEP_CHECKPOINTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """What another thread writes, its seal included, and what holds once it is on the disk."""
+
+    data: bytes
+    head: Head
+    noted: list[Head]
+    end: Beside[None]
 
 
 class AuditLog:
@@ -69,11 +80,7 @@ class AuditLog:
         # Those that are not yet.
         self._noted: list[Head] = []
         self._pending: list[bytes] = []
-        # What another thread writes now, its seal included, and what holds once it is on the disk.
-        self._written: Beside[None] | None = None
-        self._unwritten = b""
-        self._sealing = self._head
-        self._noting: list[Head] = []
+        self._writing: _Writing | None = None
         self._length = 0
         try:
             fresh = not self.path.exists()
@@ -129,9 +136,8 @@ class AuditLog:
         line, digest = chained(self._head.hash, msgspec.json.encode(seal))
         head = self._head = Head(self._head.records + 1, digest)
         data, last = b"".join([*self._pending, line]), encode_head(self._key, self._run, head)
-        self._unwritten, self._pending = data, []
-        self._sealing, self._noting, self._noted = head, self._noted, []
-        self._written = Beside(lambda: self._write(data, last))
+        self._writing = _Writing(data, head, self._noted, Beside(lambda: self._write(data, last)))
+        self._pending, self._noted = [], []
 
     def end_commit(self) -> None:
         """Returns when what `begin_commit` has sealed is on the disk.
@@ -139,24 +145,24 @@ class AuditLog:
         Raises:
             RunError: the disk did not take it.
         """
-        if self._written is None:
+        if self._writing is None:
             return
         # Whoever is interrupted here may come again.
-        self._written.join()
-        written, self._written = self._written, None
-        unwritten, self._unwritten = self._unwritten, b""
-        noting, self._noting = self._noting, []
+        self._writing.end.join()
+        writing, self._writing = self._writing, None
         try:
-            written.result()
-        except OSError as error:
+            writing.end.result()
+        except BaseException as error:
             # A later commit writes it.
-            self._pending.insert(0, unwritten)
-            self._noted[:0] = noting
-            raise RunError(f"{self.path}: cannot write the audit log: {error}") from error
-        self._length += len(unwritten)
-        self.sealed = self._sealing
+            self._pending.insert(0, writing.data)
+            self._noted[:0] = writing.noted
+            if isinstance(error, OSError):
+                raise RunError(f"{self.path}: cannot write the audit log: {error}") from error
+            raise
+        self._length += len(writing.data)
+        self.sealed = writing.head
         # On disk before anybody hears of them: the next process repeats them.
-        self.checkpoints.extend(noting)
+        self.checkpoints.extend(writing.noted)
 
     def note_checkpoint(self) -> Head:
         """Notes the state of the log as one that clients are told, after the next `commit`.

@@ -96,7 +96,7 @@ def decode_publish(first: int, body: memoryview, *, version_5: bool) -> Publish:
             packet = body[position] << 8 | body[position + 1]
             position += 2
         if version_5:
-            properties, position = _length_at(body, position) if body[position] else (0, position + 1)
+            properties, position = _length_at(body, position)
             position += properties
     except IndexError as error:
         raise PacketError(f"a PUBLISH that is none: {error}") from error

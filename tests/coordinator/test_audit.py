@@ -246,6 +246,22 @@ def test_a_full_disk_is_an_error_and_the_batch_comes_later(small, monkeypatch):
     assert verify_audit(small, public_key=KEY.public_key).kinds["command"] == 3
 
 
+def test_a_batch_whose_writer_gave_up_comes_later_too(small, monkeypatch):
+    log = open_log(small)
+    log.append(Command(command="stop"))
+
+    def give_up(_descriptor):
+        raise MemoryError("no room for anything")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", give_up)
+        with pytest.raises(MemoryError):
+            log.commit()
+    log.append(Command(command="pause"))
+    log.close()
+    assert verify_audit(small, public_key=KEY.public_key).kinds["command"] == 4
+
+
 def test_what_is_recorded_while_the_disk_is_written_comes_after_it_also_if_that_fails(small, monkeypatch):
     log = open_log(small)
     before = log.sealed

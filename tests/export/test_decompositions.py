@@ -71,3 +71,16 @@ def test_a_softmax_of_masked_rows_is_zero():
     x[0, 1] = -torch.inf
     x[1, 2, :2] = -torch.inf
     torch.testing.assert_close(safe_softmax(x, -1), aten._safe_softmax(x, -1))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm(affine):
+    x = 3 + torch.randn(4, 5, 2, 6, dtype=torch.float64)
+    weight, bias = (torch.randn(2, 6, dtype=torch.float64) if affine else None for _ in range(2))
+    _, mean, rstd = aten.native_layer_norm(x, [2, 6], weight, bias, 1e-5)
+    grad = torch.randn_like(x)
+    options = (grad, x, [2, 6], mean, rstd, weight, bias, [True, affine, affine])
+    for ours, theirs in zip(
+        decompositions.layer_norm_backward(*options), aten.native_layer_norm_backward(*options), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from executorch.exir.dialects._ops import ops
 from torch import Tensor, fx
 
-_VIEW = ops.edge.aten.view_copy.default
+from edgetrain.export.lowering.executorch.turns import VIEW
 
 
 def compute_early(nodes: Sequence[fx.Node], partitions: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
@@ -24,7 +23,7 @@ def compute_early(nodes: Sequence[fx.Node], partitions: Mapping[fx.Node, str]) -
     """
     memory: dict[fx.Node, fx.Node] = {}
     for node in nodes:
-        source = node.args[0] if node.target == _VIEW else None
+        source = node.args[0] if node.target == VIEW else None
         memory[node] = memory[source] if isinstance(source, fx.Node) else node
     moved: dict[fx.Node, str] = {}
     for group in _groups(_origins(nodes, partitions), partitions):

@@ -15,13 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from executorch.exir.dialects._ops import ops
 from torch import Tensor, fx
 
 from edgetrain.export.lowering.executorch.subgraph import operands, tensor_of
-
-# Its result is the memory of its argument.
-_VIEWS = (ops.edge.aten.view_copy.default,)
+from edgetrain.export.lowering.executorch.turns import VIEW
 
 
 @dataclass
@@ -106,7 +103,8 @@ def _units(graph: fx.Graph) -> tuple[list[_Unit], dict[fx.Node, int], set[fx.Nod
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             continue
-        base = node.args[0] if node.target in _VIEWS else None
+        # Its result is the memory of its argument.
+        base = node.args[0] if node.target == VIEW else None
         if isinstance(base, fx.Node):
             if base in storage_of:
                 storage_of[node] = storage_of[base]

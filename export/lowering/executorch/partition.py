@@ -14,6 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from edgetrain.export.lowering.executorch.early import compute_early
+from edgetrain.export.lowering.executorch.turns import VIEW
 
 _TAG = "delegation_tag"
 # Bytes of windows that may wait together: a processor's second cache. To multiply them apart costs a call for each.
@@ -113,7 +114,7 @@ def _gathered(node: fx.Node) -> fx.Node | None:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return bool(node.target == ops.edge.aten.view_copy.default)
+    return bool(node.target == VIEW)
 
 
 def _tag(node: fx.Node) -> str | None:
