@@ -77,6 +77,14 @@ class Example:
         """Names of `leaves`."""
         return self.inputs.leaf_names + self.targets.leaf_names
 
+    def first(self, samples: int) -> Example:
+        """The first samples alone."""
+        inputs, targets = (
+            replace(half, tensors=tuple(leaf[:samples] for leaf in half.tensors))
+            for half in (self.inputs, self.targets)
+        )
+        return Example(inputs, targets, samples)
+
     def spec(self, weights: Tensor) -> BatchSpec:
         """The manifest's description, with weights of this shape."""
         return BatchSpec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from edgetrain.export import locate, parity
 from edgetrain.export.errors import OperatorError, UnsupportedError
@@ -101,9 +102,8 @@ class Translator:
     def __init__(self, lowering: Lowering, problem: Problem) -> None:
         self._lowering = lowering
         self._decompositions = lowering.decompositions()
-        self._original = self._direct = problem
-        if lowering.narrows:
-            self._direct = narrowed_problem(problem) or problem
+        self._original = problem
+        self._direct = self._narrowed(problem)
         self._functional: Problem | None = None
 
     def translate(self, trace: Trace) -> tuple[TracedGraph, LoweredGraph]:
@@ -113,17 +113,17 @@ class Translator:
             UnsupportedError: neither way works.
         """
         if self._functional is not None:
-            return self._attempt(trace, self._functional)
+            return self._attempt(trace, self._functional, functional_problem)
         try:
             # Sample by sample, the batch is smaller than a narrowed graph's.
             whole = trace is joint.trace_step_per_sample_clipped
-            return self._attempt(trace, self._original if whole else self._direct)
+            return self._attempt(trace, self._original if whole else self._direct, self._narrowed)
         except UnsupportedError as error:
             logger.debug(f"direct trace failed, trying torch.export: {error}")
             first = error
         try:
             functional = functional_problem(self._original)
-            result = self._attempt(trace, functional)
+            result = self._attempt(trace, functional, functional_problem)
         except Exception as second:  # torch.export raises whatever it met; the direct trace says it better
             raise first from second
         self._functional = functional
@@ -133,12 +133,22 @@ class Translator:
         """Traces one graph that can be lowered."""
         return self.translate(trace)[0]
 
-    def _attempt(self, trace: Trace, problem: Problem) -> tuple[TracedGraph, LoweredGraph]:
+    def _narrowed(self, problem: Problem) -> Problem:
+        return (narrowed_problem(problem) if self._lowering.narrows else None) or problem
+
+    def _attempt(
+        self, trace: Trace, problem: Problem, way: Callable[[Problem], Problem]
+    ) -> tuple[TracedGraph, LoweredGraph]:
         with locate.module_path(problem.prepared.module) as running:
             try:
                 graph = trace(problem, self._decompositions)
             except Exception as error:  # tracing runs the user's code under dispatch modes: anything can come
                 raise locate.cannot_trace(problem, running, error) from error
+        if trace is joint.trace_step:
+            # What the way has made of the module may hold for one size of batch only: so it is gone again.
+            graph = replace(
+                graph, first=lambda samples: trace(way(self._original.first(samples)), self._decompositions)
+            )
         try:
             return graph, self._lowering.lower(graph)
         except OperatorError as error:

@@ -65,6 +65,10 @@ class Problem:
         """Names of `parameters`."""
         return tuple(self.prepared.trainable)
 
+    def first(self, samples: int) -> Problem:
+        """The same, with the first samples of the example for its micro-batch."""
+        return replace(self, example=self.example.first(samples), weights=self.weights[:samples])
+
     def representable(self, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Values of the parameters, those in int8 rounded to what it holds."""
         return tuple(
@@ -131,6 +135,8 @@ class TracedGraph:
     example: tuple[Tensor, ...]
     # Of the step: traces it without its gradients, for runtimes that differentiate by themselves.
     forward: Callable[[Decompositions], TracedGraph] | None = None
+    # Of the step: traces it for the first samples of its micro-batch. User code runs: anything may be raised.
+    first: Callable[[int], TracedGraph] | None = None
 
 
 def trace_step(problem: Problem, decompositions: Decompositions) -> TracedGraph:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from edgetrain.export.batch import tensor_spec
+from edgetrain.export.errors import UnsupportedError
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.protocol.graph_names import FEATURE, GRADIENT, PARAMETER
 
@@ -98,6 +99,16 @@ def split_step(step: TracedGraph, *, num_parameters: int, inputs: Sequence[str],
     if not _separable(trunk, micro_batch):
         return None
     head = _head(step, features, trunk, values)
+    if step.first is not None:
+        trace = step.first
+
+        def first(samples: int) -> TracedGraph:
+            parts = split_step(trace(samples), num_parameters=num_parameters, inputs=inputs, micro_batch=samples)
+            if parts is None:
+                raise UnsupportedError(f"the step of {samples} samples has no head")
+            return parts.head_step
+
+        head = replace(head, first=first)
     below = [node for node in _ancestors(features) if node in frozen]
     operations = sum(flops(node) for node in graph.nodes)
     share = sum(flops(node) for node in below) / max(operations, 1)
@@ -276,7 +287,8 @@ def _without_gradients(head: TracedGraph) -> TracedGraph:
     results = [every[index] for index in kept]
     placeholders = [node for node in head.module.graph.nodes if node.op == "placeholder"]
     module = _extract(head.module, placeholders, results)
-    return replace(head, name="head_eval", module=module, outputs=tuple(head.outputs[index] for index in kept))
+    outputs = tuple(head.outputs[index] for index in kept)
+    return replace(head, name="head_eval", module=module, outputs=outputs, first=None)
 
 
 def _extract(module: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:

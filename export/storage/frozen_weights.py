@@ -31,7 +31,7 @@ def rounded(graph: TracedGraph, kind: str) -> TracedGraph:
             setattr(module, name, round_weight(tensor, kind))
         elif _is_vector(name, tensor):
             setattr(module, name, round_weight(tensor, "float16"))
-    return replace(graph, module=module)
+    return replace(graph, module=module, forward=None, first=None)
 
 
 def round_weight(weight: Tensor, kind: str) -> Tensor:

@@ -17,10 +17,11 @@ from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.graph.partition import Split
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.executorch import training_module
-from edgetrain.export.lowering.executorch.compile import compile_module, quicker
+from edgetrain.export.lowering.executorch.compile import Compiled, compile_module, quicker
 from edgetrain.export.lowering.executorch.decompositions import decompositions
 from edgetrain.export.lowering.executorch.diagnosis import check_integers, differs, wrong_operator
 from edgetrain.export.lowering.executorch.rewrite import contiguous, rewrite
+from edgetrain.export.lowering.executorch.slices import first_slice, slices_for
 from edgetrain.export.quiet import quiet
 
 VERSION = "1.5"
@@ -69,8 +70,7 @@ class ExecutorchLowering:
             module = rewrite(graph)
             if graph.name == training_module.NAME:
                 return training_module.lower(module, graph.example, graph)
-            compiled = compile_module(module, graph.example)
-            self._prove(graph.module, module, graph.example, compiled.data)
+            compiled = self._in_slices(graph, module) or self._whole(graph, module)
         return LoweredGraph(file=f"{graph.name}.pte", data=compiled.data, planned_memory=compiled.planned)
 
     def load(self, lowered: LoweredGraph) -> Run:
@@ -141,23 +141,50 @@ class ExecutorchLowering:
             check_integers(trunk.module(*trunk.example), module(*trunk.example), _load(compiled.data)(trunk.example))
         return LoweredGraph(file=f"{trunk.name}.pte", data=compiled.data, planned_memory=compiled.planned)
 
-    def _prove(self, traced: fx.GraphModule, rewritten: fx.GraphModule, example: Sequence[Tensor], data: bytes) -> None:
-        expected = traced(*example)
-        run = _load(data)
-        run(example)
-        # The second run works in memory that the first has used, as every later one will.
-        got = run(example)
+    def _whole(self, graph: TracedGraph, module: fx.GraphModule) -> Compiled:
+        compiled = compile_module(module, graph.example)
         # On the kink of a relu, what was traced and what it was rewritten to may already differ in torch.
-        for right in (expected, rewritten(*example)):
-            if not any(differs(result, value) for result, value in zip(got, right, strict=True)):
-                return
+        if not _computes(compiled.data, graph.example, graph.module, module):
+            _find_wrong_operator(module, graph.example)
+        return compiled
 
-        def compile_(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-            return _load(compile_module(module, tuple(inputs)).data)
+    def _in_slices(self, graph: TracedGraph, module: fx.GraphModule) -> Compiled | None:
+        """A few samples at a time, if the step is large and can be taken apart."""
+        slices = slices_for(graph, module)
+        first = None if slices is None else first_slice(graph, slices)
+        if slices is None or first is None:
+            return None
+        from edgetrain.export.lowering.executorch.unroll import unroll  # noqa: PLC0415  # slow to import
 
-        operator = wrong_operator(rewritten, example, compile_)
-        if operator is not None:
-            raise OperatorError(operator, f"the kernel of executorch {version('executorch')} gives wrong numbers")
+        first = contiguous(first)
+        module = rewrite(first)
+        compiled = unroll(compile_module(module, first.example), slices)
+        if compiled is None:
+            return None
+        if not _computes(compiled.data, graph.example, graph.module, slices.added_up(module)):
+            _find_wrong_operator(module, first.example)
+        return compiled
+
+
+def _computes(data: bytes, example: Sequence[Tensor], *functions: Callable[..., Sequence[Tensor]]) -> bool:
+    """Whether a program gives what one of the functions gives."""
+    run = _load(data)
+    run(example)
+    # The second run works in memory that the first has used, as every later one will.
+    got = run(example)
+    return any(
+        not any(differs(result, value) for result, value in zip(got, function(*example), strict=True))
+        for function in functions
+    )
+
+
+def _find_wrong_operator(module: fx.GraphModule, example: Sequence[Tensor]) -> None:
+    def compile_(module: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+        return _load(compile_module(module, tuple(inputs)).data)
+
+    operator = wrong_operator(module, example, compile_)
+    if operator is not None:
+        raise OperatorError(operator, f"the kernel of executorch {version('executorch')} gives wrong numbers")
 
 
 def _load(data: bytes) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:

@@ -11,14 +11,23 @@ from __future__ import annotations
 import heapq
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from edgetrain.export.lowering.executorch.subgraph import operands, tensor_of
 from edgetrain.export.lowering.executorch.turns import VIEW
+
+aten = torch.ops.aten
+
+# What takes no memory of its own.
+_ATEN_VIEWS = {
+    aten.view.default, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.transpose.int, aten.t.default,
+}  # fmt: skip
 
 
 @dataclass
@@ -34,9 +43,23 @@ class _Unit:
     made: set[Any] = field(default_factory=set)
 
 
+def most_alive(graph: fx.Graph, sources: Iterable[fx.Node]) -> int:
+    """Bytes alive at the worst moment of a graph that was rewritten and not delegated yet, in its own order.
+
+    Only what is computed from the sources counts.
+    """
+    units, sizes, kept = _units(graph, _ATEN_VIEWS)
+    reached = set(sources)
+    for node in graph.nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    sizes = {node: size if node in reached else 0 for node, size in sizes.items()}
+    return _worst(units, range(len(units)), sizes, kept)
+
+
 def put_in_order(module: fx.GraphModule) -> None:
     """Reorders the nodes of an edge program, in place."""
-    units, sizes, kept = _units(module.graph)
+    units, sizes, kept = _units(module.graph, {VIEW})
     best = _best(units, sizes, kept)
     if best == list(range(len(units))):
         return
@@ -78,7 +101,7 @@ def _best(units: Sequence[_Unit], sizes: dict[Any, int], kept: set[Any]) -> list
     return min(candidates, key=lambda order: _worst(units, order, sizes, kept))
 
 
-def _units(graph: fx.Graph) -> tuple[list[_Unit], dict[fx.Node, int], set[fx.Node]]:
+def _units(graph: fx.Graph, views: Collection[Any]) -> tuple[list[_Unit], dict[fx.Node, int], set[fx.Node]]:
     """The instructions, the bytes of every memory that they make, and what must stay until the end."""
     units: list[_Unit] = []
     unit_of: dict[fx.Node, int] = {}
@@ -104,7 +127,7 @@ def _units(graph: fx.Graph) -> tuple[list[_Unit], dict[fx.Node, int], set[fx.Nod
         if not isinstance(value, Tensor):
             continue
         # Its result is the memory of its argument.
-        base = node.args[0] if node.target == VIEW else None
+        base = node.args[0] if node.target in views else None
         if isinstance(base, fx.Node):
             if base in storage_of:
                 storage_of[node] = storage_of[base]
