@@ -10,7 +10,6 @@ Contenders, each in a process of its own, on one thread, taking turns step by st
 - training module: our program for ExecuTorch's TrainingModule, with its bindings
 - bindings: our program with ExecuTorch's own bindings, which need torch
 - executorch: our program with our session, without torch
-- executorch, halves: the same step as two micro-batches of half the size, added up as the client does; half the arena
 - executorch, head: the head alone on kept features, where something is frozen
 - onnxruntime: the same step as plain ONNX
 
@@ -68,8 +67,8 @@ ARENAS = (*((entry, *SUITE[entry]) for entry in SUITE), ("mcunet-sized sparse", 
 # Entries that are measured with TrainingModule too; lowering takes long.
 TRAINED = ("char-lm-last", "resnet-8-full")
 EAGER, STOCK, TRAINING, BINDINGS = "eager torch", "stock", "training module", "bindings"
-OURS, HALVES, HEAD, ONNX = "executorch", "executorch, halves", "executorch, head", "onnxruntime"
-CONTENDERS = (EAGER, STOCK, TRAINING, BINDINGS, OURS, HALVES, HEAD, ONNX)
+OURS, HEAD, ONNX = "executorch", "executorch, head", "onnxruntime"
+CONTENDERS = (EAGER, STOCK, TRAINING, BINDINGS, OURS, HEAD, ONNX)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Measurement:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("entries", nargs="*", default=list(SUITE), help=", ".join(SUITE))
-    parser.add_argument("--micro-batch", type=int, default=8, help="examples of a step, an even number")
+    parser.add_argument("--micro-batch", type=int, default=8, help="examples of a step")
     parser.add_argument("--steps", type=int, default=20, help="of each contender")
     parser.add_argument("--arena", action="store_true", help="planned bytes only")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -97,8 +96,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [entry for entry in arguments.entries if entry not in SUITE]:
         parser.error(f"no entry {unknown[0]!r}; there are: {', '.join(SUITE)}")
-    if arguments.micro_batch % 2 or arguments.micro_batch < 2:
-        parser.error(f"--micro-batch {arguments.micro_batch}: an even number, it is halved too")
     if arguments.contender:
         contend(arguments.contender, arguments.folder, arguments.entries[0])
         return
@@ -156,13 +153,6 @@ def measure(entry: str, micro_batch: int, steps: int) -> list[Measurement]:
         )
         manifest = Bundle(path).manifest
         graphs = manifest.program(OURS).graphs
-        half = export_bundle(
-            *get_model(model, batch_size=micro_batch // 2),
-            trainable=trainable,
-            runtimes=(OURS,),
-            out=folder / "halves",
-            name=model,
-        )
         found = list(CONTENDERS)
         for contender, needed in ((HEAD, "head_step"), (TRAINING, "training_module")):
             if needed not in graphs:
@@ -188,13 +178,11 @@ def measure(entry: str, micro_batch: int, steps: int) -> list[Measurement]:
         peaks = {contender: ask(process, "peak") for contender, process in processes.items()}
         for process in processes.values():
             process.communicate("stop\n")
-        half_graph = Bundle(half).manifest.program(OURS).graphs["step"]
         stock_bytes = (folder / "stock.pte").stat().st_size if STOCK in found else 0
     best = {contender: min(t) for contender, t in times.items()}
     programs = {
         BINDINGS: graphs["step"],
         OURS: graphs["step"],
-        HALVES: half_graph,
         HEAD: graphs.get("head_step"),
         TRAINING: graphs.get("training_module"),
         ONNX: manifest.program(ONNX).graphs["step"],
@@ -287,8 +275,6 @@ def prepare(contender: str, folder: Path, model: str) -> Callable[[], object]:
         return training_step(folder / "bundle")
     if contender == BINDINGS:
         return bindings_step(folder / "bundle")
-    if contender == HALVES:
-        return halves_step(folder / "halves")
     if contender == HEAD:
         return head_step(folder / "bundle")
     return session_step(folder / "bundle", contender)
@@ -346,25 +332,6 @@ def training_step(path: Path) -> Callable[[], object]:
     arguments = [known.get(spec.name, weights) for spec in graph.inputs]
     module = TrainingModule(_load_for_executorch_from_buffer(data, values))
     return lambda: (data, values, module.forward_backward("forward", arguments))
-
-
-def halves_step(path: Path) -> Callable[[], object]:
-    import numpy as np
-
-    from edgetrain.edge_client.training.selftest import read_self_test
-    from edgetrain.protocol.bundle import Bundle
-
-    bundle = Bundle(path)
-    session = client_session(bundle, OURS)
-    batch, weights = read_self_test(bundle)
-    parameters = bundle.initial_parameters()
-    gradient = np.empty_like(parameters)
-
-    def step() -> None:
-        gradient[:] = session.step(parameters, batch, weights).gradients
-        np.add(gradient, session.step(parameters, batch, weights).gradients, out=gradient)
-
-    return step
 
 
 def head_step(path: Path) -> Callable[[], object]:
