@@ -188,3 +188,10 @@ def test_help_is_light(arguments):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_exporting_needs_no_executorch():
+    """It is imported by who lowers for it: a laptop may go without, and it takes seconds."""
+    code = "import sys; sys.modules['executorch'] = None; import edgetrain.export, edgetrain.export.lowering"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -21,7 +21,6 @@ from edgetrain.export.lowering.executorch.compile import Compiled, compile_modul
 from edgetrain.export.lowering.executorch.decompositions import decompositions
 from edgetrain.export.lowering.executorch.diagnosis import check_integers, differs, wrong_operator
 from edgetrain.export.lowering.executorch.rewrite import contiguous, rewrite
-from edgetrain.export.lowering.executorch.slices import first_slice, slices_for
 from edgetrain.export.quiet import quiet
 
 VERSION = "1.5"
@@ -150,6 +149,8 @@ class ExecutorchLowering:
 
     def _in_slices(self, graph: TracedGraph, module: fx.GraphModule) -> Compiled | None:
         """A few samples at a time, if the step is large and can be taken apart."""
+        from edgetrain.export.lowering.executorch.slices import first_slice, slices_for  # noqa: PLC0415
+
         slices = slices_for(graph, module)
         first = None if slices is None else first_slice(graph, slices)
         if slices is None or first is None:
