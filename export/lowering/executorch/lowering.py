@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
@@ -22,6 +23,8 @@ from edgetrain.export.lowering.executorch.decompositions import decompositions
 from edgetrain.export.lowering.executorch.diagnosis import check_integers, differs, wrong_operator
 from edgetrain.export.lowering.executorch.rewrite import contiguous, rewrite
 from edgetrain.export.quiet import quiet
+
+logger = logging.getLogger(__name__)
 
 VERSION = "1.5"
 STYLES = ("functional", "training-module")
@@ -164,6 +167,9 @@ class ExecutorchLowering:
             return None
         if not _computes(compiled.data, graph.example, graph.module, slices.added_up(module)):
             _find_wrong_operator(module, first.example)
+        logger.info(
+            f"executorch: {graph.name} in {slices.count} slices of its samples, {compiled.planned:,} bytes planned"
+        )
         return compiled
 
 

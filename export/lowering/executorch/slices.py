@@ -62,7 +62,7 @@ def slices_for(graph: TracedGraph, rewritten: fx.GraphModule) -> Slices | None:
         return None
     inputs = tuple(i for i, spec in enumerate(graph.inputs) if not spec.name.startswith(PARAMETER))
     samples = graph.example[inputs[0]].shape[0]
-    gradients = sum(4 * torch.Size(spec.shape).numel() for spec in graph.outputs if spec.name.startswith(GRADIENT))
+    gradients = sum(spec.nbytes for spec in graph.outputs if spec.name.startswith(GRADIENT))
     # What is frozen keeps nothing for the backward pass.
     placeholders = [node for node in rewritten.graph.nodes if node.op == "placeholder"]
     learn = [node for i, node in enumerate(placeholders) if i not in inputs]
