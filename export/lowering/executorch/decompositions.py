@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators of `kept_as_bytes`
 from torch import Tensor
 
 from edgetrain.export.graph.before_autograd import COMPOSITES
@@ -20,6 +21,8 @@ aten = torch.ops.aten
 
 # Times this, every normal positive float32 is at least 1: what makes a step function of a clamp.
 STEEP = 3e38
+# Scale, zero point, range and type of numbers in int8 that stay what they are.
+AS_THEY_ARE = (1.0, 0, -128, 127, torch.int8)
 # Classes up to which a one-hot row is looked up in an identity matrix (1 MiB at most).
 MAX_ONE_HOT = 512
 # Left whole by the trace: the rewriter decides by what is frozen.
@@ -76,20 +79,32 @@ def positive(x: Tensor) -> Tensor:
     return ones
 
 
+def kept_as_bytes(ones: Tensor) -> Tensor:
+    """The same zeros and ones, by way of int8: so they wait in a quarter of the memory, if they wait at all.
+
+    Where weights are frozen, the backward pass needs of a relu not the activation but where it was positive. XNNPACK's
+    conversions are exact for that. Where nothing waits, they are left out again; see `peephole`.
+    """
+    quantized = torch.ops.quantized_decomposed
+    as_bytes = quantized.quantize_per_tensor.default(ones, *AS_THEY_ARE)
+    kept: Tensor = quantized.dequantize_per_tensor.default(as_bytes, *AS_THEY_ARE)
+    return kept
+
+
 def threshold_backward(grad: Tensor, x: Tensor, threshold: float) -> Tensor:
     """Of relu: the gradient where x exceeds the threshold."""
-    return grad * positive(x - threshold if threshold else x)
+    return grad * kept_as_bytes(positive(x - threshold if threshold else x))
 
 
 def hardtanh_backward(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
     """Of hardtanh and relu6: the gradient strictly between the bounds."""
-    return grad * positive(torch.minimum(x - low if low else x, high - x))
+    return grad * kept_as_bytes(positive(torch.minimum(x - low if low else x, high - x)))
 
 
 def leaky_relu_backward(grad: Tensor, x: Tensor, slope: float, is_result: bool) -> Tensor:
     """The gradient, times the slope where x is not positive."""
     del is_result  # the result has the sign of x
-    return grad * (positive(x) * (1 - slope) + slope)
+    return grad * (kept_as_bytes(positive(x)) * (1 - slope) + slope)
 
 
 def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from executorch.exir.dialects._ops import ops
 from torch import Tensor, fx
 
 from edgetrain.export.lowering.executorch.turns import VIEW
+
+_DEQUANTIZE = ops.edge.quantized_decomposed.dequantize_per_tensor.default
 
 
 def compute_early(nodes: Sequence[fx.Node], partitions: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
@@ -52,7 +55,8 @@ def _origins(nodes: Iterable[fx.Node], partitions: Mapping[fx.Node, str]) -> dic
             early.add(node)
         found = {origins.get(source, partitions.get(source)) for source in sources}
         origin = found.pop() if len(found) == 1 else None
-        if node in partitions and origin not in (None, partitions[node]):
+        # What has become larger again would wait so.
+        if node in partitions and origin not in (None, partitions[node]) and node.target != _DEQUANTIZE:
             origins[node] = str(origin)
     return origins
 

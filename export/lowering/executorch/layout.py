@@ -46,6 +46,8 @@ ELEMENTWISE = frozenset(
         aten.sub.Scalar,
         aten.sub.Tensor,
         aten.tanh.default,
+        torch.ops.quantized_decomposed.dequantize_per_tensor.default,
+        torch.ops.quantized_decomposed.quantize_per_tensor.default,
     }
 )
 

@@ -20,7 +20,7 @@ _TURNED = [0, 2, 1]
 
 @contextmanager
 def peephole() -> Iterator[None]:
-    """While it is active, ExecuTorch writes subgraphs as `turn_inside` and `shape_once` leave them, in order."""
+    """While it is active, ExecuTorch writes subgraphs as the functions below leave them, in order."""
     from executorch.backends.xnnpack import xnnpack_preprocess  # noqa: PLC0415  # slow to import
 
     write: Callable[..., bytes] = xnnpack_preprocess.serialize_xnnpack_binary
@@ -28,6 +28,7 @@ def peephole() -> Iterator[None]:
     def improved(graph: Any, *args: Any, **kwargs: Any) -> bytes:
         turn_inside(graph)
         shape_once(graph)
+        convert_at_borders(graph)
         put_inside_in_order(graph)
         return write(graph, *args, **kwargs)
 
@@ -71,6 +72,41 @@ def shape_once(graph: Any) -> None:
             if kept != node.output_id:
                 same[node.output_id] = kept
     _remove(graph, set(same))
+
+
+def convert_at_borders(graph: Any) -> None:
+    """Zeros and ones that became bytes and floats again within the subgraph stay floats.
+
+    Args:
+        graph: as for `turn_inside`.
+    """
+    maker = {node.xnode_union.output_id: node for node in graph.xnodes if hasattr(node.xnode_union, "output_id")}
+    parameters = {tensor_of(value).id_out: getattr(value.xvalue_union, "quant_params", None) for value in graph.xvalues}
+    same: dict[int, int] = {}
+    for number, node in maker.items():
+        back = node.xnode_union
+        forth = (
+            maker[back.input_id].xnode_union if type(back).__name__ == "XNNConvert" and back.input_id in maker else None
+        )
+        if type(forth).__name__ != "XNNConvert" or number in graph.output_ids:
+            continue
+        clamp, scale = maker.get(forth.input_id), parameters[back.input_id]
+        if _is_zero_or_one(clamp) and (scale.scale, scale.zero_point) == (1.0, 0):
+            same[number] = forth.input_id
+    for node in (node.xnode_union for node in graph.xnodes):
+        for name, number in operands(node, "input").items():
+            setattr(node, name, same.get(number, number))
+    _remove(graph, set(same))
+    read = {number for node in graph.xnodes for number in operands(node.xnode_union, "input").values()}
+    converted = {number for number, node in maker.items() if type(node.xnode_union).__name__ == "XNNConvert"}
+    _remove(graph, {number for number in converted - read if number not in graph.output_ids})
+
+
+def _is_zero_or_one(node: Any) -> bool:
+    if node is None or type(node.xnode_union).__name__ != "XNNClamp":
+        return False
+    bounds = node.output_min_max
+    return (float(bounds.output_min), float(bounds.output_max)) == (0.0, 1.0)
 
 
 def _remove(graph: Any, gone: set[int]) -> None:

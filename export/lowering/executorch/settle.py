@@ -39,6 +39,8 @@ _ELEMENTWISE = frozenset(
         _aten.sqrt.default,
         _aten.sub.Tensor,
         _aten.tanh.default,
+        ops.edge.quantized_decomposed.dequantize_per_tensor.default,
+        ops.edge.quantized_decomposed.quantize_per_tensor.default,
     }
 )
 # Each lets shapes travel on through the graph; few are left to change after the second.
