@@ -5,13 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("executorch.exir")
 
 from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import (
+    OutputMinMax,
+    PerTensorQuant,
+    XNNAbs,
     XNNBatchMatrixMultiply,
+    XNNClamp,
+    XNNConvert,
     XNNGraph,
+    XNNQuantizedTensorValue,
     XNNStaticReshape,
     XNNStaticTranspose,
     XNNTensorValue,
@@ -23,9 +30,11 @@ from executorch.exir import EdgeCompileConfig, to_edge
 from edgetrain.export.lowering import get_lowering
 from edgetrain.export.lowering.base import LoweredGraph
 from edgetrain.export.lowering.executorch.compile import delegate, emit
+from edgetrain.export.lowering.executorch.decompositions import threshold_backward
 from edgetrain.export.lowering.executorch.order import put_inside_in_order
-from edgetrain.export.lowering.executorch.peephole import TRANSPOSE_B, shape_once, turn_inside
+from edgetrain.export.lowering.executorch.peephole import TRANSPOSE_B, convert_at_borders, shape_once, turn_inside
 from edgetrain.export.lowering.executorch.settle import settle_shapes
+from edgetrain.export.lowering.executorch.subgraph import tensor_of
 from edgetrain.export.lowering.executorch.turns import PERMUTE, VIEW, simplify_turns, view_for_each
 from edgetrain.export.quiet import quiet
 
@@ -291,6 +300,54 @@ def test_one_tensor_in_one_shape_is_copied_once():
     assert [node.xnode_union for node in graph.xnodes] == [first, other, product, result]
     assert (product.input1_id, product.input2_id) == (1, 3)
     assert 2 not in [value.xvalue_union.id_out for value in graph.xvalues]
+
+
+class Mask(torch.nn.Module):
+    """Something outside of XNNPACK stands between a relu and its gradient."""
+
+    def forward(self, x):
+        y = torch.relu(x)
+        return threshold_backward(torch.cumsum(y * 3.0, 1), y, 0.0)
+
+
+def test_a_mask_waits_as_bytes_and_is_exact():
+    tiny = torch.finfo(torch.float32).tiny
+    x = torch.tensor([[-1.0, -0.0, 0.0, tiny], [-tiny, 1e-20, 1.0, 3e38], [2.0, -3e38, 5.0, -1e-20]])
+    with quiet():
+        edge = delegate(make_fx(Mask())(x), (x,))
+        data = emit(edge).data
+    parts = [part for part in edge.exported_program().graph_module.children() if hasattr(part, "original_module")]
+    crossing = [n.meta["val"].dtype for n in parts[0].original_module.graph_module.graph.output_node().args[0]]
+    assert sorted(crossing, key=str) == [torch.float32, torch.int8]
+    run = get_lowering("executorch").load(LoweredGraph(file="step.pte", data=data))
+    (got,) = run([x.numpy()])
+    y = torch.relu(x)
+    assert torch.equal(torch.from_numpy(got), torch.cumsum(y * 3.0, 1) * (x > 0))
+
+
+@pytest.mark.parametrize(
+    ("scale", "bounds", "outputs", "left"),
+    [
+        (1.0, (0.0, 1.0), [4], 2),
+        (1.0, (0.0, 1.0), [2, 4], 3),
+        (1.0, (0.0, 1.0), [3, 4], 4),
+        (0.5, (0.0, 1.0), [4], 4),
+        (1.0, (0.0, 6.0), [4], 4),
+    ],
+    ids=["none leaves", "bytes leave", "floats leave", "something else in int8", "other numbers"],
+)
+def test_bytes_are_for_borders(scale, bounds, outputs, left):
+    clamp = XNNClamp(input_id=0, output_id=1, flags=0)
+    forth, back = XNNConvert(input_id=1, output_id=2, flags=0), XNNConvert(input_id=2, output_id=3, flags=0)
+    reader = XNNAbs(input_id=3, output_id=4, flags=0)
+    graph = subgraph(clamp, forth, back, reader, outputs=outputs)
+    graph.xnodes[0].output_min_max = OutputMinMax(*bounds)
+    graph.xvalues[2] = XValue(XNNQuantizedTensorValue(graph.xvalues[2].xvalue_union, PerTensorQuant(scale, 0)))
+    convert_at_borders(graph)
+    assert len(graph.xnodes) == left
+    assert reader.input_id == (3 if left == 4 else 1)
+    made = {node.xnode_union.output_id for node in graph.xnodes}
+    assert made <= {tensor_of(value).id_out for value in graph.xvalues}
 
 
 def test_inside_a_partition_what_is_made_is_used_before_more_is_made():
