@@ -39,7 +39,7 @@ IMAGES = 24
 
 
 def export_bundles(folder: Path) -> list[Path]:
-    """A CNN and a small Transformer for both runtimes; for executorch the CNN in parts, one in integers, and in slices."""
+    """A CNN and a small Transformer for both runtimes; for executorch the CNN in parts in integers, and in slices."""
     cnn = get_model("digits-cnn", batch_size=MICRO_BATCH)
     models = {
         "digits-cnn": (cnn, {"runtimes": RUNTIMES}),
