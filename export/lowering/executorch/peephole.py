@@ -80,26 +80,27 @@ def convert_at_borders(graph: Any) -> None:
     Args:
         graph: as for `turn_inside`.
     """
-    maker = {node.xnode_union.output_id: node for node in graph.xnodes if hasattr(node.xnode_union, "output_id")}
-    parameters = {tensor_of(value).id_out: getattr(value.xvalue_union, "quant_params", None) for value in graph.xvalues}
+    maker: dict[int, Any] = {n.xnode_union.output_id: n for n in graph.xnodes if hasattr(n.xnode_union, "output_id")}
+    converts = {number: n.xnode_union for number, n in maker.items() if type(n.xnode_union).__name__ == "XNNConvert"}
+    quantized = {tensor_of(v).id_out: v.xvalue_union.quant_params for v in graph.xvalues if _is_quantized(v)}
     same: dict[int, int] = {}
-    for number, node in maker.items():
-        back = node.xnode_union
-        forth = (
-            maker[back.input_id].xnode_union if type(back).__name__ == "XNNConvert" and back.input_id in maker else None
-        )
-        if type(forth).__name__ != "XNNConvert" or number in graph.output_ids:
+    for number, back in converts.items():
+        forth = converts.get(back.input_id)
+        if forth is None or number in graph.output_ids or not _is_zero_or_one(maker.get(forth.input_id)):
             continue
-        clamp, scale = maker.get(forth.input_id), parameters[back.input_id]
-        if _is_zero_or_one(clamp) and (scale.scale, scale.zero_point) == (1.0, 0):
+        scale = quantized[back.input_id]
+        if (scale.scale, scale.zero_point) == (1.0, 0):
             same[number] = forth.input_id
     for node in (node.xnode_union for node in graph.xnodes):
         for name, number in operands(node, "input").items():
             setattr(node, name, same.get(number, number))
     _remove(graph, set(same))
     read = {number for node in graph.xnodes for number in operands(node.xnode_union, "input").values()}
-    converted = {number for number, node in maker.items() if type(node.xnode_union).__name__ == "XNNConvert"}
-    _remove(graph, {number for number in converted - read if number not in graph.output_ids})
+    _remove(graph, converts.keys() - read - set(graph.output_ids))
+
+
+def _is_quantized(value: Any) -> bool:
+    return hasattr(value.xvalue_union, "quant_params")
 
 
 def _is_zero_or_one(node: Any) -> bool:
