@@ -7,11 +7,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.executorch import convolution as conv
 from edgetrain.export.lowering.executorch import decompositions as forms
 from edgetrain.export.lowering.executorch.layout import from_last, to_last
 from edgetrain.export.lowering.executorch.pooling import max_pool, max_pool_backward
+from edgetrain.export.lowering.executorch.rewrite import rewrite
 
 aten = torch.ops.aten
 
@@ -219,3 +222,35 @@ def test_norms_and_their_statistics(affine):
     )
     for part, whole in zip(got, expected, strict=True):
         close(part, whole)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "transposed"),
+    [
+        ((8, 8), (3, 3), (2, 2), (1, 1), False),
+        ((8, 6), (5, 3), (2, 2), (2, 1), False),
+        ((6, 8), (3, 3), (1, 2), (1, 1), False),
+        ((9, 9), (3, 3), (3, 3), (1, 1), False),
+        ((7, 8), (3, 3), (2, 2), (1, 1), True),
+        ((8, 8), (2, 2), (2, 2), (0, 0), True),
+        ((8, 8), (1, 1), (2, 2), (0, 0), False),
+    ],
+)
+def test_a_frozen_depthwise_convolution_with_strides_is_undone_forwards(size, kernel, stride, padding, transposed):
+    """Transposed only where the padding would not be the same on both sides."""
+    channels = 4
+    weight = torch.randn(channels, 1, *kernel)
+    x = torch.randn(2, channels, *size, requires_grad=True)
+    y = F.conv2d(x, weight, None, stride, padding, 1, channels)
+    grad = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, grad)
+
+    def backward(grad, x):
+        settings = ([0], stride, padding, (1, 1), False, (0, 0), channels, [True, False, False])
+        return (torch.ops.aten.convolution_backward(grad, x, weight, *settings)[0],)
+
+    example = grad, x.detach()
+    module = rewrite(TracedGraph("step", make_fx(backward)(*example), (), (), example))
+    calls = [node for node in module.graph.nodes if node.target == torch.ops.aten.convolution.default]
+    assert [node.args[6] for node in calls] == [transposed]
+    torch.testing.assert_close(module(*example)[0], expected)

@@ -44,7 +44,7 @@ class _Unit:
 
 
 def most_alive(graph: fx.Graph, sources: Iterable[fx.Node]) -> int:
-    """Bytes alive at the worst moment of a graph that was rewritten and not delegated yet, in its own order.
+    """Bytes alive at the worst moment of a graph that was rewritten and not delegated yet, in the best order.
 
     Only what is computed from the sources counts.
     """
@@ -54,7 +54,7 @@ def most_alive(graph: fx.Graph, sources: Iterable[fx.Node]) -> int:
         if not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
     sizes = {node: size if node in reached else 0 for node, size in sizes.items()}
-    return _worst(units, range(len(units)), sizes, kept)
+    return _worst(units, _best(units, sizes, kept), sizes, kept)
 
 
 def put_in_order(module: fx.GraphModule) -> None:
