@@ -162,13 +162,7 @@ def _input_gradient(
     instead, where as many are wanted on both sides.
     """
     padding = [geometry.dilation[i] * (geometry.kernel[i] - 1) - geometry.padding[i] for i in range(2)]
-    spread = [grad.shape[2 + i] * geometry.stride[i] + padding[i] - geometry.padding[i] for i in range(2)]
-    forwards = geometry.stride == (1, 1) or (geometry.depthwise(_image(weight)) and spread == list(size))
-    if forwards and min(padding) >= 0:
-        mirrored = rewriter.now(lambda: _mirror(_image(weight), geometry.groups))
-        return _constant_convolution(
-            rewriter, _spread(rewriter, grad, geometry.stride), mirrored, geometry, padding, (1, 1)
-        )
+    # Rows and columns that no window reached.
     rest = [
         size[i]
         - (
@@ -179,6 +173,13 @@ def _input_gradient(
         )
         for i in range(2)
     ]
+    even = geometry.depthwise(_image(weight)) and rest == [step - 1 for step in geometry.stride]
+    forwards = geometry.stride == (1, 1) or even
+    if forwards and min(padding) >= 0:
+        mirrored = rewriter.now(lambda: _mirror(_image(weight), geometry.groups))
+        return _constant_convolution(
+            rewriter, _spread(rewriter, grad, geometry.stride), mirrored, geometry, padding, (1, 1)
+        )
     result: Tensor = aten.convolution.default(
         grad,
         rewriter.now(lambda: _image(weight)),

@@ -7,7 +7,7 @@ that says so; the written format has: a flag of the product's node.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,8 +65,7 @@ def shape_once(graph: Any) -> None:
     first: dict[tuple[int, tuple[int, ...]], int] = {}
     same: dict[int, int] = {}
     for node in (node.xnode_union for node in graph.xnodes):
-        for name, number in operands(node, "input").items():
-            setattr(node, name, same.get(number, number))
+        _read_instead(node, same)
         if type(node).__name__ == "XNNStaticReshape" and node.output_id not in graph.output_ids:
             kept = first.setdefault((node.input_id, tuple(node.new_shape)), node.output_id)
             if kept != node.output_id:
@@ -91,9 +90,8 @@ def convert_at_borders(graph: Any) -> None:
         scale = quantized[back.input_id]
         if (scale.scale, scale.zero_point) == (1.0, 0):
             same[number] = forth.input_id
-    for node in (node.xnode_union for node in graph.xnodes):
-        for name, number in operands(node, "input").items():
-            setattr(node, name, same.get(number, number))
+    for node in graph.xnodes:
+        _read_instead(node.xnode_union, same)
     _remove(graph, set(same))
     read = {number for node in graph.xnodes for number in operands(node.xnode_union, "input").values()}
     _remove(graph, converts.keys() - read - set(graph.output_ids))
@@ -108,6 +106,12 @@ def _is_zero_or_one(node: Any) -> bool:
         return False
     bounds = node.output_min_max
     return (float(bounds.output_min), float(bounds.output_max)) == (0.0, 1.0)
+
+
+def _read_instead(node: Any, same: Mapping[int, int]) -> None:
+    """The node reads other values in place of some."""
+    for name, number in operands(node, "input").items():
+        setattr(node, name, same.get(number, number))
 
 
 def _remove(graph: Any, gone: set[int]) -> None:
