@@ -48,12 +48,21 @@ GEOMETRIES = {
     "depthwise": dict(size=(6, 5), channels=(4, 4), kernel=(3, 3), padding=(1, 1), groups=4),
     "depthwise stride": dict(size=(8, 7), channels=(4, 4), kernel=(3, 3), padding=(1, 1), groups=4, stride=(2, 2)),
     "multiplier": dict(size=(6, 5), channels=(3, 6), kernel=(3, 3), padding=(1, 1), groups=3),
+    "fewer channels out": dict(size=(5, 7), channels=(4, 3), kernel=(3, 3), padding=(1, 1)),
+    "fewer channels out, even width": dict(size=(5, 8), channels=(4, 3), kernel=(3, 3), padding=(1, 1)),
+    "fewer channels out, five taps": dict(size=(9, 8), channels=(4, 4), kernel=(5, 5), padding=(1, 2)),
+    "fewer channels out, dilation": dict(size=(9, 9), channels=(5, 2), kernel=(3, 2), padding=(2, 1), dilation=(2, 2)),
+    "many channels and fewer out": dict(size=(8, 8), channels=(20, 18), kernel=(3, 3), padding=(1, 1)),
+    "zeros below only": dict(size=(8, 8), channels=(4, 3), kernel=(2, 3), padding=(1, 1), stride=(2, 1)),
     "one row": dict(size=(1, 9), channels=(3, 4), kernel=(1, 3), padding=(0, 1), stride=(1, 2)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_convolution_and_both_gradients_match_autograd(name):
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_convolution_and_both_gradients_match_autograd(name, samples, monkeypatch):
+    # Else images as small as these are not multiplied by rows.
+    monkeypatch.setattr(conv, "MANY", 1)
     case = GEOMETRIES[name]
     inputs, outputs = case["channels"]
     groups = case.get("groups", 1)
@@ -61,7 +70,7 @@ def test_convolution_and_both_gradients_match_autograd(name):
         case.get(k, d) for k, d in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))
     )
     geometry = conv.Geometry(case["kernel"], stride, padding, dilation, groups)
-    x = torch.randn(2, inputs, *case["size"], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(samples, inputs, *case["size"], dtype=torch.float64, requires_grad=True)
     w = torch.randn(outputs, inputs // groups, *case["kernel"], dtype=torch.float64, requires_grad=True)
     y = F.conv2d(x, w, None, stride, padding, dilation, groups)
     grad = torch.randn_like(y)

@@ -90,19 +90,12 @@ def emit(edge: Any, *, external_weights: bool = False) -> Compiled:
         OperatorError: ExecuTorch has no kernel for it.
     """
     from executorch.exir import ExecutorchBackendConfig  # noqa: PLC0415
-    from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite, greedy  # noqa: PLC0415
-    from executorch.exir.passes import MemoryPlanningPass  # noqa: PLC0415
 
-    from edgetrain.export.lowering.executorch.memory import best_fit  # noqa: PLC0415
+    from edgetrain.export.lowering.executorch.memory import Planning  # noqa: PLC0415
 
-    # Inputs are the caller's memory, but for parameters that the program holds, which count as inputs too. Outputs
-    # would be the caller's as well, but the stock Module of phone apps cannot say where.
-    planning = MemoryPlanningPass(
-        memory_planning_algo=MemoryPlanningAlgorithmSuite([greedy, best_fit]),
-        alloc_graph_input=external_weights,
-        alloc_graph_output=True,
+    config = ExecutorchBackendConfig(
+        memory_planning_pass=Planning(held_inputs=external_weights), external_mutable_weights=external_weights
     )
-    config = ExecutorchBackendConfig(memory_planning_pass=planning, external_mutable_weights=external_weights)
     try:
         program = edge.to_executorch(config)
     except RuntimeError as error:

@@ -19,13 +19,24 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from edgetrain.export.lowering.executorch.depthwise import MOST, Form, Side, cheapest
+from edgetrain.export.lowering.executorch.pieces import piece
 from edgetrain.export.lowering.executorch.products import LANES
-from edgetrain.export.lowering.executorch.windows import Windows, framed, interleave, merged, padded, taps, windows
+from edgetrain.export.lowering.executorch.windows import (
+    Windows,
+    framed,
+    interleave,
+    padded,
+    taps,
+    visited,
+    windows,
+)
 
 aten = torch.ops.aten
 
 # Most positions of an image for each that is needed, where that makes longer runs.
 WIDEST = 1.25
+# Positions for each channel from which on a product for each row of the kernel costs a weight gradient no time.
+MANY = 16
 
 
 def multiply_channels(x_NHWC: Tensor, weight_KC: Tensor, rows: Windows, columns: Windows) -> Tensor:
@@ -69,10 +80,58 @@ def multiply(x_NHWC: Tensor, weight_GKO: Tensor, rows: Windows, columns: Windows
     if G == 1 and columns.positions % 2 == 0 and _is_narrow(O, columns):
         image = multiply(x_NHWC, _for_pairs(weight_GKO, rows, columns), rows, _pairs(columns))
         return image.reshape(N, rows.positions, columns.positions, O)
+    if G == 1 and _by_rows(x_NHWC.shape[1], rows):
+        return _multiply_by_rows(x_NHWC, weight_GKO, rows, columns)
     product = torch.bmm(windows(x_NHWC, rows, columns, G), weight_GKO)
     if G > 1:
         product = product.permute(1, 0, 2)
     return product.reshape(N, rows.positions, columns.positions, G * O)
+
+
+def _by_rows(size: int, rows: Windows) -> bool:
+    """Whether images of so many lines are multiplied by one row of the kernel after the other."""
+    lines = size + max(rows.padding(size))
+    return (
+        rows.step == 1 < rows.taps
+        and rows.positions <= lines <= WIDEST * rows.positions
+        # What the last image lacks is in one image of zeros.
+        and rows.first + (rows.taps - 1) * rows.spacing <= size
+    )
+
+
+def _multiply_by_rows(x_NHWC: Tensor, weight_1KO: Tensor, rows: Windows, columns: Windows) -> Tensor:
+    """`multiply` as a sum of products, one for each row of the kernel.
+
+    Only what the columns of the kernel see is gathered. What its rows see are pieces of that, which begin some lines
+    later. Images share the lines of zeros between them; the products of those belong to no image and are cut away.
+    """
+    N, H, W, C = x_NHWC.shape
+    (top, bottom), (left, right) = rows.padding(H), columns.padding(W)
+    if N == 1:
+        x, lines = framed(x_NHWC, left, right, top, bottom), rows.positions
+    else:
+        top = max(top, bottom)
+        x, lines = framed(x_NHWC, left, right, top, behind=1), N * (top + H)
+    _, line, column, _ = x.stride()
+    Q, K = columns.positions, columns.taps * C
+    gathered = visited(
+        x,
+        [
+            (lines + (rows.taps - 1) * rows.spacing, line),
+            (Q, columns.step * column),
+            (columns.taps, columns.spacing * column),
+            (C, 1),
+        ],
+        (rows.first + top) * line + (columns.first + left) * column,
+    )
+    total: Tensor | None = None
+    for i in range(rows.taps):
+        seen = piece(gathered, i * rows.spacing * Q * K, [1, lines * Q, K])
+        product = torch.bmm(seen, weight_1KO[:, i * K : (i + 1) * K])
+        total = product if total is None else total + product
+    assert total is not None
+    image = total.reshape(N, lines // N, -1)[:, : rows.positions].contiguous()
+    return image.reshape(N, rows.positions, Q, -1)
 
 
 @dataclass(frozen=True)
@@ -163,6 +222,8 @@ def weight_gradient(x_NHWC: Tensor, grad_NHWC: Tensor, geometry: Geometry) -> Te
         return torch.cat(sums, 1).reshape(-1, G).permute(1, 0).reshape(G, 1, *geometry.kernel)
     rows, columns = geometry.forward((H, W))
     if G == 1 and K > 1 and rows.step == columns.step == 1 and H * x_NHWC.shape[2] <= WIDEST * P:
+        if rows.taps > 1 and O <= I <= N * P / MANY:
+            return _weight_gradient_by_rows(x_NHWC, grad_NHWC, rows, columns).permute(3, 2, 0, 1)
         return _weight_gradient_in_runs(x_NHWC, grad_NHWC, rows, columns).permute(3, 0, 1, 2)
     left = grad_NHWC.reshape(N * P, G, O).permute(1, 2, 0)
     product = torch.bmm(left, windows(x_NHWC, rows, columns, G))
@@ -184,13 +245,40 @@ def _weight_gradient_in_runs(x_NHWC: Tensor, grad_NHWC: Tensor, rows: Windows, c
     x = x.reshape(-1, together * I).permute(1, 0).contiguous().reshape(together, I, N, height, width // together)
     residue, i, n, h, _ = x.stride()
     taps = -(-(columns.taps + together - 1) // together)
-    axes = merged(
-        [(I, i), (rows.taps, rows.spacing * h), (taps, columns.spacing), (together, residue), (N, n), (length, 1)]
+    gathered = visited(
+        x, [(I, i), (rows.taps, rows.spacing * h), (taps, columns.spacing), (together, residue), (N, n), (length, 1)]
     )
-    gathered = aten.as_strided_copy.default(x, [size for size, _ in axes], [stride for _, stride in axes])
     product = torch.bmm(gathered.reshape(1, -1, N * length), grad.reshape(1, N * length, together * O))
     product = product.reshape(I, rows.taps, taps * together, together * O)
     shares = [product[:, :, t : t + columns.taps, t * O : (t + 1) * O] for t in range(together)]
+    return shares[0] if together == 1 else shares[0] + shares[1]
+
+
+def _weight_gradient_by_rows(x_NHWC: Tensor, grad_NHWC: Tensor, rows: Windows, columns: Windows) -> Tensor:
+    """[kh, kw, I, O]: as in runs, but only what columns of the kernel see is gathered.
+
+    For its rows the gradient moves: pieces of it that begin some lines earlier, where zeros stand above each image.
+    XNNPACK packs each of them, so it must be small beside the input, and images large.
+    """
+    N, H, W, O = grad_NHWC.shape
+    # What is read for the last column of the kernel ends a line later.
+    x, *_ = padded(x_NHWC, rows, columns, spare=1)
+    _, height, width, I = x.shape
+    together = 2 if width % 2 == 0 and _is_narrow(O, columns) else 1
+    above, steps = height - H, N * height * width // together
+    length = steps - width // together
+    grad = framed(grad_NHWC, 0, width - W, above, behind=1)
+    # Tap j of positions `together` * q, `together` * q + 1, … is in column q + j // together of its residue class.
+    taps = -(-(columns.taps + together - 1) // together)
+    x = x.reshape(steps, together * I).permute(1, 0).contiguous()
+    gathered = visited(x, [(taps, columns.spacing), (together * I, steps), (length, 1)])
+    gathered = gathered.reshape(1, taps * together * I, length)
+    products = [
+        torch.bmm(gathered, piece(grad, (above - i * rows.spacing) * width * O, [1, length, together * O]))
+        for i in range(rows.taps)
+    ]
+    product = torch.cat(products).reshape(rows.taps, taps * together, I, together * O)
+    shares = [product[:, t : t + columns.taps, :, t * O : (t + 1) * O] for t in range(together)]
     return shares[0] if together == 1 else shares[0] + shares[1]
 
 

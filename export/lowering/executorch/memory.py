@@ -11,7 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from executorch.exir.memory_planning import MemoryAlgoResult, SpecAllocResult, greedy
+import torch
+from executorch.exir import memory
+from executorch.exir.memory_planning import (
+    MemoryAlgoResult,
+    MemoryPlanningAlgorithmSuite,
+    SpecAllocResult,
+    greedy,
+)
+from executorch.exir.passes import MemoryPlanningPass
+from executorch.exir.tensor import TensorSpec
+from torch import fx
+
+from edgetrain.export.lowering.executorch.pieces import is_piece
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,78 @@ def _place_in_order(blocks: Sequence[Block], order: Sequence[int]) -> list[int]:
         placed.append((offsets[index], index))
         placed.sort()
     return offsets
+
+
+class Planning(MemoryPlanningPass):  # type: ignore[misc]  # executorch is untyped
+    """ExecuTorch's memory planning, by `best_fit` where that is better, with pieces in what they are pieces of.
+
+    Args:
+        held_inputs: the program holds some of its inputs itself.
+    """
+
+    def __init__(self, *, held_inputs: bool) -> None:
+        # Inputs are the caller's memory, but for parameters that the program holds, which count as inputs too. Outputs
+        # would be the caller's as well, but the stock Module of phone apps cannot say where.
+        super().__init__(
+            memory_planning_algo=MemoryPlanningAlgorithmSuite([greedy, best_fit]),
+            alloc_graph_input=held_inputs,
+            alloc_graph_output=True,
+        )
+
+    def run(self, graph_module: fx.GraphModule, graph_signature: Any = None) -> Any:
+        """See `MemoryPlanningPass`."""
+        pieces = _pieces(graph_module)
+        result = super().run(graph_module, graph_signature)
+        for piece in pieces.values():
+            piece.place()
+        return result
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor that lies in another one, from a byte on."""
+
+    spec: TensorSpec
+    whole: TensorSpec
+    start: int
+
+    def place(self) -> None:
+        """Once the whole has its place."""
+        self.spec.mem_id, self.spec.mem_obj_id = self.whole.mem_id, self.whole.mem_obj_id
+        self.spec.mem_offset = self.whole.mem_offset + self.start
+
+
+def _pieces(module: fx.GraphModule) -> dict[fx.Node, _Piece]:
+    """Makes views of what is a piece of planned memory, in place: ExecuTorch plans and computes nothing for these."""
+    results = set(module.graph.output_node().all_input_nodes)
+    pieces: dict[fx.Node, _Piece] = {}
+    for node in list(module.graph.nodes):
+        source: Any = node.args[0] if node.args else None
+        if node.target == memory.view and source in pieces:
+            # ExecuTorch holds the memory of what a view is of.
+            node.replace_input_with(source, source.args[0])
+            continue
+        if node.target != torch.ops.aten.as_strided_copy.out or not is_piece(node):
+            continue
+        start = node.args[3] * node.meta["val"].element_size()
+        whole = source
+        while whole.target == memory.view:
+            start += pieces[whole].start if whole in pieces else 0
+            whole = whole.args[0]
+        piece = _Piece(node.meta["spec"], whole.meta.get("spec"), start)
+        leaves = {node, *(user for user in node.users if user.target == memory.view)} & results
+        if whole.op != "call_function" or leaves or not _fits(piece):
+            continue
+        place = node.kwargs["out"]
+        node.target, node.args, node.kwargs = memory.view, (whole, node.args[1]), {}
+        module.graph.erase_node(place)
+        pieces[node] = piece
+    return pieces
+
+
+def _fits(piece: _Piece) -> bool:
+    whole = piece.whole
+    return isinstance(whole, TensorSpec) and not whole.const and piece.start + piece.spec.nbytes() <= whole.nbytes()
 
 
 def best_fit(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from edgetrain.export.lowering.executorch.pieces import is_piece
 from edgetrain.export.lowering.executorch.subgraph import operands, tensor_of
 from edgetrain.export.lowering.executorch.turns import VIEW
 
@@ -127,7 +128,7 @@ def _units(graph: fx.Graph, views: Collection[Any]) -> tuple[list[_Unit], dict[f
         if not isinstance(value, Tensor):
             continue
         # Its result is the memory of its argument.
-        base = node.args[0] if node.target in views else None
+        base = node.args[0] if node.target in views or is_piece(node) else None
         if isinstance(base, fx.Node):
             if base in storage_of:
                 storage_of[node] = storage_of[base]

@@ -14,6 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from edgetrain.export.lowering.executorch.early import compute_early
+from edgetrain.export.lowering.executorch.pieces import is_piece
 from edgetrain.export.lowering.executorch.turns import VIEW
 
 _TAG = "delegation_tag"
@@ -105,8 +106,8 @@ def _separate(nodes: Sequence[fx.Node], specs: dict[str, Any]) -> None:
 
 
 def _gathered(node: fx.Node) -> fx.Node | None:
-    """The windows, of which this is a view."""
-    while _is_view(node):
+    """The windows, of which this is a view or a piece."""
+    while _is_view(node) or is_piece(node):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         node = source

@@ -23,7 +23,7 @@ from edgetrain.protocol.graph_names import GRADIENT, PARAMETER
 logger = logging.getLogger(__name__)
 
 # Bytes that may be alive at once before a step is taken apart: a few times what a processor's second cache holds.
-LARGE = 8 << 20
+LARGE = 6 << 20
 # Each slice reads and writes the sums of the gradients; what it keeps alive must be so many times as large.
 OUTWEIGHS = 4
 

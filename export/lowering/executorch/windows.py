@@ -48,13 +48,17 @@ def windows(x_NHWC: Tensor, rows: Windows, columns: Windows, groups: int) -> Ten
     start = (rows.first + top) * h + (columns.first + left) * w
     sample = [(N, n), (rows.positions, rows.step * h), (columns.positions, columns.step * w)]
     taps = [(rows.taps, rows.spacing * h), (columns.taps, columns.spacing * w)]
-    axes = merged([(groups, I * c), *sample, *taps, (I, c)])
-    sizes, strides = [size for size, _ in axes], [stride for _, stride in axes]
+    return visited(x, [(groups, I * c), *sample, *taps, (I, c)], start).reshape([groups, N * P, K * I])
+
+
+def visited(x: Tensor, axes: Sequence[tuple[int, int]], start: int = 0) -> Tensor:
+    """What axes (size, stride) visit from an element on: a copy, or the tensor itself."""
+    fewer = merged(axes)
+    sizes, strides = [size for size, _ in fewer], [stride for _, stride in fewer]
     if start == 0 and _is_whole(x, sizes, strides):
-        gathered = x
-    else:
-        gathered = aten.as_strided_copy.default(x, sizes, strides, start)
-    return gathered.reshape([groups, N * P, K * I])
+        return x
+    copied: Tensor = aten.as_strided_copy.default(x, sizes, strides, start)
+    return copied
 
 
 def padded(
@@ -65,17 +69,20 @@ def padded(
     return framed(x_NHWC, left, right, top, bottom + spare, value), top, left
 
 
-def framed(x_NHWC: Tensor, left: int, right: int, top: int = 0, bottom: int = 0, value: float = 0.0) -> Tensor:
-    """The image with so many columns and rows of `value` around it.
+def framed(
+    x_NHWC: Tensor, left: int, right: int, top: int = 0, bottom: int = 0, value: float = 0.0, behind: int = 0
+) -> Tensor:
+    """The image with so many columns and rows of `value` around it, and so many images of it behind the last.
 
     XNNPACK copies rows of what lies behind the last padded dimension: whole lines of an image, several times faster
     than the channels of one position.
     """
-    if not (left or right or top or bottom):
+    if not (left or right or top or bottom or behind):
         return x_NHWC
     N, H, W, C = x_NHWC.shape
-    lines: Tensor = aten.constant_pad_nd.default(x_NHWC.reshape(N, H, W * C), [left * C, right * C, top, bottom], value)
-    return lines.reshape(N, top + H + bottom, left + W + right, C)
+    around = [left * C, right * C, top, bottom, *((0, behind) if behind else ())]
+    lines: Tensor = aten.constant_pad_nd.default(x_NHWC.reshape(N, H, W * C), around, value)
+    return lines.reshape(N + behind, top + H + bottom, left + W + right, C)
 
 
 def merged(axes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
