@@ -17,6 +17,7 @@ Each time is the quickest of its turns, since what else the machine does can onl
 of a fresh process that only runs the session, told to save memory as a client does.
 
     python benchmarks/executorch.py --arena         # planned bytes of every graph, at batch 8 and 1; no times
+    python benchmarks/executorch.py --profile       # what ExecuTorch's profiler says of each step: shares of kernels
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from step_time import (  # type: ignore[import-not-found]
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8, help="examples of a step")
     parser.add_argument("--steps", type=int, default=20, help="of each contender")
     parser.add_argument("--arena", action="store_true", help="planned bytes only")
+    parser.add_argument("--profile", action="store_true", help="kernels by their share of a step, instead")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -104,6 +107,11 @@ def main() -> None:
     record = json.loads(path.read_text()) if path.exists() else {}
     if arguments.arena:
         record["arenas"] = [row for micro_batch in (8, 1) for entry in ARENAS for row in arenas(*entry, micro_batch)]
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        return
+    if arguments.profile:
+        found = {entry: profile(entry, arguments.micro_batch, arguments.steps) for entry in arguments.entries}
+        record["profiles"] = record.get("profiles", {}) | found
         path.write_text(json.dumps(record, indent=2) + "\n")
         return
     measurements: list[Measurement] = []
@@ -131,6 +139,41 @@ def arenas(name: str, model: str, trainable: str, micro_batch: int) -> list[dict
         print(row, manifest.num_parameters, flush=True)
         rows.append(row | {"parameters": manifest.num_parameters})
     return rows
+
+
+def profile(entry: str, micro_batch: int, steps: int) -> dict[str, float]:
+    """What each kernel takes of a step, all its calls together; XNNPACK's partitions are one of them."""
+    import torch
+    from executorch.devtools import Inspector
+    from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+
+    from edgetrain.export import export_bundle
+    from edgetrain.models import get_model
+
+    model, trainable = SUITE[entry]
+    with tempfile.TemporaryDirectory() as name:
+        path, log = Path(name) / "bundle", Path(name) / "log.etdp"
+        source = get_model(model, batch_size=micro_batch)
+        export_bundle(*source, trainable=trainable, runtimes=(OURS,), out=path, name=model)
+        one_thread()
+        data, arguments = step_arguments(path)
+        module = _load_for_executorch_from_buffer(data, enable_etdump=True, debug_buffer_size=0)
+        with torch.no_grad():
+            for _ in range(steps):
+                module.run_method("forward", arguments)
+        module.write_etdump_result_to_file(str(log))
+        (block,) = (block for block in Inspector(etdump_path=str(log)).event_blocks if block.name == "Execute")
+    spent: dict[str, float] = {}
+    whole = 0.0
+    for event in block.events:
+        milliseconds = median(event.perf_data.raw) if event.perf_data else 0.0
+        if event.name == "Method::execute":
+            whole = milliseconds
+        elif event.name == "DELEGATE_CALL" or event.name.startswith("native_call"):
+            spent[event.name] = spent.get(event.name, 0.0) + milliseconds
+    shares = {name: round(part / whole, 4) for name, part in sorted(spent.items(), key=lambda pair: -pair[1])}
+    print(entry, *(f"{name.removeprefix('native_call_')} {share:.1%}" for name, share in shares.items()), sep="\n  ")
+    return shares
 
 
 def measure(entry: str, micro_batch: int, steps: int) -> list[Measurement]:
@@ -351,19 +394,23 @@ def head_step(path: Path) -> Callable[[], object]:
 def bindings_step(path: Path) -> Callable[[], object]:
     from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
 
+    one_thread()
+    data, arguments = step_arguments(path)
+    module = _load_for_executorch_from_buffer(data)
+    return lambda: (data, module.run_method("forward", arguments))
+
+
+def step_arguments(path: Path) -> tuple[bytes, list[Any]]:
+    """The program of the step, and what it is called with."""
     from edgetrain.protocol.bundle import Bundle
 
-    one_thread()
     bundle = Bundle(path)
     leaves, weights, parameters = tensors(path)
     graph = bundle.manifest.program(OURS).graphs["step"]
     names = [spec.name for spec in graph.inputs[len(parameters) : -1]]
     batch = bundle.manifest.batch
     known = dict(zip([leaf.name for leaf in (*batch.inputs.leaves, *batch.targets.leaves)], leaves, strict=True))
-    data = bundle.read(graph.file)
-    module = _load_for_executorch_from_buffer(data)
-    arguments = [*parameters, *(known[name] for name in names), weights]
-    return lambda: (data, module.run_method("forward", arguments))
+    return bundle.read(graph.file), [*parameters, *(known[name] for name in names), weights]
 
 
 def print_table(measurements: list[Measurement]) -> None:

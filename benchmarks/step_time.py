@@ -212,6 +212,7 @@ def machine() -> dict[str, object]:
 
     return {
         "architecture": platform.machine(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
