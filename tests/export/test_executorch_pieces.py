@@ -76,6 +76,11 @@ def that_leaves(x):
     return whole * 2, piece(whole, 7, [4, 5])
 
 
+def of_what_leaves(x):
+    whole = x + 1
+    return torch.sigmoid(piece(whole, 7, [4, 5])), whole
+
+
 def that_leaves_in_another_shape(x):
     whole = x + 1
     return whole * 2, piece(whole, 7, [4, 5]).reshape(2, 10)
@@ -83,9 +88,14 @@ def that_leaves_in_another_shape(x):
 
 @pytest.mark.parametrize(
     ("function", "kernel"),
-    [(of_an_input, "as_strided_copy"), (that_leaves, "as_strided_copy"), (that_leaves_in_another_shape, "view_copy")],
+    [
+        (of_an_input, "as_strided_copy"),
+        (that_leaves, "as_strided_copy"),
+        (of_what_leaves, "as_strided_copy"),
+        (that_leaves_in_another_shape, "view_copy"),
+    ],
 )
-def test_pieces_of_what_the_caller_holds_and_pieces_that_leave_are_copied(function, kernel):
+def test_pieces_of_what_the_caller_holds_and_of_what_leaves_are_copied(function, kernel):
     x = torch.randn(40)
     results, kernels, _ = compiled(function, x)
     assert f"aten::{kernel}" in kernels

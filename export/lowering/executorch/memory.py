@@ -146,7 +146,7 @@ def _pieces(module: fx.GraphModule) -> dict[fx.Node, _Piece]:
             start += pieces[whole].start if whole in pieces else 0
             whole = whole.args[0]
         piece = _Piece(node.meta["spec"], whole.meta.get("spec"), start)
-        leaves = {node, *(user for user in node.users if user.target == memory.view)} & results
+        leaves = {whole, node, *(user for user in node.users if user.target == memory.view)} & results
         if whole.op != "call_function" or leaves or not _fits(piece):
             continue
         place = node.kwargs["out"]
