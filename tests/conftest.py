@@ -23,16 +23,6 @@ settings.load_profile("edgetrain")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `pytest -n 2 --dist loadgroup`, a file's tests stay together, and federations follow one another.
-
-    A federation is many processes already; two at a time would wait for each other's.
-    """
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group("federation" if folder == "federation" else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle directory of 66 parameters, made without torch."""
