@@ -107,11 +107,10 @@ def main() -> None:
     record = json.loads(path.read_text()) if path.exists() else {}
     if arguments.arena:
         record["arenas"] = [row for micro_batch in (8, 1) for entry in ARENAS for row in arenas(*entry, micro_batch)]
-        path.write_text(json.dumps(record, indent=2) + "\n")
-        return
     if arguments.profile:
         found = {entry: profile(entry, arguments.micro_batch, arguments.steps) for entry in arguments.entries}
         record["profiles"] = record.get("profiles", {}) | found
+    if arguments.arena or arguments.profile:
         path.write_text(json.dumps(record, indent=2) + "\n")
         return
     measurements: list[Measurement] = []

@@ -12,6 +12,7 @@ from edgetrain.coordinator.clients.spread import evaluation_of
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import RoundFailed, RunError, StopRequested
 from edgetrain.coordinator.evaluation import Evaluation
+from edgetrain.coordinator.interruption import Interruption
 from edgetrain.coordinator.parts import assemble, obeyed_request
 from edgetrain.coordinator.privacy.budget import check_bundle, open_budget
 from edgetrain.coordinator.privacy.lottery import Lottery
@@ -82,6 +83,7 @@ class Coordinator:
         self._personal = elements_of(bundle.manifest, config.personal)
         self._round_number, self._parameters = directory.load_parameters(bundle.initial_parameters())
         self._resumed = self._round_number > 0
+        self._interruption = Interruption()
         parts = assemble(
             config,
             bundle=bundle,
@@ -90,6 +92,7 @@ class Coordinator:
             strategy=self._strategy,
             observe=observe,
             reload_broker=reload_broker,
+            interruption=self._interruption,
             clock=clock,
         )
         self._topics, self._blobs, self._post = parts.topics, parts.blobs, parts.post
@@ -115,6 +118,10 @@ class Coordinator:
             RunError: the run directory cannot be written.
             KeyboardInterrupt: after the run was left so that it can go on later.
         """
+        with self._interruption:
+            return self._run()
+
+    def _run(self) -> Summary:
         try:
             self._open()
             reason = self._run_rounds()

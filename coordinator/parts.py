@@ -19,6 +19,7 @@ from edgetrain.coordinator.clients.refusals import Refusals
 from edgetrain.coordinator.config import FederationConfig
 from edgetrain.coordinator.errors import StopRequested
 from edgetrain.coordinator.intake import Intake
+from edgetrain.coordinator.interruption import Interruption
 from edgetrain.coordinator.post import COORDINATOR, Post
 from edgetrain.coordinator.pump import Pump
 from edgetrain.coordinator.rounds.agenda import Agenda
@@ -69,9 +70,10 @@ def assemble(
     strategy: Strategy,
     observe: events.Observer,
     reload_broker: Callable[[], None],
+    interruption: Interruption,
     clock: Callable[[], float],
 ) -> Parts:
-    """Makes the parts; arguments as of `Coordinator`.
+    """Makes the parts; arguments as of `Coordinator`, and what may interrupt it.
 
     Raises:
         CodecError: the settings name a codec that there is not.
@@ -170,6 +172,7 @@ def assemble(
     )
 
     def check() -> None:
+        interruption.check()
         membership.follow()
         obeyed_request(directory)
 

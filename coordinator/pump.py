@@ -88,13 +88,14 @@ class Pump:
 
         Raises:
             StopRequested: somebody asked the run to stop.
+            KeyboardInterrupt: or interrupted it.
             RunError: the run directory cannot be written.
         """
         while True:
             now = self._clock()
             try:
                 self._check()
-            except StopRequested:
+            except (StopRequested, KeyboardInterrupt):
                 self._end_sync()
                 raise
             self._blobs.tick(now)

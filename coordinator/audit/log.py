@@ -8,9 +8,8 @@ import hashlib
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -41,13 +40,36 @@ logger = logging.getLogger(__name__)
 KEEP_CHECKPOINTS = 64
 
 
+class _Line(msgspec.Struct, frozen=True, gc=False):
+    """A line that is not on the disk yet."""
+
+    text: bytes
+    # The log's, with this line.
+    head: Head
+    seal: bool = False
+    # A checkpoint's.
+    point: Head | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What is on the disk, and what is not. Replaced as a whole: between any two instructions it is right."""
+
+    # Bytes of the file up to and with the last seal.
+    length: int
+    sealed: Head
+    checkpoints: tuple[Head, ...] = ()
+    pending: list[_Line] = field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class _Writing:
-    """What another thread writes, its seal included, and what holds once it is on the disk."""
+    """What another thread writes, its seal included."""
 
-    data: bytes
-    head: Head
-    noted: list[Head]
+    state: _State
+    # Lines of `state.pending`, and their bytes.
+    count: int
+    length: int
     end: Beside[None]
 
 
@@ -72,16 +94,8 @@ class AuditLog:
         self._key = key
         self._run = bytes.fromhex(opened.run)
         self._clock = clock
-        self._head = Head(0, genesis(self._run))
-        # What `commit` has sealed; the log ends there.
-        self.sealed = self._head
-        # The last that were made and are on the disk, oldest first.
-        self.checkpoints: deque[Head] = deque(maxlen=KEEP_CHECKPOINTS)
-        # Those that are not yet.
-        self._noted: list[Head] = []
-        self._pending: list[bytes] = []
+        self._state = _State(0, Head(0, genesis(self._run)))
         self._writing: _Writing | None = None
-        self._length = 0
         try:
             fresh = not self.path.exists()
             if fresh and self._head_path.exists():
@@ -89,15 +103,25 @@ class AuditLog:
                     f"{self.path} is gone, but {self._head_path.name} says that there was one; restore it from a copy"
                 )
             recovered = None if fresh else self._recover()
-            self._file = self.path.open("ab", buffering=0)
+            self._file = self.path.open("xb" if fresh else "r+b", buffering=0)
             if fresh:
                 sync_directory(directory)
         except OSError as error:
             raise RunError(f"{self.path}: cannot open the audit log: {error}") from error
-        if self._head.records == 0:
+        if self.sealed.records == 0:
             self.append(opened)
         if recovered:
             self.append(recovered)
+
+    @property
+    def sealed(self) -> Head:
+        """What `commit` has sealed; the log ends there."""
+        return self._state.sealed
+
+    @property
+    def checkpoints(self) -> Sequence[Head]:
+        """The last that were made and are on the disk, oldest first."""
+        return self._state.checkpoints
 
     def append(self, record: AuditRecord) -> None:
         """Adds a record; it counts after the next `commit`, which comes before any verdict goes out.
@@ -105,14 +129,21 @@ class AuditLog:
         Raises:
             ValueError: larger than a line may be; data does not belong here.
         """
+        self._append(record)
+
+    def _append(self, record: AuditRecord, point: Head | None = None) -> None:
         second, milliseconds = divmod(int(self._clock() * 1000), 1000)
-        at = f'{{"n":{self._head.records},"at":"{_second(second)}.{milliseconds:03d}Z",'
-        body = at.encode() + msgspec.json.encode(record)[1:]
-        line, digest = chained(self._head.hash, body)
+        last = self._last()
+        at = f'{{"n":{last.records},"at":"{_second(second)}.{milliseconds:03d}Z",'
+        line, digest = chained(last.hash, at.encode() + msgspec.json.encode(record)[1:])
         if len(line) > MAX_LINE_BYTES:
             raise ValueError(f"an audit record of {len(line)} bytes; at most {MAX_LINE_BYTES} are allowed")
-        self._pending.append(line)
-        self._head = Head(self._head.records + 1, digest)
+        self._state.pending.append(_Line(line, Head(last.records + 1, digest), point=point))
+
+    def _last(self) -> Head:
+        """Where the next line comes."""
+        state = self._state
+        return state.pending[-1].head if state.pending else state.sealed
 
     def commit(self) -> None:
         """Seals what was appended and returns when it is on the disk. Without anything appended it does nothing.
@@ -130,14 +161,19 @@ class AuditLog:
             RunError: the disk did not take what was sealed before.
         """
         self.end_commit()
-        if not self._pending:
+        state = self._state
+        if not state.pending:
             return
-        seal = {"n": self._head.records, "type": "seal", "signature": seal_signature(self._key, self._run, self._head)}
-        line, digest = chained(self._head.hash, msgspec.json.encode(seal))
-        head = self._head = Head(self._head.records + 1, digest)
-        data, last = b"".join([*self._pending, line]), encode_head(self._key, self._run, head)
-        self._writing = _Writing(data, head, self._noted, Beside(lambda: self._write(data, last)))
-        self._pending, self._noted = [], []
+        # After a failure the last line may be a seal already.
+        if not state.pending[-1].seal:
+            last = state.pending[-1].head
+            seal = {"n": last.records, "type": "seal", "signature": seal_signature(self._key, self._run, last)}
+            line, digest = chained(last.hash, msgspec.json.encode(seal))
+            state.pending.append(_Line(line, Head(last.records + 1, digest), seal=True))
+        data = b"".join(line.text for line in state.pending)
+        head = encode_head(self._key, self._run, state.pending[-1].head)
+        end = Beside(lambda: self._write(data, state.length, head))
+        self._writing = _Writing(state, len(state.pending), len(data), end)
 
     def end_commit(self) -> None:
         """Returns when what `begin_commit` has sealed is on the disk.
@@ -145,24 +181,22 @@ class AuditLog:
         Raises:
             RunError: the disk did not take it.
         """
-        if self._writing is None:
+        writing = self._writing
+        if writing is None:
             return
         # Whoever is interrupted here may come again.
-        self._writing.end.join()
-        writing, self._writing = self._writing, None
+        writing.end.join()
         try:
             writing.end.result()
         except BaseException as error:
-            # A later commit writes it.
-            self._pending.insert(0, writing.data)
-            self._noted[:0] = writing.noted
+            # A later commit writes it, to the same place.
+            self._writing = None
             if isinstance(error, OSError):
                 raise RunError(f"{self.path}: cannot write the audit log: {error}") from error
             raise
-        self._length += len(writing.data)
-        self.sealed = writing.head
-        # On disk before anybody hears of them: the next process repeats them.
-        self.checkpoints.extend(writing.noted)
+        if self._state is writing.state:
+            self._state = _after(writing)
+        self._writing = None
 
     def note_checkpoint(self) -> Head:
         """Notes the state of the log as one that clients are told, after the next `commit`.
@@ -172,8 +206,7 @@ class AuditLog:
         """
         self.commit()
         point = self.sealed
-        self.append(Checkpoint(records=point.records, head=point.hash.hex()))
-        self._noted.append(point)
+        self._append(Checkpoint(records=point.records, head=point.hash.hex()), point)
         return point
 
     def close(self) -> None:
@@ -189,16 +222,16 @@ class AuditLog:
         finally:
             self._file.close()
 
-    def _write(self, data: bytes, last: bytes) -> None:
+    def _write(self, data: bytes, start: int, head: bytes) -> None:
         """In another thread: sealed lines, then the head file that says so."""
         try:
             written = 0
             while written < len(data):
-                written += self._file.write(memoryview(data)[written:])
+                written += os.pwrite(self._file.fileno(), memoryview(data)[written:], start + written)
             os.fsync(self._file.fileno())
-            self._write_head(last)
+            self._write_head(head)
         except BaseException:
-            self._file.truncate(self._length)
+            self._file.truncate(start)
             raise
 
     def _write_head(self, data: bytes) -> None:
@@ -223,49 +256,61 @@ class AuditLog:
         except (AuditError, FileNotFoundError) as error:
             head = None
             logger.warning("%s: missing or damaged (%s); the log says so from here on", self._head_path, error)
-        state, problem = self._head, ""
+        state, problem = self.sealed, ""
+        sealed, length = state, 0
+        points: list[Head] = []
         seen: Head | None = None
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             try:
                 for line in read_lines(file, self._run):
                     if line.type == "seal" and is_sealed(line, state.hash, self._run, self._key.public_key):
-                        self.sealed, self._length = Head(line.n + 1, line.hash), line.end
+                        sealed, length = Head(line.n + 1, line.hash), line.end
                     elif line.type == "checkpoint":
-                        self._note_checkpoint(line.text)
+                        points.append(_checkpoint(line.text))
                     state = Head(line.n + 1, line.hash)
                     if head and state.records == head.records:
                         seen = state
             except AuditError as error:
                 problem = str(error)
-        if head and (seen != head or self.sealed.records < head.records):
+        if head and (seen != head or sealed.records < head.records):
             raise RunError(
                 f"{self.path}: was changed after it was written: "
                 f"{problem or f'it ends at line {state.records}, or is another, where line {head.records} was sealed'}"
                 f"; or it was sealed by another key. Restore it (and the key) from a copy, or choose another `out`."
             )
-        if not head and state.records and not self.sealed.records:
+        if not head and state.records and not sealed.records:
             raise RunError(f"{self.path}: no line of it was sealed by this coordinator's key; restore it from a copy")
-        self._head = self.sealed
-        cut = size - self._length
+        self._state = _State(length, sealed, tuple(points[-KEEP_CHECKPOINTS:]))
+        cut = size - length
         if not cut and head:
             return None
         digest = ""
         if cut:
             with self.path.open("r+b") as file:
-                file.seek(self._length)
+                file.seek(length)
                 digest = hashlib.sha256(file.read()).hexdigest()
-                file.truncate(self._length)
+                file.truncate(length)
                 os.fsync(file.fileno())
             logger.warning("%s: cut %d bytes after the last seal, which a crash has left", self.path, cut)
         return Recovered(cut_bytes=cut, cut_sha256=digest, head_lost=head is None)
 
-    def _note_checkpoint(self, text: bytes) -> None:
-        try:
-            checkpoint = msgspec.json.decode(text, type=Checkpoint)
-            self.checkpoints.append(Head(checkpoint.records, bytes.fromhex(checkpoint.head)))
-        except (msgspec.DecodeError, ValueError) as error:
-            raise AuditError(f"a checkpoint that is none: {error}") from error
+
+def _after(writing: _Writing) -> _State:
+    """The state once the disk has it."""
+    state = writing.state
+    written, rest = state.pending[: writing.count], state.pending[writing.count :]
+    # On disk before anybody hears of them: the next process repeats them.
+    points = (*state.checkpoints, *(line.point for line in written if line.point))
+    return _State(state.length + writing.length, written[-1].head, points[-KEEP_CHECKPOINTS:], rest)
+
+
+def _checkpoint(text: bytes) -> Head:
+    try:
+        checkpoint = msgspec.json.decode(text, type=Checkpoint)
+        return Head(checkpoint.records, bytes.fromhex(checkpoint.head))
+    except (msgspec.DecodeError, ValueError) as error:
+        raise AuditError(f"a checkpoint that is none: {error}") from error
 
 
 @functools.lru_cache(maxsize=4)

@@ -66,6 +66,8 @@ def open_session(
     if runtime is None:
         chosen = _first_usable(opened, precision)
     else:
+        # A name that nobody has is said before a bundle that lacks it.
+        find_runtime(runtime)
         opened.manifest.program(runtime)
         chosen = _usable(runtime)
         check_precision(chosen, precision)

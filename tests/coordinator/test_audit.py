@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
+import sys
 
 import pytest
 
+import edgetrain.coordinator.audit.log as log_module
 from edgetrain.coordinator.audit import AuditError, AuditLog, verify_audit
 from edgetrain.coordinator.audit.chain import HEAD_BYTES
 from edgetrain.coordinator.audit.records import Aggregated, Command, Opened
@@ -288,6 +291,56 @@ def test_what_is_recorded_while_the_disk_is_written_comes_after_it_also_if_that_
     assert verify_audit(small, public_key=KEY.public_key).records == 10 == log.sealed.records
     log.close()
     assert verify_audit(small, public_key=KEY.public_key).kinds["command"] == 5
+
+
+@contextlib.contextmanager
+def interrupted_at(moment):
+    """A KeyboardInterrupt before the bytecode instruction of that number, of those in the log's own module."""
+    numbers = itertools.count()
+
+    def trace(frame, event, _argument):
+        if frame.f_code.co_filename != log_module.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and next(numbers) == moment:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_an_interruption_between_any_two_instructions_loses_and_doubles_nothing(ram_path):
+    commands = ["resume", "pause", "stop"]
+    for moment in itertools.count():
+        path = ram_path / str(moment)
+        path.mkdir()
+        log = open_log(path)
+        try:
+            with interrupted_at(moment):
+                for command in commands:
+                    log.append(Command(command=command))
+                    log.begin_commit()
+                log.note_checkpoint()
+                log.commit()
+        except KeyboardInterrupt:
+            log.append(Command(command="interrupt"))
+        else:
+            log.close()
+            break
+        log.close()
+        verify_audit(path, public_key=KEY.public_key)
+        told = [record["command"] for record in records_of(path) if record["type"] == "command"]
+        assert told == [*commands[: len(told) - 1], "interrupt"], moment
+        points = [record["records"] for record in records_of(path) if record["type"] == "checkpoint"]
+        again = open_log(path)
+        assert [point.records for point in log.checkpoints] == [point.records for point in again.checkpoints] == points
+        again.close()
+    assert moment > 500
 
 
 def test_no_room_for_data(small):

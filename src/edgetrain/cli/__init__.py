@@ -80,6 +80,13 @@ def _missing(command: str, error: ModuleNotFoundError) -> Exception:
     )
 
 
+def _said(error: Exception) -> str:
+    """An error in a line, the system's own without their number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="edgetrain")
 @click.option("-v", "--verbose", count=True, help="Say more; -vv for everything.")
@@ -117,6 +124,6 @@ def main() -> None:
     except (EdgetrainError, OSError) as error:
         # Of the system's own errors, those that nobody expected where they came: a full disk, most often.
         click.secho("error: ", fg="red", nl=False, err=True)
-        click.echo(str(error), err=True)
+        click.echo(_said(error), err=True)
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
