@@ -46,9 +46,9 @@ class _Line(msgspec.Struct, frozen=True, gc=False):
     text: bytes
     # The log's, with this line.
     head: Head
-    seal: bool = False
     # A checkpoint's.
     point: Head | None = None
+    seal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,27 +123,24 @@ class AuditLog:
         """The last that were made and are on the disk, oldest first."""
         return self._state.checkpoints
 
-    def append(self, record: AuditRecord) -> None:
+    def append(self, record: AuditRecord, *, point: Head | None = None) -> None:
         """Adds a record; it counts after the next `commit`, which comes before any verdict goes out.
+
+        Args:
+            record: what happened.
+            point: what a checkpoint says, for `checkpoints`.
 
         Raises:
             ValueError: larger than a line may be; data does not belong here.
         """
-        self._append(record)
-
-    def _append(self, record: AuditRecord, point: Head | None = None) -> None:
+        state = self._state
+        last = state.pending[-1].head if state.pending else state.sealed
         second, milliseconds = divmod(int(self._clock() * 1000), 1000)
-        last = self._last()
         at = f'{{"n":{last.records},"at":"{_second(second)}.{milliseconds:03d}Z",'
         line, digest = chained(last.hash, at.encode() + msgspec.json.encode(record)[1:])
         if len(line) > MAX_LINE_BYTES:
             raise ValueError(f"an audit record of {len(line)} bytes; at most {MAX_LINE_BYTES} are allowed")
-        self._state.pending.append(_Line(line, Head(last.records + 1, digest), point=point))
-
-    def _last(self) -> Head:
-        """Where the next line comes."""
-        state = self._state
-        return state.pending[-1].head if state.pending else state.sealed
+        state.pending.append(_Line(line, Head(last.records + 1, digest), point))
 
     def commit(self) -> None:
         """Seals what was appended and returns when it is on the disk. Without anything appended it does nothing.
@@ -170,7 +167,7 @@ class AuditLog:
             seal = {"n": last.records, "type": "seal", "signature": seal_signature(self._key, self._run, last)}
             line, digest = chained(last.hash, msgspec.json.encode(seal))
             state.pending.append(_Line(line, Head(last.records + 1, digest), seal=True))
-        data = b"".join(line.text for line in state.pending)
+        data = b"".join([line.text for line in state.pending])
         head = encode_head(self._key, self._run, state.pending[-1].head)
         end = Beside(lambda: self._write(data, state.length, head))
         self._writing = _Writing(state, len(state.pending), len(data), end)
@@ -206,7 +203,7 @@ class AuditLog:
         """
         self.commit()
         point = self.sealed
-        self._append(Checkpoint(records=point.records, head=point.hash.hex()), point)
+        self.append(Checkpoint(records=point.records, head=point.hash.hex()), point=point)
         return point
 
     def close(self) -> None:
