@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._export import utils as export_utils
-from torch.fx.traceback import NodeSource
 
 from edgetrain.export.errors import OperatorError, UnsupportedError
 
@@ -117,23 +113,3 @@ def _check_kernels(plan: Any) -> None:
         name = f"{operator.name}.{operator.overload}" if operator.overload else operator.name
         if name not in known:
             raise OperatorError(name, "ExecuTorch has no kernel for it")
-
-
-@contextmanager
-def quicker() -> Iterator[None]:
-    """Without what dozens of passes repeat: copying what nodes were made from, reading a registry of all operators."""
-    original = NodeSource.__init__
-
-    def forget(self: NodeSource, *_args: Any, **_options: Any) -> None:
-        self.pass_name, self.action, self.from_node = "", [], []
-        self.node_info = self._dict = self._action_string = None
-
-    register = export_utils._materialize_cpp_cia_ops  # noqa: SLF001
-    register()
-    NodeSource.__init__ = forget  # type: ignore[method-assign]
-    export_utils._materialize_cpp_cia_ops = lambda: None  # noqa: SLF001
-    try:
-        yield
-    finally:
-        NodeSource.__init__ = original  # type: ignore[method-assign]
-        export_utils._materialize_cpp_cia_ops = register  # noqa: SLF001

@@ -18,9 +18,10 @@ from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.graph.partition import Split
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
 from edgetrain.export.lowering.executorch import training_module
-from edgetrain.export.lowering.executorch.compile import Compiled, compile_module, quicker
+from edgetrain.export.lowering.executorch.compile import Compiled, compile_module
 from edgetrain.export.lowering.executorch.decompositions import decompositions
 from edgetrain.export.lowering.executorch.diagnosis import check_integers, differs, wrong_operator
+from edgetrain.export.lowering.executorch.quicker import quicker
 from edgetrain.export.lowering.executorch.rewrite import contiguous, rewrite
 from edgetrain.export.quiet import quiet
 

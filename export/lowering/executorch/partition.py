@@ -63,6 +63,12 @@ class BorderPartitioner(XnnpackPartitioner):  # type: ignore[misc]  # executorch
         result.partition_tags = {tag: spec for tag, spec in result.partition_tags.items() if tag in left}
         return result
 
+    def ops_to_not_decompose(self, ep: ExportedProgram) -> Any:
+        """Operators all of whose nodes XNNPACK takes as they are: so the graph is not traced twice more to find out."""
+        operators, is_taken = super().ops_to_not_decompose(ep)
+        refused = {node.target for node in ep.graph.nodes if node.target in operators and not is_taken(node)}
+        return [operator for operator in operators if operator not in refused], None
+
     def _stays(self, source: fx.Node, program: ExportedProgram) -> bool:
         """Whether a view of something outside must be XNNPACK's."""
         return bool(is_constant_data(program, source)) or self._is_held(source)

@@ -45,6 +45,8 @@ def _tidy(module: fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
     merge_repeats(module.graph)
     for node in module.graph.nodes:
+        if node.target == aten._unsafe_view.default:  # noqa: SLF001
+            node.target = aten.view.default
         if node.op != "call_function" or any(user.op == "output" for user in node.users):
             continue
         if node.target in (aten.alias.default, aten.detach.default):
