@@ -23,6 +23,14 @@ settings.load_profile("edgetrain")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _tests_keep_their_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients give memory back between graphs; for those in this process, which is larger, it took most of the time."""
+    if request.path.name != "test_memory.py":
+        for module in ("durable.installation", "runtimes.session"):
+            monkeypatch.setattr(f"edgetrain.edge_client.{module}.give_back_memory", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle directory of 66 parameters, made without torch."""

@@ -6,6 +6,7 @@ known without installed metadata too, so a source tree on the path is enough.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -159,9 +160,10 @@ def _usable(name: str) -> Runtime:
     return runtime
 
 
+@functools.cache
 def _foreign() -> dict[str, Callable[[], Any]]:
     """How to load what other packages registered, by name."""
-    # Reads the metadata of every installed package: only when one of ours will not do.
+    # Reads the metadata of every installed package: once, and only when one of ours will not do.
     from importlib.metadata import entry_points
 
     return {point.name: point.load for point in entry_points(group=GROUP) if point.name not in _BUILT_IN}
