@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import fx
 from torch._export import utils as export_utils
-from torch.export import ExportedProgram
 from torch.fx.traceback import NodeSource
+
+from edgetrain.export.lowering.decomposed import decomposed_once
 
 # XNNPACK's passes trace each partition anew, whether they have changed it or not. Those that change nothing without one
 # of some operators, by what their names hold.
@@ -38,7 +37,7 @@ def quicker() -> Iterator[None]:
     from executorch.backends.xnnpack import _passes  # noqa: PLC0415  # slow to import
 
     remember, register = NodeSource.__init__, export_utils._materialize_cpp_cia_ops  # noqa: SLF001
-    transform, decompose = _passes._transform, ExportedProgram.run_decompositions  # noqa: SLF001
+    transform = _passes._transform  # noqa: SLF001
 
     def forget(self: NodeSource, *_args: Any, **_options: Any) -> None:
         self.pass_name, self.action, self.from_node = "", [], []
@@ -47,24 +46,17 @@ def quicker() -> Iterator[None]:
     def where_needed(program: Any, pass_: Any) -> Any:
         return transform(program, pass_) if _is_needed(type(pass_).__name__, program) else program
 
-    def where_composite(self: ExportedProgram, table: Any = None, **options: Any) -> ExportedProgram:
-        if table == {} and not any(_is_composite(node) for node in self.graph.nodes):
-            return self
-        result: ExportedProgram = decompose(self, table, **options)
-        return result
-
     register()
     NodeSource.__init__ = forget  # type: ignore[method-assign]
     export_utils._materialize_cpp_cia_ops = lambda: None  # noqa: SLF001
     _passes._transform = where_needed  # noqa: SLF001
-    ExportedProgram.run_decompositions = where_composite  # type: ignore[method-assign]
     try:
-        yield
+        with decomposed_once():
+            yield
     finally:
         NodeSource.__init__ = remember  # type: ignore[method-assign]
         export_utils._materialize_cpp_cia_ops = register  # noqa: SLF001
         _passes._transform = transform  # noqa: SLF001
-        ExportedProgram.run_decompositions = decompose  # type: ignore[method-assign]
 
 
 def _is_needed(name: str, program: Any) -> bool:
@@ -73,12 +65,3 @@ def _is_needed(name: str, program: Any) -> bool:
         return True
     found = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     return any(operator in target for target in found for operator in operators)
-
-
-def _is_composite(node: fx.Node) -> bool:
-    """Whether a call is not yet one operator without effects, which is what an empty table of decompositions leaves."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
-        return False
-    key = torch._C.DispatchKey.CompositeImplicitAutograd  # noqa: SLF001
-    return bool(target._schema.is_mutable or target.has_kernel_for_dispatch_key(key))  # noqa: SLF001

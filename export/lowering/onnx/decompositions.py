@@ -30,6 +30,7 @@ def for_onnx() -> Decompositions:
             aten.gelu_backward.default: gelu_backward,
             aten._safe_softmax.default: safe_softmax,  # noqa: SLF001
             aten.hardtanh_backward.default: hardtanh_backward,
+            aten.squeeze.dims: squeeze,
             aten.threshold_backward.default: threshold_backward,
         }
     )
@@ -78,6 +79,12 @@ def _gate(x: Tensor) -> Tensor:
 
 def _normal_distribution(x: Tensor) -> Tensor:
     return torch.erf(x * 0.5**0.5) * 0.5 + 0.5
+
+
+def squeeze(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """A shape is what ONNX has for it anyway."""
+    gone = {dim % x.ndim for dim in dims if x.shape[dim] == 1}
+    return x.reshape([size for dim, size in enumerate(x.shape) if dim not in gone])
 
 
 def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from edgetrain.export.graph.partition import Split
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run, Weights
 from edgetrain.export.lowering.onnx.decompositions import for_onnx
 from edgetrain.export.lowering.onnx.quantize import quantize_trunk
+from edgetrain.export.lowering.onnx.quicker import quicker
 from edgetrain.export.lowering.onnx.rewrite import for_onnxruntime
 from edgetrain.export.lowering.onnx.store import store
 from edgetrain.export.quiet import quiet
@@ -111,7 +112,7 @@ class OnnxLowering:
 def _export(graph: TracedGraph, module: fx.GraphModule) -> torch.onnx.ONNXProgram:
     from onnxscript import optimizer  # noqa: PLC0415  # slow to import, and needed only here
 
-    with quiet(), torch.no_grad():
+    with quiet(), quicker(), torch.no_grad():
         exported = torch.export.export(module, graph.example, strict=False)
         program = torch.onnx.export(
             exported,
