@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._export import utils as export_utils
 from torch.export import ExportedProgram
 
 
@@ -35,9 +36,10 @@ def decomposed_once(known: Collection[object] = ()) -> Iterator[None]:
 
 
 def _is_composite(node: fx.Node) -> bool:
-    """Whether a call is not yet one operator without effects, which is what an empty table leaves too."""
+    """Whether a call is not yet one operator without effects, or one that a table keeps by not naming it."""
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):  # noqa: SLF001
         return False
-    key = torch._C.DispatchKey.CompositeImplicitAutograd  # noqa: SLF001
-    return bool(target._schema.is_mutable or target.has_kernel_for_dispatch_key(key))  # noqa: SLF001
+    if target._schema.is_mutable:  # noqa: SLF001
+        return True
+    return export_utils._is_cia_op(target) and not export_utils._check_valid_to_preserve(target)  # noqa: SLF001

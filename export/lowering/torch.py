@@ -10,6 +10,7 @@ import torch
 from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run
+from edgetrain.export.lowering.exported import exported
 
 
 class TorchLowering:
@@ -33,7 +34,7 @@ class TorchLowering:
     def lower(self, graph: TracedGraph) -> LoweredGraph:
         """Saves the graph as `torch.export` does."""
         with torch.no_grad():
-            program = torch.export.export(graph.module, graph.example, strict=False)
+            program = exported(graph.module, graph.example)
         # They would be saved too, as large as the parameters.
         program.example_inputs = None
         # Where a node came from: addresses of this process, so that no two exports would be alike.

@@ -172,19 +172,18 @@ def test_an_operand_that_repeats_over_the_batch_keeps_the_shape():
     check(module, positions, *tensors)
 
 
-class Border(torch.nn.Module):
+def border(x, weight):
     """A view of an input, one between two products, and one that a kernel outside of XNNPACK reads."""
-
-    def forward(self, x, weight):
-        y = torch.bmm(x.reshape(1, 4, 6), weight)
-        z = torch.bmm(y.reshape(2, 2, 6), weight.expand(2, 6, 6) + 1)
-        return (z.reshape(4, 6).cumsum(0),)
+    y = torch.bmm(x.reshape(1, 4, 6), weight)
+    z = torch.bmm(y.reshape(2, 2, 6), weight.expand(2, 6, 6) + 1)
+    return (z.reshape(4, 6).cumsum(0),)
 
 
 @pytest.mark.parametrize(("held", "inside"), [(False, [(2, 2, 6)]), (True, [(1, 4, 6), (2, 2, 6)])])
 def test_views_at_the_border_of_a_partition_stand_outside(held, inside):
+    tensors = torch.randn(4, 6), torch.randn(1, 6, 6)
     with quiet():
-        edge = delegate(Border(), (torch.randn(4, 6), torch.randn(1, 6, 6)), held_inputs=held)
+        edge = delegate(make_fx(border)(*tensors), tensors, held_inputs=held)
     module = edge.exported_program().graph_module
     parts = [part.original_module.graph_module for part in module.children() if hasattr(part, "original_module")]
     views = [tuple(n.meta["val"].shape) for part in parts for n in part.graph.nodes if n.target == VIEW]
@@ -205,50 +204,47 @@ def test_every_reader_of_a_view_has_its_own():
     check(module, read_twice, x)
 
 
-class TwoShapes(torch.nn.Module):
+def two_shapes(x):
     """A view that is read in its partition, and by a kernel outside of XNNPACK."""
-
-    def forward(self, x):
-        y = x * 2.0
-        view = y.reshape(2, 12)
-        return (
-            torch.bmm(view.reshape(1, 2, 12), view.reshape(1, 12, 2)),
-            view + 1.0,
-            y + 1.0,
-            view.cumsum(1),
-            y.cumsum(0),
-        )
+    y = x * 2.0
+    view = y.reshape(2, 12)
+    return (
+        torch.bmm(view.reshape(1, 2, 12), view.reshape(1, 12, 2)),
+        view + 1.0,
+        y + 1.0,
+        view.cumsum(1),
+        y.cumsum(0),
+    )
 
 
 def test_no_tensor_leaves_a_partition_in_two_shapes():
     x = torch.randn(4, 6)
     with quiet():
-        edge = delegate(TwoShapes(), (x,))
+        edge = delegate(make_fx(two_shapes)(x), (x,))
         data = emit(edge).data
     parts = [part for part in edge.exported_program().graph_module.children() if hasattr(part, "original_module")]
     results = [n for part in parts for n in part.original_module.graph_module.graph.output_node().args[0]]
     # The product and both sums, and what is read outside, once.
     assert len(results) == 4
     got = get_lowering("executorch").load(LoweredGraph(file="step.pte", data=data))([x.numpy()])
-    for result, expected in zip(got, TwoShapes()(x), strict=True):
+    for result, expected in zip(got, two_shapes(x), strict=True):
         torch.testing.assert_close(torch.from_numpy(result), expected)
 
 
 def test_windows_of_two_layers_do_not_wait_for_each_other():
     """Each is gathered, multiplied and let go: the arena never holds both."""
 
-    class TwoGradients(torch.nn.Module):
-        def forward(self, x, grad):
-            seen = [torch.ops.aten.as_strided_copy.default(x, [64, 9, 512], [1, step, 1]) for step in (8, 16)]
-            return [torch.bmm(part.reshape(1, 576, 512), grad) for part in seen]
+    def two_gradients(x, grad):
+        seen = [torch.ops.aten.as_strided_copy.default(x, [64, 9, 512], [1, step, 1]) for step in (8, 16)]
+        return [torch.bmm(part.reshape(1, 576, 512), grad) for part in seen]
 
     tensors = torch.randn(1024), torch.randn(1, 512, 4)
     with quiet():
-        compiled = emit(delegate(TwoGradients(), tensors))
+        compiled = emit(delegate(make_fx(two_gradients)(*tensors), tensors))
     one = 64 * 9 * 512 * 4
     assert one < compiled.planned < 1.1 * one
     run = get_lowering("executorch").load(LoweredGraph(file="step.pte", data=compiled.data))
-    for result, expected in zip(run([t.numpy() for t in tensors]), TwoGradients()(*tensors), strict=True):
+    for result, expected in zip(run([t.numpy() for t in tensors]), two_gradients(*tensors), strict=True):
         torch.testing.assert_close(torch.from_numpy(result), expected, rtol=1e-4, atol=1e-4)
 
 

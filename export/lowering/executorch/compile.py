@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from edgetrain.export.errors import OperatorError, UnsupportedError
+from edgetrain.export.lowering.exported import exported
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Compiled:
     external: dict[str, bytes]
 
 
-def compile_module(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Compiled:
+def compile_module(module: fx.GraphModule, example: tuple[Tensor, ...]) -> Compiled:
     """The program of a graph.
 
     Raises:
@@ -35,7 +35,7 @@ def compile_module(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Comp
     return emit(delegate(module, example))
 
 
-def delegate(module: torch.nn.Module, example: tuple[Tensor, ...], *, held_inputs: bool = False) -> Any:
+def delegate(module: fx.GraphModule, example: tuple[Tensor, ...], *, held_inputs: bool = False) -> Any:
     """ExecuTorch's edge program with all that XNNPACK takes given to it.
 
     Args:
@@ -55,7 +55,7 @@ def delegate(module: torch.nn.Module, example: tuple[Tensor, ...], *, held_input
     try:
         with peephole():
             edge = to_edge_transform_and_lower(
-                torch.export.export(module, example, strict=False),
+                exported(module, example),
                 # Every edge tensor is row-major, so copies change nothing. XNNPACK drops them from a partition after it
                 # was cut: if what is copied is read outside too, one tensor would leave it twice, which it refuses.
                 transform_passes=[

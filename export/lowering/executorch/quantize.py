@@ -25,6 +25,7 @@ from edgetrain.export.graph.nodes import is_constant, shape_of
 from edgetrain.export.graph.partition import Split
 from edgetrain.export.graph.tidy import frozen_attribute
 from edgetrain.export.lowering.executorch.rewrite import rewrite
+from edgetrain.export.lowering.exported import exported
 
 aten = torch.ops.aten
 
@@ -36,7 +37,7 @@ _NO_LAYERS = (aten.embedding.default, aten.index.Tensor, aten.add.Tensor)
 _ARITHMETIC = (aten.add.Tensor, aten.mul.Tensor)
 
 
-def quantized_module(trunk: TracedGraph, batches: Sequence[Sequence[Tensor]]) -> torch.nn.Module | None:
+def quantized_module(trunk: TracedGraph, batches: Sequence[Sequence[Tensor]]) -> fx.GraphModule | None:
     """The trunk as torch runs it with quantize and dequantize operators, which XNNPACK fuses; None without any layer.
 
     Args:
@@ -47,13 +48,13 @@ def quantized_module(trunk: TracedGraph, batches: Sequence[Sequence[Tensor]]) ->
     layers(module)
     if not any(node.target in _LAYERS for node in module.graph.nodes):
         return None
-    exported = torch.export.export(module, tuple(trunk.example), strict=False).module()
+    program = exported(module, trunk.example).module(check_guards=False)
     quantizer = _Quantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
     quantizer.set_filter_function(_worth_it)
-    prepared: Any = prepare_pt2e(exported, quantizer)
+    prepared: Any = prepare_pt2e(program, quantizer)
     for batch in batches:
         prepared(*batch)
-    converted: torch.nn.Module = convert_pt2e(prepared)
+    converted: fx.GraphModule = convert_pt2e(prepared)
     return converted
 
 

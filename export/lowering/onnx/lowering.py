@@ -18,6 +18,7 @@ from edgetrain.export.graph.decompositions import Decompositions
 from edgetrain.export.graph.joint import TracedGraph
 from edgetrain.export.graph.partition import Split
 from edgetrain.export.lowering.base import Array, LoweredGraph, Run, Weights
+from edgetrain.export.lowering.exported import exported
 from edgetrain.export.lowering.onnx.decompositions import for_onnx
 from edgetrain.export.lowering.onnx.quantize import quantize_trunk
 from edgetrain.export.lowering.onnx.quicker import quicker
@@ -113,9 +114,8 @@ def _export(graph: TracedGraph, module: fx.GraphModule) -> torch.onnx.ONNXProgra
     from onnxscript import optimizer  # noqa: PLC0415  # slow to import, and needed only here
 
     with quiet(), quicker(), torch.no_grad():
-        exported = torch.export.export(module, graph.example, strict=False)
         program = torch.onnx.export(
-            exported,
+            exported(module, graph.example),
             (),
             dynamo=True,
             verbose=False,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from edgetrain.export.graph.attention import MASKED
 from edgetrain.export.lowering.onnx.decompositions import GELU_CUBIC, GELU_LINEAR
@@ -49,12 +50,14 @@ def _whole_gelu(graph: fx.Graph, gate: fx.Node) -> None:
     # The square, the argument and the product; a backward pass begins with the same.
     if len(x.users) == 3 and _is_gelu_argument(argument, x):
         with graph.inserting_before(product):
-            whole = graph.call_function(_fast_gelu, (x,))
-            whole.meta["val"] = product.meta["val"]
+            traced = make_fx(_fast_gelu)(x.meta["val"])
+            called: Any = traced.graph.output_node().args[0]
+            whole = graph.node_copy(called, lambda _: x)
         product.replace_all_uses_with(whole)
 
 
 def _fast_gelu(x: torch.Tensor) -> torch.Tensor:
+    """One operator: its call is traced and copied."""
     return torch.onnx.ops.symbolic("com.microsoft::FastGelu", (x,), dtype=x.dtype, shape=x.shape, version=1)
 
 
