@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,18 +41,27 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """digits-cnn as `edgetrain export` writes it, in a process of its own: no test process loads torch for it."""
-    out = tmp_path_factory.mktemp("digits") / "digits-cnn.edge"
-    command = [sys.executable, "-m", "edgetrain", "-q", "export", "digits-cnn", "--micro-batch", "32", "-o", out]
-    subprocess.run(command, check=True, capture_output=True)
-    return out
+    command = [sys.executable, "-m", "edgetrain", "-q", "export", "digits-cnn", "--micro-batch", "32", "-o"]
+    return _made_once(tmp_path_factory, "digits-cnn.edge", command)
 
 
 @pytest.fixture(scope="session")
 def private_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of 66 parameters with per-sample clipping, exported in a process of its own."""
-    out = tmp_path_factory.mktemp("private") / "private"
     script = Path(__file__).parent / "support" / "private_bundle.py"
-    subprocess.run([sys.executable, script, out], check=True, capture_output=True)
+    return _made_once(tmp_path_factory, "private", [sys.executable, script])
+
+
+def _made_once(factory: pytest.TempPathFactory, name: str, command: Sequence[str | Path]) -> Path:
+    """What a command writes to its last argument, for all processes of the suite: the first one runs it."""
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    out = folder / name
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            subprocess.run([*command, out], check=True, capture_output=True)
     return out
 
 
