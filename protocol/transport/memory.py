@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Literal
@@ -15,13 +17,17 @@ from edgetrain.protocol.transport.base import Connected, Disconnected, Event, Re
 
 def topic_matches(pattern: str, topic: str) -> bool:
     """Whether an MQTT topic filter matches (MQTT 5, section 4.7)."""
-    wanted, levels = pattern.split("/"), topic.split("/")
-    for index, level in enumerate(wanted):
-        if level == "#":
-            return True
-        if index >= len(levels) or level not in {"+", levels[index]}:
-            return False
-    return len(wanted) == len(levels)
+    return _expression(pattern).fullmatch(topic) is not None
+
+
+@functools.lru_cache(maxsize=10_000)
+def _expression(pattern: str) -> re.Pattern[str]:
+    """A filter as a regular expression: a message is compared with those of every connection."""
+    levels = "/".join("[^/]*" if level == "+" else re.escape(level) for level in pattern.removesuffix("#").split("/"))
+    if not pattern.endswith("#"):
+        return re.compile(levels)
+    # What is above matches, too.
+    return re.compile(f"{levels.removesuffix('/')}(/.*)?" if len(pattern) > 1 else ".*", re.DOTALL)
 
 
 class MemoryBroker:
