@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def exported(module: fx.GraphModule, example: Sequence[Tensor]) -> ExportedProgr
     graph.eliminate_dead_code()
     FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*example)
     names = _lift_constants(graph)
-    constants = {name: _attribute(module, name) for name in names.values()}
+    constants = {name: attrgetter(name)(module) for name in names.values()}
     inputs = [_input(node, names.get(node), constants) for node in graph.find_nodes(op="placeholder")]
     results: Any = tuple(pytree.tree_leaves(graph.output_node().args[0]))
     graph.output_node().args = (results,)
@@ -79,9 +80,3 @@ def _input(node: fx.Node, name: str | None, constants: Mapping[str, Tensor]) -> 
     if isinstance(constants[name], torch.nn.Parameter):
         return InputSpec(InputKind.PARAMETER, argument, name)
     return InputSpec(InputKind.BUFFER, argument, name, persistent=True)
-
-
-def _attribute(module: torch.nn.Module, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    value: Tensor = getattr(module.get_submodule(path), last)
-    return value

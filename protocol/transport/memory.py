@@ -23,11 +23,11 @@ def topic_matches(pattern: str, topic: str) -> bool:
 @functools.lru_cache(maxsize=10_000)
 def _expression(pattern: str) -> re.Pattern[str]:
     """A filter as a regular expression: a message is compared with those of every connection."""
-    levels = "/".join("[^/]*" if level == "+" else re.escape(level) for level in pattern.removesuffix("#").split("/"))
-    if not pattern.endswith("#"):
-        return re.compile(levels)
-    # What is above matches, too.
-    return re.compile(f"{levels.removesuffix('/')}(/.*)?" if len(pattern) > 1 else ".*", re.DOTALL)
+    above, below = (pattern[:-2], "(/.*)?") if pattern.endswith("/#") else (pattern, "")
+    if above == "#":
+        return re.compile(".*", re.DOTALL)
+    levels = ("[^/]*" if level == "+" else re.escape(level) for level in above.split("/"))
+    return re.compile("/".join(levels) + below, re.DOTALL)
 
 
 class MemoryBroker:

@@ -74,6 +74,10 @@ def test_any_topic_gives_a_usable_sender_or_none(rest):
         ("#", "a/b", True),
         ("+/b", "a/b", True),
         ("a", "b", False),
+        ("a/+/#", "a/b/c/d", True),
+        ("a/+/#", "a/b", True),
+        ("a/+/#", "a", False),
+        ("a.b/c", "a+b/c", False),
     ],
 )
 def test_topic_filters(pattern, topic, matches):
